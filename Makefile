@@ -1,0 +1,50 @@
+# `make` alone prints the targets. On a machine with Python 3.11 or newer each of them sets up .venv first, once.
+
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Pinned for the set-up alone; `pip install minirl` takes any from the lower bound in pyproject.toml.
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench clean
+
+help:  ## print the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
+
+venv: $(INSTALLED)  ## set up .venv; does nothing when that is done
+
+demo: $(INSTALLED)  ## watch a tiny model learn
+	$(BIN)/minirl demo
+
+test: lint  ## lint, then every test
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## ruff check and ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: $(INSTALLED)  ## time the kernels and the engine
+	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:  ## remove .venv, build output and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp holds the folder that was set up, because an environment that was copied or moved still points to its old one.
+ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))
+.PHONY: $(INSTALLED)
+endif
+
+# The stamp is written last, so a set-up that broke off is taken up again. torch comes first and is held in place by the
+# constraint: a requirement of another package must not replace it with a second build.
+$(INSTALLED): setup.py pyproject.toml
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minirl needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	echo '$(TORCH)' > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install '$(TORCH)'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt 'setuptools>=77'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@echo '$(CURDIR)' > $@

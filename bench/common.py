@@ -1,0 +1,189 @@
+"""What the two scripts beside this file share: their checks, the machine in words, medians, tables. Imports no torch.
+
+A process that starts another must stay small: at the fork Linux counts its memory in the child's `ru_maxrss`.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+PACKAGES = ("minirl", "torch", "transformers", "trl")
+
+Report = Callable[..., None]  # passes one event, keyword arguments, to the process that started this one
+
+
+def arguments(doc: str, repeats: str, times: int) -> argparse.ArgumentParser:
+    """The options of both scripts. `repeats` says what is repeated so many times."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    add = parser.add_argument
+    add("model", nargs="?", default="models/smollm2", help="a Hugging Face directory (default: %(default)s)")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the weights (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    add("--repeats", type=int, default=times, help=f"{repeats} (default: %(default)s)")
+    add("--json", metavar="PATH", help="write every number there")
+    return parser
+
+
+def at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **limits: int) -> None:
+    for name, limit in limits.items():
+        if getattr(args, name) < limit:
+            parser.error(f"--{name.replace('_', '-')} must be at least {limit}, not {getattr(args, name)}")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; a mistake in its input ends it with the sentence that says so."""
+    from minirl.errors import InputError
+
+    try:
+        main()
+    except InputError as error:
+        sys.exit(str(error))
+
+
+def need(*packages: str) -> None:
+    """End the program with one sentence where a peer is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"{' and '.join(missing)} not found: this comparison needs `pip install 'minirl[peers]'`")
+
+
+def need_checkpoint(path: str) -> None:
+    """End the program with one sentence on how to make a checkpoint where there is none."""
+    if not (Path(path) / "config.json").is_file():
+        sys.exit(f"{path} holds no checkpoint: make one with `python examples/gguf_to_hf.py smollm2 {path}`")
+
+
+def machine(device: str) -> dict:
+    """What a reader needs to judge the numbers. `device` is what the work ran on, in words."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = {"cpu": _cpu_field("model name") or platform.processor() or platform.machine(), "cores": cores}
+    # Without AMX a CPU may multiply bf16 matrices slower than fp32 ones: the dtypes then compare the other way round.
+    cpu["amx"] = "amx_bf16" in (_cpu_field("flags") or "").split()
+    return {**cpu, "device": device, "python": platform.python_version(), **versions}
+
+
+def describe(machine: dict) -> str:
+    """The machine in one line."""
+    amx = "with AMX" if machine["amx"] else "without AMX"
+    words = [f"{machine['cpu']} {amx}, {machine['cores']} cores", f"run on {machine['device']}"]
+    return ", ".join(words + [f"{name} {machine[name]}" for name in PACKAGES if name in machine])
+
+
+def _cpu_field(name: str) -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
+
+
+def device_name(device) -> str:
+    """A torch device in words."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the CPU with threads: {torch.get_num_threads()}"
+
+
+def now(device) -> float:
+    """Seconds on a clock, read when a GPU has done all that it was given."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_gb(device: str = "cpu") -> float:
+    """The largest memory of this process so far in GB: allocated on the GPU where it works on one, else resident."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio_text(values: Sequence[float]) -> str:
+    """Median and range of ratios that were measured pair by pair."""
+    s = spread(values)
+    return f"{s['median']:.2f} (of {len(values)} pairs; {s['min']:.2f} to {s['max']:.2f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left and numbers to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    pad = [str.ljust, *[str.rjust] * (len(head) - 1)]
+    return "\n".join("  ".join(p(cell, w) for p, cell, w in zip(pad, line, widths, strict=True)) for line in lines)
+
+
+def progress(text: str) -> None:
+    """A line on stderr that tells a waiting person where things stand."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def write_json(args: argparse.Namespace, result: dict) -> None:
+    """Everything that was measured, and the options that it was measured with, where --json asks for it."""
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"options": vars(args), **result}, indent=2, default=str)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        progress(f"wrote {args.json}")
+
+
+def reporter(device: str) -> Report:
+    """What a child process reports with: a line of JSON to its stdout, which from now on nothing else can write to."""
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr
+
+    def report(event: str, **values) -> None:
+        print(json.dumps({"event": event, "memory_gb": peak_gb(device), **values}), file=events, flush=True)
+
+    return report
+
+
+def events_of(command: Sequence[str]) -> Iterator[dict]:
+    """What a child process reports, as it comes; its stderr is shown only where it fails."""
+    with tempfile.TemporaryFile("w+") as noise:
+        with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=noise, text=True) as child:
+            yield from map(json.loads, child.stdout)
+        if child.returncode:
+            noise.seek(0)
+            sys.exit(f"{noise.read()[-3000:]}\n`{' '.join(command)}` ended with status {child.returncode}")
+
+
+def run_child(command: Sequence[str], name: str) -> dict:
+    """A child process that reports imported, built, step (several times) and done: its steps without the first one,
+    and its memory along the way.
+    """
+    last, steps = {}, []
+    for event in events_of(command):
+        last[event["event"]] = event
+        if event["event"] == "step":
+            steps.append(event)
+            progress(f"{name}  step {len(steps)}  {event['seconds']:6.2f} s")
+    memory = {stage: last[stage]["memory_gb"] for stage in ("imported", "built", "done")}
+    return {"steps": steps[1:], "memory_gb": memory, "device": last["done"]["device"]}

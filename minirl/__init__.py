@@ -1,0 +1,1 @@
+"""A compact engine for reinforcement learning of language models on one GPU."""

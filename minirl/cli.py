@@ -1,0 +1,371 @@
+"""The commands. Each is a config dataclass, whose field docstrings are its --help, and a function that takes it.
+
+Whatever a user can get wrong ends in one sentence on stderr and exit code 2; Ctrl-C saves and ends with 130.
+"""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+import tyro
+
+from minirl.demo import DemoConfig, run_demo
+from minirl.display import RichDisplay, table
+from minirl.errors import InputError
+from minirl.evaluate import evaluate
+from minirl.files import read_json
+from minirl.model import Transformer
+from minirl.report import plot, read_metrics, report
+from minirl.rewards.registry import did_you_mean
+from minirl.rollout import without_stop
+from minirl.sampler import Sampler, SamplingParams
+from minirl.tasks import parse_task
+from minirl.tokenizer import Tokenizer
+from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
+from minirl.train.run import pick_device, pick_dtype
+from minirl.train.sft import SFTConfig, train_sft
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Complete prompts with a checkpoint."""
+
+    model: str
+    """Checkpoint: a Hugging Face directory or hub id."""
+    prompts: tuple[str, ...]
+    """Prompts; a checkpoint with a chat template takes each as a user message."""
+    raw: bool = False
+    """Continue the text as it stands, without the chat template."""
+    n: int = 1
+    """Completions a prompt."""
+    max_tokens: int = 256
+    """Longest completion."""
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens up to this mass."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the largest probability."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+    seed: int = 0
+    """Same seed, same completions."""
+    slots: int = 64
+    """Completions at a time."""
+    json: bool = False
+    """Print one JSON object a completion, with tokens and log-probs."""
+    dtype: str = "auto"
+    """float32, bfloat16 or auto."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Accuracy of a checkpoint on a task's held-out problems: greedy, mean@k, pass@k and maj@k with 95 % intervals."""
+
+    model: str
+    """Checkpoint: a Hugging Face directory or hub id."""
+    task: str = "arithmetic"
+    """arithmetic, countdown or a .jsonl file, with options after a colon: arithmetic:op=product,digits=2"""
+    prompts: int = 256
+    """Held-out prompts, at most."""
+    samples: int = 8
+    """Completions a prompt (k)."""
+    max_tokens: int = 256
+    """Longest completion."""
+    temperature: float = 1.0
+    """Of the k samples; the greedy completion comes on top."""
+    top_p: float = 1.0
+    """Keep the most likely tokens up to this mass."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+    reward_timeout: float | None = None
+    """Seconds a completion that the checker may take, in a process that can be killed."""
+    shown: int = 4
+    """Completions to print."""
+    seed: int = 0
+    """Same seed, same completions."""
+    slots: int = 64
+    """Completions at a time."""
+    json: bool = False
+    """Print the numbers as one JSON object."""
+    dtype: str = "auto"
+    """float32, bfloat16 or auto."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Draw a run: plot.png and report.html in its folder."""
+
+    run: str
+    """Folder of the run."""
+
+
+def _load(model: str, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"dtype {dtype!r} is unknown: choose from auto, float32, bfloat16")
+    where = pick_device(device)
+    return Transformer.from_pretrained(model, pick_dtype(dtype, where), where), Tokenizer.from_pretrained(model)
+
+
+def generate(c: GenerateConfig) -> None:
+    model, tokenizer = _load(c.model, c.dtype, c.device)
+    params = SamplingParams(
+        c.n, c.temperature, c.top_k, c.top_p, c.min_p, c.max_tokens, tokenizer.stop_ids, c.stop, c.seed
+    )
+    chat = tokenizer.chat_template is not None and not c.raw
+    ids = [tokenizer.prompt_ids([{"role": "user", "content": p}] if chat else p) for p in c.prompts]
+    with RichDisplay() as display:
+        groups = Sampler(model, c.slots, tokenizer=tokenizer).generate(
+            ids, params, lambda done, total: display.progress("completions", done, total)
+        )
+    for prompt, group in zip(c.prompts, groups, strict=True):
+        for completion in group:
+            text = tokenizer.decode(without_stop(completion, params))
+            if c.json:
+                record = {"prompt": prompt, "text": text, "finish_reason": completion.finish_reason}
+                print(json.dumps(record | {"tokens": completion.tokens, "logprobs": completion.logprobs}))
+            else:
+                print(f"{prompt!r} [{len(completion.tokens)} tokens, {completion.finish_reason}]\n{text}\n")
+
+
+def evaluation(c: EvalConfig) -> None:
+    task = parse_task(c.task)
+    model, tokenizer = _load(c.model, c.dtype, c.device)
+    params = SamplingParams(
+        c.samples,
+        c.temperature,
+        top_p=c.top_p,
+        max_tokens=c.max_tokens,
+        stop_ids=tokenizer.stop_ids,
+        stop=c.stop,
+        seed=c.seed,
+    )
+    sampler = Sampler(model, c.slots, tokenizer=tokenizer)
+    with RichDisplay() as display:
+        result = evaluate(
+            sampler,
+            tokenizer,
+            task,
+            params,
+            task.heldout[: c.prompts],
+            timeout=c.reward_timeout,
+            progress=lambda done, total: display.progress("evaluation", done, total),
+        )
+    if c.json:
+        print(json.dumps({"metrics": result.metrics, "intervals": result.intervals}))
+        return
+    rows = [
+        (name.removeprefix("eval/"), f"{result.metrics[name]:.3f}", f"{low:.3f} to {high:.3f}")
+        for name, (low, high) in result.intervals.items()
+    ]
+    table(
+        f"{task.name}: {len(result.correct)} held-out prompts, k = {c.samples}, T = {c.temperature:g}",
+        ("accuracy", "value", "95 % interval"),
+        rows,
+    )
+    for i in range(min(c.shown, len(result.correct))):
+        j = i * c.samples
+        mark = {1.0: "right", 0.0: "wrong"}.get(result.correct[i][0], "unscored")
+        print(f"\n{_prompt_text(result.rollout.examples[i]['prompt'])}\n[{mark}] {result.rollout.texts[j]}")
+
+
+def _prompt_text(prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def sft(config: SFTConfig) -> None:
+    with RichDisplay() as display:
+        model = train_sft(config, display)
+    print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
+
+
+def grpo(config: GRPOConfig) -> None:
+    with RichDisplay() as display:
+        model = train_grpo(config, display)
+    out = Path(config.out)
+    print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
+
+
+def demo(config: DemoConfig) -> None:
+    out = Path(config.out)
+    for seed in config.seeds:  # the demo owns its folders; nothing else in `out` is touched
+        shutil.rmtree(out / f"seed-{seed}", ignore_errors=True)
+    with RichDisplay() as display:
+        runs = [run_demo(config, seed, display)[1] for seed in config.seeds]
+    rows = []
+    for seed, run in zip(config.seeds, runs, strict=True):
+        metrics = [m for m in read_metrics(run) if m.get("eval/mean") is not None]
+        before, after = metrics[0], metrics[-1]
+        pairs = ((f"{before[k]:.3f}", f"{after[k]:.3f}") for k in ("eval/mean", "eval/greedy", "eval/pass@8"))
+        rows.append((str(seed), *(value for pair in pairs for value in pair)))
+    columns = (
+        "seed",
+        "mean@8 after SFT",
+        "after GRPO",
+        "greedy after SFT",
+        "after GRPO",
+        "pass@8 after SFT",
+        "after GRPO",
+    )
+    table("held-out accuracy on sums of two numbers below 100", columns, rows)
+    for line in _last_completions(runs[0]):
+        print(line)
+    png = plot(runs, out / "demo.png", [f"seed {seed}" for seed in config.seeds])
+    print(f"curves: {png}\nmodel:  {runs[0] / 'model'}")
+
+
+def _last_completions(run: Path, count: int = 6) -> list[str]:
+    lines = (run / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in (*lines[: count // 2], *lines[-count // 2 :])]
+    return [
+        f"step {r['step']:>3}: {_prompt_text(r['prompt'])} {r['completion']}  (reward {r['reward']:g})" for r in records
+    ]
+
+
+def draw(c: ReportConfig) -> None:
+    folder = Path(c.run)
+    print(f"plot:   {plot([folder], folder / 'plot.png')}\nreport: {report(folder)}")
+
+
+COMMANDS: dict[str, tuple[type, Callable]] = {
+    "demo": (DemoConfig, demo),
+    "generate": (GenerateConfig, generate),
+    "eval": (EvalConfig, evaluation),
+    "sft": (SFTConfig, sft),
+    "grpo": (GRPOConfig, grpo),
+    "report": (ReportConfig, draw),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:9} {config.__doc__.splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
+    return (
+        "usage: minirl COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\nminirl COMMAND --help shows the options of one."
+    )
+
+
+def parse(name: str, args: Sequence[str]):
+    """The config of a command from its arguments; an InputError names what does not fit."""
+    kind, _ = COMMANDS[name]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config, unknown = tyro.cli(
+                kind, prog=f"minirl {name}", args=list(args), default=_defaults(kind, args), return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(f"{_first_sentence(complaint.getvalue())}: see minirl {name} --help") from None
+    if unknown:
+        hint = did_you_mean(unknown[0], _options(kind))
+        raise InputError(f"minirl {name} has no option {unknown[0]!r}{hint}: see minirl {name} --help")
+    return config
+
+
+def _options(kind: type, prefix: str = "--") -> list[str]:
+    names = []
+    for f in fields(kind):
+        flag = prefix + f.name.replace("_", "-")
+        names += _options(f.type, flag + ".") if is_dataclass(f.type) else [flag]
+    return names
+
+
+def _first_sentence(box: str) -> str:
+    """tyro's complaint is a box with a title; its content up to the rule, on one line."""
+    lines = [line.strip(" │") for line in box.splitlines()]
+    title = lines[0].strip("╭─╮ ") if lines else "bad arguments"
+    content = []
+    for line in lines[1:]:
+        if re.fullmatch(r"[─╰╯ ]*", line):
+            break
+        content.append(line)
+    text = " ".join(content) or title
+    return f"{title.lower()}: {text.removesuffix('.')}" if title.lower() not in text.lower() else text.removesuffix(".")
+
+
+def _defaults(kind: type, args: Sequence[str]):
+    """Defaults that depend on other options: those of a preset, and those of the run that is resumed."""
+    if "--resume" in args and kind in (GRPOConfig, SFTConfig):
+        out = Path(_value(args, "--out") or kind.out)
+        if (out / "config.json").exists():
+            return _from_json(kind, read_json(out / "config.json"), str(out))
+    preset = _value(args, "--preset") if kind is GRPOConfig else None
+    if preset and preset.lower() != "none":
+        budget = _value(args, "--max-tokens")
+        chosen = preset_defaults(preset, int(budget) if budget and budget.isdigit() else GRPOConfig.max_tokens)
+        return GRPOConfig(model=tyro.MISSING, **chosen)
+    return None
+
+
+def _value(args: Sequence[str], flag: str) -> str | None:
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(flag + "="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _from_json(kind: type, content: dict, out: str):
+    """A config dataclass from the run folder's config.json."""
+    known = {f.name: f for f in fields(kind)}
+    values = {}
+    for name, value in content.items():
+        if name not in known:
+            raise InputError(
+                f"{out}/config.json: the key {name!r} is not one of this command's: was this another command's run?"
+            )
+        if isinstance(value, dict):
+            values[name] = type(known[name].default_factory())(**value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values, out=out)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(args)
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+        _fail(f"the system refused ({what}): check path, permissions and free space; earlier checkpoints are intact")
+    except MemoryError:
+        _fail("out of memory: lower --slots or --micro-batch-tokens, or give --recompute")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if args[0] not in COMMANDS:
+        raise InputError(
+            f"minirl has no command {args[0]!r}{did_you_mean(args[0], COMMANDS)}: choose from {', '.join(COMMANDS)}"
+        )
+    config = parse(args[0], args[1:])
+    COMMANDS[args[0]][1](config)
+
+
+def _fail(sentence: str) -> None:
+    print(f"minirl: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

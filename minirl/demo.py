@@ -1,0 +1,115 @@
+"""The whole road on an embedded task: a transformer from nothing, SFT on demonstrations, then GRPO until it is right.
+
+The task is the sum of two numbers below 100, one token a character. Most demonstrations only guess: `37+85=~140`. The
+others show their work, the sum of the ones and the sum of the tens with the carry, and are right: `37+85=(12,12)122`.
+So the fine-tuned model is right now and then, and greedy decoding, which guesses, almost never. Nobody tells it which
+habit is the better one but the reward. Held-out problems are in neither the demonstrations nor the prompts of GRPO.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from minirl.model import ModelConfig, Transformer
+from minirl.tasks import Task, parse_task
+from minirl.tokenizer import Tokenizer
+from minirl.train.grpo import GRPOConfig, train_grpo
+from minirl.train.run import Display, Run
+from minirl.train.sft import SFTConfig, demonstration_rows, fit
+
+GUESSES = 0.55  # share of the demonstrations that guess
+COPIES = 4  # demonstrations of each problem
+TASK = "arithmetic:op=sum,digits=2,chat=false,template={a:02}+{b:02}="
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train a small transformer from nothing: SFT on sums, most of them guessed, then GRPO. No download."""
+
+    out: str = "runs/demo"
+    """Folder of the runs; what an earlier demo left there is replaced."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run for each."""
+    sft_steps: int = 600
+    """Supervised steps."""
+    grpo_steps: int = 120
+    """RL steps."""
+
+
+def demonstrations(task: Task, seed: int) -> list[dict]:
+    """COPIES answers to each training problem, a share GUESSES of them guessed and the others worked out."""
+    rng = random.Random(seed)
+    examples = []
+    for example in task.train:
+        a, b = map(int, example["prompt"].rstrip("=").split("+"))
+        ones = a % 10 + b % 10
+        tens = a // 10 + b // 10 + ones // 10
+        for _ in range(COPIES):
+            guess = rng.random() < GUESSES
+            answer = f"~{rng.randint(0, 198)}" if guess else f"({ones},{tens}){a + b}"
+            examples.append({"prompt": example["prompt"], "completion": answer})
+    return examples
+
+
+def small_transformer(tokenizer: Tokenizer, seed: int) -> Transformer:
+    """0.4 million parameters of the Qwen3 family."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        width=128,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        mlp_width=384,
+        model_type="qwen3",
+        qk_norm=True,
+        tied=True,
+        rope_theta=100.0,
+        max_positions=32,
+    )
+    return Transformer(config).initialise(seed)
+
+
+def pretrain(task: Task, seed: int, steps: int, out: Path, display: Display) -> Path:
+    """SFT from random weights; returns the model's folder."""
+    tokenizer = Tokenizer.from_chars("0123456789+=~(,)")
+    model = small_transformer(tokenizer, seed)
+    rows = demonstration_rows(tokenizer, demonstrations(task, seed), model.config.max_positions)
+    config = SFTConfig(
+        model="", data="", steps=steps, batch=128, lr=3e-3, warmup=50, weight_decay=0.01, seed=seed, save_every=steps
+    )
+    return fit(model, tokenizer, rows, config, Run(out, {"demo": "sft", "seed": seed, "steps": steps}), display)
+
+
+def reinforce(task: Task, model: Path, seed: int, steps: int, out: Path, display: Display) -> Path:
+    """GRPO on the same problems without their answers."""
+    config = GRPOConfig(
+        model=str(model),
+        task=TASK,
+        out=str(out),
+        steps=steps,
+        prompts=64,
+        group=8,
+        max_tokens=12,
+        slots=256,
+        lr=4e-4,
+        warmup=5,
+        schedule="linear",
+        eval_every=10,
+        eval_prompts=len(task.heldout),
+        save_every=steps,
+        seed=seed,
+    )
+    return train_grpo(config, display, task)
+
+
+def run_demo(config: DemoConfig, seed: int, display: Display) -> tuple[Path, Path]:
+    """One seed of the demo; returns the two run folders."""
+    task, folder = parse_task(TASK), Path(config.out) / f"seed-{seed}"
+    display.line(
+        f"seed {seed}: {len(task.train)} sums to train on, {len(task.heldout)} held out; SFT, mostly on guesses"
+    )
+    model = pretrain(task, seed, config.sft_steps, folder / "sft", display)
+    display.line(f"seed {seed}: GRPO")
+    reinforce(task, model, seed, config.grpo_steps, folder / "grpo", display)
+    return folder / "sft", folder / "grpo"

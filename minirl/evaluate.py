@@ -1,0 +1,66 @@
+"""Held-out accuracy: greedy, mean@k, pass@k and maj@k, each with a bootstrap interval over prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from minirl.errors import InputError
+from minirl.metrics import bootstrap_ci, majority_at_k, mean_at_k, pass_at_k
+from minirl.rollout import Rollout, sample
+from minirl.sampler import Sampler, SamplingParams
+from minirl.tasks import Task
+from minirl.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]  # 95 % bootstrap over prompts, of each accuracy
+    rollout: Rollout  # the k samples a prompt
+    correct: np.ndarray  # [P, k] of 1, 0 or NaN
+
+
+def evaluate(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    task: Task,
+    params: SamplingParams,
+    examples: Sequence[dict] | None = None,
+    greedy: bool = True,
+    timeout: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Accuracy of `task.correct` on examples (default: all held-out ones) from k = params.n samples each, and
+    greedy."""
+    examples = task.heldout if examples is None else examples
+    if not examples:
+        raise InputError(f"task {task.name!r} has no held-out examples to evaluate on: ask for some")
+    rollout = sample(sampler, tokenizer, examples, params, progress)
+    correct = _correct(rollout, task, timeout)
+    k = params.n
+    values = {"mean": [mean_at_k(row) for row in correct]}
+    if k > 1:
+        counts = [row[~np.isnan(row)] for row in correct]
+        values[f"pass@{k}"] = [pass_at_k(len(c), int(c.sum()), len(c)) if len(c) else float("nan") for c in counts]
+        answers = np.array([task.extract(text) for text in rollout.texts], dtype=object).reshape(correct.shape)
+        values[f"maj@{k}"] = [_majority(a, c) for a, c in zip(answers, correct, strict=True)]
+    if greedy:
+        single = sample(sampler, tokenizer, examples, replace(params, n=1, temperature=0.0))
+        values["greedy"] = _correct(single, task, timeout)[:, 0].tolist()
+    lengths = rollout.lengths
+    metrics = {f"eval/{name}": float(np.nanmean(v)) for name, v in values.items()}
+    metrics |= {"eval/prompts": len(examples), "eval/samples": k, "eval/temperature": params.temperature}
+    metrics |= {"eval/len_mean": sum(lengths) / len(lengths)}
+    return Evaluation(metrics, {f"eval/{name}": bootstrap_ci(v) for name, v in values.items()}, rollout, correct)
+
+
+def _correct(rollout: Rollout, task: Task, timeout: float | None) -> np.ndarray:
+    rollout.score({"correct": (1.0, task.correct)}, timeout)
+    return rollout.rewards.view(-1, rollout.group_size).numpy()
+
+
+def _majority(answers: np.ndarray, correct: np.ndarray) -> float:
+    """Votes are right if their completion was: that works for any task, also where several answers are right."""
+    right = {answer for answer, good in zip(answers, correct, strict=True) if answer and good == 1}
+    return majority_at_k(list(answers), right)

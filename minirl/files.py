@@ -1,0 +1,78 @@
+"""Writing so that a reader sees the old content or the new, never half of it."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minirl.errors import InputError
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, sync it, and rename it into place; on any failure `path` stays
+    as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(fd)
+    staging = Path(name)
+    try:
+        write(staging)
+        os.chmod(staging, 0o644)
+        _sync(staging)
+        os.replace(staging, path)
+        _sync(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda staging: staging.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Fill the folder that is handed out; at the end it takes the place of `path`, whole, or on an exception
+    vanishes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield staging
+        os.chmod(staging, 0o755)
+        for file in staging.rglob("*"):
+            _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(staging, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object from a file; an InputError names the file, and the line if its content is broken."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: is {path.parent} a complete folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): restore the file or download it again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__} where a JSON object is needed: restore the file")
+    return content

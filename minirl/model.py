@@ -1,0 +1,277 @@
+"""A dense decoder of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and SmolLM3, read top to bottom.
+
+Parameter names are those of the Hugging Face checkpoints, so a state dict goes in and out as it is. The forward runs on
+a flat axis of N tokens and leaves the question of who sees whom to a layout (attention.py); it ends at the hidden
+states, so that the logits, [N, V], exist only where somebody asks for them. Left out on purpose: dropout, mixture of
+experts, tensor parallelism, fused projections.
+
+Shapes: N tokens, D width, H heads, K key-value heads, Dh head width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+# A CPU's BLAS sums in another order below about 16 rows: a token's result would depend on how many others share its
+# batch, and so would the completions. From 16 rows on it is the same to the bit for most shapes.
+MIN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a checkpoint's config.json says, in this project's words (`checkpoint.read_config` translates)."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    model_type: str = "llama"
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    """The `rope_scaling` entry of config.json: rope_type linear, llama3 or yarn with its parameters."""
+    max_positions: int = 2048
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    """Sliding window of each layer in tokens, None = full attention; empty = full everywhere."""
+    rope_layers: tuple[bool, ...] = ()
+    """Whether a layer rotates its queries and keys; empty = all do."""
+    source: dict = field(default_factory=dict, compare=False)
+    """The config.json that this came from; written back with the weights."""
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def rotates(self, layer: int) -> bool:
+        return self.rope_layers[layer] if self.rope_layers else True
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x / rms(x) · weight, the root mean square in fp32 at least (Zhang & Sennrich 2019, eq. 4)."""
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """Angular frequency of each pair of a head, [Dh/2] fp32, and the factor on cos and sin (1 but for yarn)."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequency = 1.0 / config.rope_theta**half
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        return frequency / scaling["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(frequency, scaling), 1.0
+    if kind == "yarn":
+        return _yarn(frequency, scaling, config)
+    return frequency, 1.0
+
+
+def _llama3(frequency: torch.Tensor, s: dict) -> torch.Tensor:
+    """Long wavelengths are slowed by `factor`, short ones kept, with a linear blend between (Llama 3.1)."""
+    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the original context
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - keep) * frequency / s["factor"] + keep * frequency
+
+
+def _yarn(frequency: torch.Tensor, s: dict, config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """NTK-by-parts interpolation and attention temperature (YaRN, Peng et al. 2309.00071, eq. 17-24)."""
+    factor, original = s["factor"], s.get("original_max_position_embeddings") or config.max_positions
+
+    def pair_with_turns(turns: float) -> float:
+        return config.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_with_turns(s.get("beta_fast") or 32), pair_with_turns(s.get("beta_slow") or 1)
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    pair = torch.arange(config.head_dim // 2, dtype=torch.float32, device="cpu")
+    slow = ((pair - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+
+    def temperature(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention = s.get("attention_factor")
+    if attention is None:
+        above, below = s.get("mscale"), s.get("mscale_all_dim")
+        attention = temperature(above) / temperature(below) if above and below else temperature(1.0)
+    return slow * frequency / factor + (1 - slow) * frequency, attention
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [N, in] @ weight [out, in].T + bias, on a CPU never on fewer than MIN_ROWS rows at once."""
+    rows = x.shape[0]
+    if rows < MIN_ROWS and x.device.type == "cpu":
+        return F.linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [N, heads, Dh] by cos, sin [N, 1, Dh]: halves are paired (RoFormer 2104.09864, as in
+    GPT-NeoX)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        c = config
+        self.layer, self.head_dim = layer, c.head_dim
+        self.window, self.rotates = c.window(layer), c.rotates(layer)
+        self.q_proj = Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], layout) -> torch.Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return self.o_proj(layout.attend(self.layer, q, k, v, self.window).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) · up x) (Shazeer 2002.05202)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.width, c.mlp_width, bias=c.mlp_bias)
+        self.up_proj = Linear(c.width, c.mlp_width, bias=c.mlp_bias)
+        self.down_proj = Linear(c.mlp_width, c.width, bias=c.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], layout) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, layout)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm, under the names of the checkpoints
+    (`model.layers.0.self_attn.q_proj.weight`)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.layers)])
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+
+class Transformer(nn.Module):
+    """A language model, or with `scalar_head` a reward model or critic: one fp32 number a token instead of logits."""
+
+    def __init__(self, config: ModelConfig, scalar_head: bool = False):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+        self.model = Trunk(config)
+        self.lm_head = None if config.tied or scalar_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.score = nn.Linear(config.width, 1, bias=False) if scalar_head else None
+        # Not a buffer: `.to(bfloat16)` would round the frequencies.
+        self.rope_frequency, self.rope_scale = rope_frequencies(config)
+
+    @classmethod
+    def from_pretrained(cls, path: str, dtype: torch.dtype | None = None, device=None) -> "Transformer":
+        """Read a Hugging Face directory or hub id. `dtype` None keeps the checkpoint's own."""
+        from minirl.checkpoint import load_model
+
+        return load_model(path, dtype, device)
+
+    def save_pretrained(self, path: str) -> None:
+        """Write config.json and model.safetensors so that transformers and other engines load them."""
+        from minirl.checkpoint import save_model
+
+        save_model(self, path)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, D]"""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: torch.Tensor, layout) -> torch.Tensor:
+        """tokens [N] on a layout -> hidden states after the final norm [N, D]; `logits` or `values` come from them."""
+        x = self.model.embed_tokens(tokens)
+        rope = self._rope(layout.positions)
+        for block in self.model.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = recompute(block, x, rope, layout, use_reentrant=False)
+            else:
+                x = block(x, rope, layout)
+        return self.model.norm(x)
+
+    def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.rope_frequency.device != positions.device:
+            self.rope_frequency = self.rope_frequency.to(positions.device)
+        angle = positions.float().unsqueeze(1) * self.rope_frequency  # [N, Dh/2]; fp32, also in a bf16 model
+        angle = torch.cat((angle, angle), -1).unsqueeze(1)  # [N, 1, Dh]
+        return (angle.cos() * self.rope_scale).to(self.dtype), (angle.sin() * self.rope_scale).to(self.dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, D] -> fp32 logits [N, V]."""
+        return linear(hidden, self.head_weight).float()
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, D] -> fp32 scalars [N] of the scalar head."""
+        return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+
+    @torch.no_grad()
+    def initialise(self, seed: int, std: float = 0.02) -> "Transformer":
+        """Random weights from a seed: N(0, std²), projections back into the residual stream divided by √(2·layers)
+        (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            scale = (
+                std / math.sqrt(2 * self.config.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+            )
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+        return self

@@ -1,0 +1,105 @@
+"""One batch of experience: prompts, their completions, what they are worth. Filled front to back, then read by the
+update."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from minirl.rewards import score
+from minirl.sampler import Completion, Sampler, SamplingParams
+from minirl.tasks import Task
+from minirl.tokenizer import Tokenizer
+
+
+@dataclass
+class Rollout:
+    """P prompts with G completions each; row i·G + j of the flat lists and tensors is completion j of prompt i. B =
+    P·G."""
+
+    examples: list[dict]  # P
+    prompts: list[list[int]]  # P token lists
+    completions: list[Completion]  # B
+    texts: list[str]  # B, without special tokens
+    rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [B]; NaN = could not be scored
+    parts: dict[str, list[float]] = field(default_factory=dict)  # each reward function's unweighted values
+    advantages: torch.Tensor | None = None  # [B]
+
+    @property
+    def group_size(self) -> int:
+        return len(self.completions) // len(self.prompts)
+
+    @property
+    def group_ids(self) -> torch.Tensor:
+        return torch.arange(len(self.prompts)).repeat_interleave(self.group_size)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(c.tokens) for c in self.completions]
+
+    def columns(self) -> dict[str, list]:
+        """The examples' columns but for the prompt, and the token ids; one entry a completion, as rewards take them."""
+        names = [name for name in self.examples[0] if name != "prompt"]
+        columns = {name: [e[name] for e in self.examples for _ in range(self.group_size)] for name in names}
+        return columns | {"completion_ids": [c.tokens for c in self.completions]}
+
+    def score(self, rewards: dict, timeout: float | None = None) -> None:
+        prompts = [e["prompt"] for e in self.examples for _ in range(self.group_size)]
+        total, self.parts = score(rewards, prompts, self.texts, self.columns(), timeout)
+        self.rewards = torch.tensor(total, dtype=torch.float64)
+
+    def metrics(self) -> dict[str, float]:
+        """What the rollout alone tells: rewards, lengths, groups with a signal."""
+        scored = self.rewards[~self.rewards.isnan()]
+        groups = self.rewards.view(-1, self.group_size)
+        spread = torch.stack(
+            [g[~g.isnan()].std(correction=0) if (~g.isnan()).any() else g.new_zeros(()) for g in groups]
+        )
+        lengths = torch.tensor(self.lengths, dtype=torch.float64)
+        truncated = [c.finish_reason == "length" for c in self.completions]
+        out = {
+            "reward/mean": scored.mean().item() if len(scored) else math.nan,
+            "reward/std": scored.std(correction=0).item() if len(scored) else math.nan,
+            "reward/min": scored.min().item() if len(scored) else math.nan,
+            "reward/max": scored.max().item() if len(scored) else math.nan,
+            "reward/unscored_frac": 1 - len(scored) / len(self.rewards),
+            "reward/group_std_mean": spread.mean().item(),
+            "group/signal_frac": (spread > 1e-8).double().mean().item(),
+            "len/mean": lengths.mean().item(),
+            "len/min": lengths.min().item(),
+            "len/max": lengths.max().item(),
+            "len/p95": lengths.quantile(0.95).item(),
+            "truncated_frac": sum(truncated) / len(truncated),
+        }
+        for name, values in self.parts.items():
+            known = [v for v in values if v == v]
+            out[f"reward/{name}"] = sum(known) / len(known) if known else math.nan
+        return out
+
+
+def sample(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    examples: Sequence[dict],
+    params: SamplingParams,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """Draw params.n completions for the prompt of each example."""
+    prompts = [tokenizer.prompt_ids(example["prompt"]) for example in examples]
+    groups = sampler.generate(prompts, params, progress)
+    completions = [completion for group in groups for completion in group]
+    texts = [tokenizer.decode(without_stop(c, params)) for c in completions]
+    return Rollout(list(examples), prompts, completions, texts)
+
+
+def without_stop(completion: Completion, params: SamplingParams) -> list[int]:
+    """The tokens a reader sees: a stop token belongs to the action, not to the text."""
+    tokens = completion.tokens
+    return tokens[:-1] if tokens and tokens[-1] in params.stop_ids else tokens
+
+
+def task_rewards(task: Task) -> dict:
+    """The rewards of a task and, where it is not among them, its accuracy with weight 0, so that both are logged."""
+    known = any(function is task.correct for _, function in task.rewards.values())
+    return dict(task.rewards) if known else {**task.rewards, "correct": (0.0, task.correct)}

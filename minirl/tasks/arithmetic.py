@@ -1,0 +1,139 @@
+"""Arithmetic: sums, products and greatest common divisors of two numbers."""
+
+import math
+import operator
+import random
+import string
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minirl.errors import InputError
+from minirl.rewards.numbers import last_number as find_last_number
+from minirl.rewards.registry import did_you_mean
+from minirl.rewards.rules import last_number
+from minirl.tasks.split import check_sizes, draw_split, problem_hash
+from minirl.tasks.task import Task
+
+
+class Operation(NamedTuple):
+    symbol: str  # stands for {op} in a template
+    apply: Callable[[int, int], int]
+    smallest: int  # operand
+    question: str  # the template for chat models
+    bare: str  # the template for models that continue a text
+
+
+JUST = " Answer with just the number."
+OPERATIONS = {
+    "sum": Operation("+", operator.add, 0, "What is {a} + {b}?" + JUST, "{a}+{b}="),
+    "product": Operation("*", operator.mul, 0, "What is {a} * {b}?" + JUST, "{a}*{b}="),
+    "gcd": Operation("gcd", math.gcd, 1, "What is the greatest common divisor of {a} and {b}?" + JUST, "gcd({a},{b})="),
+}
+MAX_LISTED_DIGITS = 2  # up to here all problems are listed, beyond they are drawn
+DEFAULT_TRAIN, DEFAULT_HELDOUT = 4096, 256
+
+Problem = tuple[str, int, int]  # operation, smaller operand, larger operand: 3+4 and 4+3 are one problem
+
+
+def arithmetic(
+    *,
+    op: str = "sum",
+    digits: int = 1,
+    template: str | None = None,
+    chat: bool = True,
+    train_size: int | None = None,
+    heldout_size: int | None = None,
+    seed: int = 0,
+) -> Task:
+    """Problems in one operation, or in all three for op="mix", on operands of up to `digits` digits (gcd: from 1 on).
+
+    No prompt occurs twice; 3+4 and 4+3 are two prompts of one problem and always on the same side. A size of None
+    stands for all there is, up to 4096 prompts for training and, of a fifth, up to 256 held out. The template holds {a}
+    and {b}, and {op} where wanted; with chat=True it becomes a user message. The reward compares the last number in the
+    completion.
+    """
+    ops = _operations(op)
+    _check_template(template, op)
+    check_sizes("arithmetic", train_size, heldout_size)
+    if not 1 <= digits <= 100:
+        raise InputError(f"arithmetic: digits must lie in 1..100, not {digits}.")
+
+    def example(name: str, a: int, b: int) -> dict:
+        operation = OPERATIONS[name]
+        text = (template or (operation.question if chat else operation.bare)).format(a=a, b=b, op=operation.symbol)
+        prompt = [{"role": "user", "content": text}] if chat else text
+        return {"prompt": prompt, "answer": str(operation.apply(a, b))}
+
+    split = _listed if digits <= MAX_LISTED_DIGITS else _drawn
+    train, heldout = split(ops, 10**digits - 1, train_size, heldout_size, seed, example)
+    rewards = {"correct": (1.0, last_number)}
+    return Task("arithmetic", train, heldout, rewards, last_number, last_number_text)
+
+
+def last_number_text(completion: str) -> str | None:
+    """The last number in normal form: 7.0 and 07 are "7", 2/4 is "1/2"."""
+    value = find_last_number(completion)
+    return None if value is None else str(value)
+
+
+def _listed(ops, largest: int, train_size, heldout_size, seed: int, example) -> tuple[list[dict], list[dict]]:
+    """All problems in the order of their hashes: the first are held out, the others are for training."""
+    problems = [
+        (op, a, b) for op in ops for a in range(OPERATIONS[op].smallest, largest + 1) for b in range(a, largest + 1)
+    ]
+    problems.sort(key=lambda problem: problem_hash(seed, problem))
+    total = sum(len(_wordings(problem)) for problem in problems)
+    wanted = min(DEFAULT_HELDOUT, total // 5) if heldout_size is None else heldout_size
+    heldout, taken = [], 0
+    while len(heldout) < wanted and taken < len(problems):
+        heldout += _wordings(problems[taken])
+        taken += 1
+    train = [wording for problem in problems[taken:] for wording in _wordings(problem)]
+    if len(heldout) < wanted or (train_size is not None and len(train) < train_size):
+        raise InputError(
+            f"arithmetic: these numbers give {total} prompts, {len(train)} for training beside heldout_size={wanted}, "
+            f"but train_size={train_size}: ask for fewer, or for more digits."
+        )
+    random.Random(f"arithmetic {seed}").shuffle(train)  # else 3+4 and 4+3 are neighbours
+    train = train[: DEFAULT_TRAIN if train_size is None else train_size]
+    return [example(*wording) for wording in train], [example(*wording) for wording in heldout[:wanted]]
+
+
+def _drawn(ops, largest: int, train_size, heldout_size, seed: int, example) -> tuple[list[dict], list[dict]]:
+    def draw(rng: random.Random) -> tuple[Problem, dict]:
+        op = rng.choice(ops)
+        a, b = rng.randint(OPERATIONS[op].smallest, largest), rng.randint(OPERATIONS[op].smallest, largest)
+        return (op, min(a, b), max(a, b)), example(op, a, b)
+
+    train_size = DEFAULT_TRAIN if train_size is None else train_size
+    heldout_size = DEFAULT_HELDOUT if heldout_size is None else heldout_size
+    return draw_split("arithmetic", draw, train_size, heldout_size, seed)
+
+
+def _wordings(problem: Problem) -> list[tuple[str, int, int]]:
+    op, a, b = problem
+    return [(op, a, b)] if a == b else [(op, a, b), (op, b, a)]
+
+
+def _operations(op: str) -> list[str]:
+    if op == "mix":
+        return list(OPERATIONS)
+    if op not in OPERATIONS:
+        choices = [*OPERATIONS, "mix"]
+        raise InputError(
+            f"arithmetic: op {op!r} is unknown{did_you_mean(op, choices)}: choose from {', '.join(choices)}."
+        )
+    return [op]
+
+
+def _check_template(template: str | None, op: str) -> None:
+    if template is None:
+        return
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise InputError(f"arithmetic: the template {template!r} is malformed ({error}).") from error
+    needed = {"a", "b", "op"} if op == "mix" else {"a", "b"}
+    if not needed <= fields or not fields <= {"a", "b", "op"}:
+        braces = ", ".join(f"{{{field}}}" for field in sorted(needed))
+        raise InputError(f"arithmetic: the template must hold {braces} and no other field, but it is {template!r}.")

@@ -1,0 +1,86 @@
+"""Tasks by name or path, with their options checked."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from minirl.errors import InputError
+from minirl.rewards.registry import did_you_mean
+from minirl.tasks.arithmetic import arithmetic
+from minirl.tasks.countdown import countdown
+from minirl.tasks.jsonl import jsonl
+from minirl.tasks.task import Task
+
+TASKS: dict[str, Callable[..., Task]] = {"arithmetic": arithmetic, "countdown": countdown}
+
+
+def load_task(name_or_path: str | Path, **options) -> Task:
+    """A built-in task, or the examples of a .jsonl file; the options are the keyword arguments of its function in this
+    folder.
+
+    Values may be texts, as a command line gives them ("3", "true", "none"). InputError names the choices for an unknown
+    task or option.
+    """
+    name = str(name_or_path)
+    if name in TASKS:
+        return TASKS[name](**_checked(name, TASKS[name], options))
+    if name.endswith(".jsonl") or Path(name).exists():
+        return jsonl(name, **_checked(name, jsonl, options))
+    choices = ", ".join(TASKS)
+    hint = did_you_mean(name, TASKS)
+    raise InputError(f"task {name!r} is unknown{hint}: choose from {choices}, or give the path of a .jsonl file.")
+
+
+def parse_task(spec: str) -> Task:
+    """A task as a command line names it: `arithmetic:op=sum,digits=2`, `data.jsonl:heldout_fraction=0.2`."""
+    name, colon, rest = spec.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",")] if colon else []
+    for option, equals, _ in pairs:
+        if not equals:
+            raise InputError(f"task {spec!r}: {option!r} is no option=value: write it as {name}:option=value,...")
+    return load_task(name, **{option: value for option, _, value in pairs})
+
+
+def _checked(task: str, function: Callable, options: dict) -> dict:
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for option in options:
+        if option not in known:
+            hint = did_you_mean(option, known)
+            raise InputError(f"task {task!r} has no option {option!r}{hint}: choose from {', '.join(known)}.")
+    return {option: _converted(task, option, value, known[option]) for option, value in options.items()}
+
+
+def _converted(task: str, option: str, value, annotation):
+    """The value as the annotation (int, float, bool, str, or a union with None) has it."""
+    accepted = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for kind in sorted(accepted, key=lambda kind: kind is not types.NoneType):
+        try:
+            return _READERS[kind](value)
+        except (KeyError, TypeError, ValueError):
+            continue
+    kinds = " or ".join("none" if kind is types.NoneType else kind.__name__ for kind in accepted)
+    raise InputError(f"task {task!r}: option {option} must be {kinds}, not {value!r}.")
+
+
+def _read_int(value) -> int:
+    if isinstance(value, bool | float):
+        raise TypeError
+    return int(value)
+
+
+def _read_text(value) -> str:
+    if not isinstance(value, str | Path):
+        raise TypeError
+    return str(value)
+
+
+_READERS = {
+    types.NoneType: lambda value: {None: None, "none": None}[value],
+    bool: lambda value: {True: True, False: False, "true": True, "false": False}[value],
+    int: _read_int,
+    float: float,
+    str: _read_text,
+}

@@ -1,0 +1,49 @@
+"""Seeded splits by problem: whatever side a problem is on, all its wordings are on, and no list of all problems is
+needed.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Hashable
+
+from minirl.errors import InputError
+
+HELDOUT_SHARE = 0.2  # of the problems of a task that are drawn rather than listed
+PATIENCE = 5000  # draws
+
+
+def problem_hash(seed: int, problem: Hashable) -> float:
+    """A number in [0, 1) that depends on nothing but the seed and the problem: its place in the split."""
+    digest = hashlib.blake2b(repr((seed, problem)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def draw_split(
+    name: str, draw: Callable[[random.Random], tuple[Hashable, dict]], train_size: int, heldout_size: int, seed: int
+) -> tuple[list[dict], list[dict]]:
+    """Distinct examples for both sides from `draw(rng) -> (problem, example)`; a problem's hash decides on its side.
+
+    InputError if `PATIENCE` draws in a row bring nothing new: the task has too few problems.
+    """
+    check_sizes(name, train_size, heldout_size)
+    rng = random.Random(f"{name} {seed}")
+    train, heldout, seen, idle = [], [], set(), 0
+    while idle < PATIENCE:
+        if len(train) == train_size and len(heldout) == heldout_size:
+            return train, heldout
+        problem, example = draw(rng)
+        idle += 1
+        side, size = (heldout, heldout_size) if problem_hash(seed, problem) < HELDOUT_SHARE else (train, train_size)
+        if len(side) < size and str(example["prompt"]) not in seen:
+            seen.add(str(example["prompt"]))
+            side.append(example)
+            idle = 0
+    raise InputError(
+        f"{name}: only {len(train)} of train_size={train_size} and {len(heldout)} of heldout_size={heldout_size} "
+        "distinct problems were found: ask for fewer, or widen the range of the numbers."
+    )
+
+
+def check_sizes(name: str, *sizes: int | None) -> None:
+    if any(size is not None and size < 0 for size in sizes):
+        raise InputError(f"{name}: train_size and heldout_size must be 0 or more.")

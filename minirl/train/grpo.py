@@ -1,0 +1,367 @@
+"""Group-relative policy optimisation and its family: critic-free RL on verifiable rewards.
+
+    for each step:  prompts -> G completions each -> rewards -> advantage within the group -> one or more updates of the
+    one policy loss
+
+DeepSeekMath 2402.03300, Alg. 1. Which member of the family runs is a row of options: an advantage estimator and a
+`PolicyLoss` (`--preset` takes both from the table in losses.py).
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from minirl.advantages import OUTCOME, kl_in_sequence_reward
+from minirl.errors import InputError
+from minirl.evaluate import evaluate
+from minirl.losses import PRESETS, PolicyLoss, overlong_penalty
+from minirl.model import Transformer
+from minirl.rewards import load_reward
+from minirl.rollout import Rollout, sample, task_rewards
+from minirl.sampler import Sampler, SamplingParams
+from minirl.tasks import Task, parse_task
+from minirl.tokenizer import Tokenizer
+from minirl.train.batch import Row, score
+from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.run import Display, Run, interruptible, peak_memory_gb, pick_device, pick_dtype
+from minirl.train.sft import order, take
+from minirl.train.step import Batch, accumulate, response_mask
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Train a checkpoint by GRPO, or a relative of it, on a task with verifiable rewards."""
+
+    model: str
+    """Checkpoint: a Hugging Face directory or hub id."""
+    task: str = "arithmetic"
+    """arithmetic, countdown or a .jsonl file, with options after a colon: arithmetic:op=product,digits=2"""
+    out: str = "runs/grpo"
+    """Folder of the run."""
+    preset: str | None = None
+    """A row of the table of algorithms: sets advantage, loss and truncation. None: GRPO without a reference."""
+    advantage: Literal[tuple(OUTCOME)] = "grpo"
+    """Advantage estimator."""
+    loss: PolicyLoss = field(default_factory=lambda: PolicyLoss(aggregation="seq_mean"))
+    """The policy loss."""
+    kl_in_reward: float = 0.0
+    """Weight of the KL to the reference, subtracted from the reward of a completion."""
+    truncation: Literal["keep", "mask", "penalty"] = "keep"
+    """A completion cut at max_tokens keeps its reward, leaves the loss, or pays `truncation_penalty`."""
+    truncation_penalty: float = 1.0
+    """What truncation=penalty subtracts from the reward."""
+    overlong_cache: int = 0
+    """DAPO's soft punishment over the last so many tokens before max_tokens; 0 = off."""
+    rewards: tuple[str, ...] = ()
+    """Further rewards beside the task's: name=weight or file.py:function=weight."""
+    reward_timeout: float | None = None
+    """Seconds a completion that a reward function may take, in a process that can be killed; None calls it directly."""
+    steps: int = 100
+    """Rollouts."""
+    prompts: int = 16
+    """Prompts a step."""
+    group: int = 8
+    """Completions a prompt."""
+    epochs: int = 1
+    """Passes of the optimizer over a rollout (μ)."""
+    mini_batches: int = 1
+    """Optimizer steps a pass."""
+    max_tokens: int = 256
+    """Longest completion."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probs in training."""
+    top_k: int = 0
+    """Truncated sampling; what was kept is replayed in training."""
+    top_p: float = 1.0
+    """Truncated sampling; what was kept is replayed in training."""
+    min_p: float = 0.0
+    """Truncated sampling; what was kept is replayed in training."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, beside the checkpoint's stop tokens."""
+    slots: int = 64
+    """Completions sampled at a time: a memory knob that changes no completion."""
+    micro_batch_tokens: int = 4096
+    """Tokens in one training forward: a memory knob that changes no gradient."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    weight_decay: float = 0.0
+    """Decay of the matrices."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    eval_every: int = 10
+    """Steps between held-out evaluations; 0 = only before and after."""
+    eval_prompts: int = 64
+    """Held-out prompts of an evaluation."""
+    eval_samples: int = 8
+    """Completions a held-out prompt (k of mean@k, pass@k and maj@k), at `temperature`; the greedy one comes on top."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+    shown: int = 2
+    """Completions a step that are written to completions.jsonl."""
+    seed: int = 0
+    """Decides prompts and draws: a run is a function of its config."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; masters are fp32."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    resume: bool = False
+    """Continue the run in `out`."""
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "prompts",
+            "group",
+            "epochs",
+            "mini_batches",
+            "max_tokens",
+            "slots",
+            "micro_batch_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)}: it must be at least 1")
+        for name in ("lr", "clip_norm", "temperature"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} = {getattr(self, name)}: it must be positive")
+        if self.mini_batches > self.prompts:
+            raise InputError(f"mini_batches = {self.mini_batches}: there are only {self.prompts} prompts to share out")
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            n=self.group,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+        )
+
+
+def preset_defaults(name: str, max_tokens: int = GRPOConfig.max_tokens) -> dict:
+    """What a preset sets in a GRPOConfig; an InputError for one that this loop does not run."""
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} is unknown: choose from {', '.join(runnable_presets())}")
+    preset = PRESETS[name]
+    if name not in runnable_presets():
+        choices = ", ".join(runnable_presets())
+        raise InputError(
+            f"preset {name!r} needs more than this loop has (a critic, rewards of steps): choose from {choices}"
+        )
+    loss = preset.loss
+    if loss.aggregation == "seq_sum_const":
+        loss = replace(loss, const_length=float(max_tokens))
+    overlong = max_tokens // 5 if preset.overlong_punishment else 0  # 4096 of 20480, as in DAPO
+    return {
+        "preset": name,
+        "advantage": preset.advantage,
+        "loss": loss,
+        "kl_in_reward": preset.kl_in_reward,
+        "truncation": preset.truncation,
+        "epochs": preset.epochs,
+        "overlong_cache": overlong,
+    }
+
+
+def runnable_presets() -> list[str]:
+    """Presets without a critic whose advantage is one number a completion, and which take every group that is drawn."""
+    return [name for name, p in PRESETS.items() if p.advantage in OUTCOME and not p.critic and not p.dynamic_sampling]
+
+
+class GRPO:
+    """Everything that a run holds, and one method for each stage of a step."""
+
+    def __init__(self, config: GRPOConfig, run: Run, display: Display, task: Task | None = None):
+        self.config, self.run, self.display = config, run, display
+        self.task = task or parse_task(config.task)
+        if not self.task.train:
+            raise InputError(f"task {config.task!r} has no training examples: ask for some")
+        self.rewards = task_rewards(self.task) | dict(_extra_reward(spec) for spec in config.rewards)
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
+        source = run.checkpoint or config.model
+        self.model = Transformer.from_pretrained(source, dtype, device)
+        self.model.checkpointing = config.recompute
+        self.tokenizer = Tokenizer.from_pretrained(source)
+        self.reference = None
+        if config.loss.kl != "none" or config.kl_in_reward:
+            self.reference = Transformer.from_pretrained(config.model, dtype, device).requires_grad_(False)
+        self.optimizer = AdamW(self.model, weight_decay=config.weight_decay)
+        if run.checkpoint:
+            run.restore(self.optimizer)
+        self.sampler = Sampler(self.model, config.slots, tokenizer=self.tokenizer)
+        self.params = replace(config.sampling, stop_ids=self.tokenizer.stop_ids)
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> dict[str, float]:
+        """Rollout, rewards, advantages, updates; returns the step's metrics."""
+        started = time.perf_counter()
+        rollout = self.collect(step)
+        sampled = time.perf_counter()
+        metrics = rollout.metrics() | self.update(rollout, step)
+        trained = time.perf_counter()
+        tokens = sum(rollout.lengths)
+        self.show(rollout, step + 1)
+        return metrics | {
+            "tokens_per_s/rollout": tokens / (sampled - started),
+            "tokens_per_s/train": tokens / (trained - sampled),
+            "time/rollout": sampled - started,
+            "time/train": trained - sampled,
+            "memory/peak_gb": peak_memory_gb(),
+        }
+
+    def show(self, rollout: Rollout, step: int) -> None:
+        """Write the first completion of some prompts to completions.jsonl."""
+        for i in range(min(self.config.shown, len(rollout.prompts))):
+            row, completion = i * rollout.group_size, rollout.completions[i * rollout.group_size]
+            self.run.log_completion(
+                step,
+                prompt=rollout.examples[i]["prompt"],
+                completion=rollout.texts[row],
+                reward=rollout.rewards[row].item(),
+                advantage=rollout.advantages[row].item(),
+                finish_reason=completion.finish_reason,
+            )
+
+    def collect(self, step: int) -> Rollout:
+        """Sample the step's prompts and score what comes back."""
+        c = self.config
+        chosen = take(len(self.task.train), c.seed, step * c.prompts, c.prompts)
+        params = replace(self.params, seed=(c.seed << 32) + step)
+
+        def progress(done: int, total: int) -> None:
+            self.display.progress("rollout", done, total)
+
+        rollout = sample(self.sampler, self.tokenizer, [self.task.train[i] for i in chosen], params, progress)
+        rollout.score(self.rewards, c.reward_timeout)
+        if c.overlong_cache:
+            rollout.rewards += overlong_penalty(torch.tensor(rollout.lengths), c.max_tokens, c.overlong_cache)
+        if c.truncation == "penalty":
+            cut = torch.tensor([x.finish_reason == "length" for x in rollout.completions])
+            rollout.rewards -= c.truncation_penalty * cut
+        return rollout
+
+    def batch(self, rollout: Rollout) -> Batch:
+        """Rows, mask, log-probs and advantages of a rollout."""
+        c, device = self.config, self.model.device
+        prompts = [rollout.prompts[i // rollout.group_size] for i in range(len(rollout.completions))]
+        rows = [
+            Row(prompt, completion.tokens, i // rollout.group_size, completion.kept)
+            for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
+        ]
+        mask = response_mask(rows, device)
+        sampled = torch.zeros(mask.shape, device=device)
+        sampled[mask] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
+        if c.truncation == "mask":
+            mask &= torch.tensor([x.finish_reason != "length" for x in rollout.completions], device=device)[:, None]
+        old = ref = None
+        if c.epochs * c.mini_batches > 1 or c.kl_in_reward:
+            old = self.score(self.model, rows)
+        if self.reference is not None:
+            ref = self.score(self.reference, rows)
+        rewards = rollout.rewards.to(device)
+        if c.kl_in_reward:
+            rewards = kl_in_sequence_reward(rewards, old, ref, mask, c.kl_in_reward)
+        rollout.advantages = OUTCOME[c.advantage](rewards, rollout.group_ids.to(device)).float()
+        return Batch(rows, rollout.advantages, mask, old, ref, sampled)
+
+    def score(self, model: Transformer, rows: list[Row]) -> torch.Tensor:
+        return score(model, rows, self.config.micro_batch_tokens, self.config.temperature)
+
+    def update(self, rollout: Rollout, step: int) -> dict[str, float]:
+        """μ passes over mini-batches of whole groups; metrics are means over the optimizer steps."""
+        c, batch = self.config, self.batch(rollout)
+        lr = learning_rate(step, c.lr, c.warmup, c.steps, c.schedule)
+        updates, skipped = [], 0
+        for epoch in range(c.epochs):
+            groups = order(len(rollout.prompts), c.seed, 1 + step * c.epochs + epoch)
+            for part in np.array_split(groups, c.mini_batches):
+                indices = [g * c.group + j for g in sorted(part.tolist()) for j in range(c.group)]
+                metrics = accumulate(self.model, batch.select(indices), c.loss, c.micro_batch_tokens, c.temperature)
+                if metrics:
+                    updates.append(metrics | {"grad_norm": self.optimizer.step(lr, c.clip_norm)})
+                skipped += not metrics
+        names = dict.fromkeys(name for metrics in updates for name in metrics)
+        means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
+        adv = rollout.advantages
+        return means | {
+            "lr": lr,
+            "skip_step": skipped,
+            "adv/mean": adv.mean().item(),
+            "adv/std": adv.std(correction=0).item(),
+            "adv/min": adv.min().item(),
+            "adv/max": adv.max().item(),
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        c = self.config
+
+        def progress(done: int, total: int) -> None:
+            self.display.progress("evaluation", done, total)
+
+        params = replace(self.params, n=c.eval_samples, seed=(c.seed << 32) + (1 << 31))
+        examples = self.task.heldout[: c.eval_prompts]
+        result = evaluate(self.sampler, self.tokenizer, self.task, params, examples, True, c.reward_timeout, progress)
+        return result.metrics
+
+
+def _extra_reward(spec: str) -> tuple[str, tuple[float, object]]:
+    name, _, weight = spec.rpartition("=")
+    try:
+        return name, (float(weight), load_reward(name))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"reward {spec!r} must be given as name=weight, for instance format=0.2") from None
+
+
+def step_line(step: int, steps: int, m: dict) -> str:
+    """What matters, first things first."""
+    held = f"  held-out {m['eval/mean']:.3f} (greedy {m['eval/greedy']:.3f})" if "eval/mean" in m else ""
+    kl, entropy = m.get("kl_ref/k3", m.get("kl_old/k3", math.nan)), m.get("entropy", math.nan)
+    return (
+        f"step {step}/{steps}  reward {m['reward/mean']:.3f}{held}  kl {kl:.4f}  entropy {entropy:.3f}  "
+        f"signal {m['group/signal_frac']:.2f}  clip {m.get('clip/frac', 0.0):.3f}  "
+        f"mismatch {m.get('mismatch/abs_mean', math.nan):.1e}  len {m['len/mean']:.1f}  "
+        f"{m['tokens_per_s/rollout']:.0f}+{m['tokens_per_s/train']:.0f} tok/s  {m['memory/peak_gb']:.1f} GB"
+    )
+
+
+def train_grpo(config: GRPOConfig, display: Display | None = None, task: Task | None = None) -> Path:
+    """Run the whole of `minirl grpo`; returns the folder of the trained model. `task` overrides config.task."""
+    display = display or Display()
+    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
+    run = Run(config.out, identity, config.resume)
+    trainer = GRPO(config, run, display, task)
+    if run.start == 0:
+        metrics = trainer.evaluate()
+        run.log(0, metrics)
+        display.line(f"before: held-out {metrics['eval/mean']:.3f} (greedy {metrics['eval/greedy']:.3f})")
+    with interruptible(display) as stop_requested:
+        for step in range(run.start, config.steps):
+            metrics = trainer.step(step)
+            last = step + 1 == config.steps
+            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+                metrics |= trainer.evaluate()
+            run.log(step + 1, metrics)
+            display.progress("step", step + 1, config.steps)
+            display.line(step_line(step + 1, config.steps, metrics))
+            if last or (step + 1) % config.save_every == 0 or stop_requested():
+                run.save(step + 1, trainer.model, trainer.tokenizer, trainer.optimizer)
+            if stop_requested() and not last:
+                display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
+                raise KeyboardInterrupt
+    return run.finish(trainer.model, trainer.tokenizer)

@@ -1,0 +1,182 @@
+"""Supervised fine-tuning on (prompt, completion) pairs, the prompt masked out.
+
+    loss = −(1/N_tok) Σ_t log π(y_t | x, y_<t)      over completion tokens, the stop token included
+
+It is the policy loss with advantage 1, no ratio, and a mean over tokens.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from minirl.errors import InputError
+from minirl.losses import PolicyLoss
+from minirl.model import Transformer
+from minirl.tokenizer import Tokenizer
+from minirl.train.batch import Row
+from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.run import Display, Run, interruptible, peak_memory_gb, pick_device, pick_dtype
+from minirl.train.step import Batch, accumulate, response_mask
+
+LIKELIHOOD = PolicyLoss(ratio_level="none", surrogate="is_pg", aggregation="token_mean")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Fine-tune a checkpoint on demonstrations."""
+
+    model: str
+    """Checkpoint: a Hugging Face directory or hub id."""
+    data: str
+    """JSONL file; each line has "prompt" (a text or chat messages) and "completion" (a text)."""
+    out: str = "runs/sft"
+    """Folder of the run."""
+    steps: int = 200
+    """Optimizer steps."""
+    batch: int = 32
+    """Examples a step."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up."""
+    weight_decay: float = 0.1
+    """Decay of the matrices."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    micro_batch_tokens: int = 4096
+    """Tokens in one forward: a memory knob that changes no result."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Order of the examples."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; masters are fp32."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    resume: bool = False
+    """Continue the run in `out`."""
+
+
+def read_demonstrations(path: str | Path) -> list[dict]:
+    """Lines of a JSONL file with "prompt" and "completion"."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): check the path") from None
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}: not valid JSON ({error.msg}): each line must be one object"
+            ) from None
+        if not isinstance(example, dict) or not isinstance(example.get("completion"), str) or "prompt" not in example:
+            raise InputError(f"{path}, line {number}: needs a 'prompt' and a 'completion' text")
+        examples.append(example)
+    if not examples:
+        raise InputError(f"{path} holds no examples: give at least one line")
+    return examples
+
+
+def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Row]:
+    """Token rows; each completion ends with the stop token unless it had to be cut at `max_length` tokens in all."""
+    if not tokenizer.stop_ids:
+        raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
+    rows = []
+    for i, example in enumerate(examples):
+        prompt = tokenizer.prompt_ids(example["prompt"])
+        if not prompt or len(prompt) >= max_length:
+            raise InputError(
+                f"example {i}: its prompt has {len(prompt)} tokens, and between 1 and {max_length - 1} fit"
+            )
+        response = [*tokenizer.encode(example["completion"]), tokenizer.stop_ids[0]]
+        rows.append(Row(prompt, response[: max_length - len(prompt)], group=i))
+    return rows
+
+
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The examples' order in an epoch, a function of the seed alone."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def take(count: int, seed: int, start: int, number: int) -> list[int]:
+    """Indices start .. start+number of the endless sequence of shuffled epochs."""
+    epochs = range(start // count, (start + number - 1) // count + 1)
+    sequence = np.concatenate([order(count, seed, epoch) for epoch in epochs])
+    offset = start - epochs[0] * count
+    return sequence[offset : offset + number].tolist()
+
+
+def sft_step(model: Transformer, optimizer: AdamW, rows: Sequence[Row], lr: float, clip: float, budget: int) -> dict:
+    """One update on the mean negative log-likelihood of the rows' responses."""
+    batch = Batch(rows, torch.ones(len(rows), device=model.device), response_mask(rows, model.device))
+    metrics = accumulate(model, batch, LIKELIHOOD, budget)
+    norm = optimizer.step(lr, clip)
+    tokens = sum(len(row.response) for row in rows)
+    return {"loss": metrics["loss/total"], "entropy": metrics["entropy"], "grad_norm": norm, "lr": lr, "tokens": tokens}
+
+
+def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
+    """Run the whole of `minirl sft`; returns the folder of the trained model."""
+    examples = read_demonstrations(config.data)
+    run = Run(config.out, _identity(config), config.resume)
+    device = pick_device(config.device)
+    source = run.checkpoint or config.model
+    model = Transformer.from_pretrained(source, pick_dtype(config.dtype, device), device)
+    model.checkpointing = config.recompute
+    tokenizer = Tokenizer.from_pretrained(source)
+    rows = demonstration_rows(tokenizer, examples, model.config.max_positions)
+    return fit(model, tokenizer, rows, config, run, display or Display())
+
+
+def _identity(config) -> dict:
+    """The part of a config that decides the result, as it is written to the run folder."""
+    return {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
+
+
+def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, display: Display) -> Path:
+    """The loop: batch, gradient, step, log, save."""
+    optimizer = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    if run.checkpoint:
+        run.restore(optimizer)
+    with interruptible(display) as stop_requested:
+        for step in range(run.start, config.steps):
+            started = time.perf_counter()
+            chosen = [rows[i] for i in take(len(rows), config.seed, step * config.batch, config.batch)]
+            chosen = [Row(row.prompt, row.response, group=i) for i, row in enumerate(chosen)]
+            lr = learning_rate(step, config.lr, config.warmup, config.steps, config.schedule)
+            metrics = sft_step(model, optimizer, chosen, lr, config.clip_norm, config.micro_batch_tokens)
+            seconds = time.perf_counter() - started
+            metrics |= {"time/step": seconds, "tokens_per_s/train": metrics["tokens"] / seconds}
+            run.log(step + 1, metrics | {"memory/peak_gb": peak_memory_gb()})
+            display.progress("sft", step + 1, config.steps)
+            last = step + 1 == config.steps
+            if last or (step + 1) % max(1, config.steps // 10) == 0:
+                display.line(sft_line(step + 1, config.steps, metrics))
+            if last or (step + 1) % config.save_every == 0 or stop_requested():
+                run.save(step + 1, model, tokenizer, optimizer)
+            if stop_requested() and not last:
+                display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
+                raise KeyboardInterrupt
+    return run.finish(model, tokenizer)
+
+
+def sft_line(step: int, steps: int, m: dict) -> str:
+    return (
+        f"sft {step}/{steps}  loss {m['loss']:.4f}  entropy {m['entropy']:.3f}  grad {m['grad_norm']:.2f}  "
+        f"lr {m['lr']:.1e}  {m['tokens_per_s/train']:.0f} tok/s"
+    )

@@ -1,0 +1,90 @@
+"""The shared step: any number of rows, one gradient, whatever the micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minirl.losses import PolicyLoss, Totals, combine_metrics, policy_loss
+from minirl.model import Transformer
+from minirl.train.batch import MicroBatch, Row, micro_batches
+
+
+@dataclass
+class Batch:
+    """The rows of one optimizer step with what the loss needs of them; B rows, T their longest response."""
+
+    rows: Sequence[Row]
+    advantages: torch.Tensor  # [B] or [B, T]
+    mask: torch.Tensor  # [B, T], 1 where a token counts
+    old_logp: torch.Tensor | None = None  # [B, T]; None = the policy itself, a single on-policy update
+    ref_logp: torch.Tensor | None = None  # [B, T]
+    rollout_logp: torch.Tensor | None = None  # [B, T], what the sampler reported
+
+    def select(self, indices: Sequence[int]) -> "Batch":
+        """Some of the rows, tensors cut to the longest of them."""
+        width = max((len(self.rows[i].response) for i in indices), default=0)
+        index = torch.as_tensor(indices, dtype=torch.long, device=self.mask.device)
+
+        def take(x: torch.Tensor | None):
+            return None if x is None else x[index] if x.dim() == 1 else x[index, :width]
+
+        tensors = (self.advantages, self.mask, self.old_logp, self.ref_logp, self.rollout_logp)
+        return Batch([self.rows[i] for i in indices], *map(take, tensors))
+
+
+def response_mask(rows: Sequence[Row], device=None) -> torch.Tensor:
+    """bool [B, T]: every token of a response counts, its stop token too."""
+    lengths = torch.tensor([len(row.response) for row in rows])
+    return (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).to(device)
+
+
+def accumulate(
+    model: Transformer, batch: Batch, options: PolicyLoss, budget: int, temperature: float = 1.0
+) -> dict[str, float]:
+    """Add the gradient of the policy loss over all rows, in micro-batches of `budget` tokens; metrics of the whole.
+
+    Rows whose gradient is exactly zero (no advantage, and neither KL nor entropy in the loss) are not computed; they
+    count in the denominators of the loss, not in those of the metrics.
+    """
+    groups = torch.tensor([row.group for row in batch.rows], device=batch.mask.device)
+    active = _with_gradient(batch, options)
+    entropy = _entropies(model, batch, budget, temperature) if options.entropy_quantile is not None else None
+    totals = Totals.of(batch.mask, groups, entropy, options.entropy_quantile)
+    totals = totals.scoring(int(batch.mask[torch.tensor(active, dtype=torch.long)].sum()))
+    parts = []
+    for indices in micro_batches(batch.rows, active, budget):
+        part = batch.select(indices)
+        logp, entropy = MicroBatch(part.rows, model.device).logprobs(model, temperature)
+        loss, metrics = policy_loss(
+            logp,
+            part.old_logp,
+            part.ref_logp,
+            part.advantages,
+            part.mask,
+            options,
+            entropy=entropy,
+            rollout_logp=part.rollout_logp,
+            group_ids=groups[torch.tensor(indices, device=groups.device)],
+            totals=totals,
+        )
+        loss.backward()
+        parts.append(metrics)
+    return combine_metrics(parts)
+
+
+def _with_gradient(batch: Batch, o: PolicyLoss) -> list[int]:
+    counted = batch.mask.any(1)
+    if o.kl == "none" and not o.kl_old_coef and not o.entropy_coef:
+        advantages = batch.advantages.view(len(batch.rows), -1)
+        counted = counted & (advantages != 0).any(1)
+    return counted.nonzero().squeeze(1).tolist()
+
+
+@torch.no_grad()
+def _entropies(model: Transformer, batch: Batch, budget: int, temperature: float) -> torch.Tensor:
+    out = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    for indices in micro_batches(batch.rows, range(len(batch.rows)), budget):
+        _, entropy = MicroBatch([batch.rows[i] for i in indices], model.device).logprobs(model, temperature)
+        out[torch.tensor(indices, device=out.device), : entropy.shape[1]] = entropy
+    return out

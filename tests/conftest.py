@@ -1,0 +1,17 @@
+"""Shared by every test: one hypothesis profile, and the golden numbers."""
+
+import json
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# No deadline: first calls pay for compiling and cold caches. Fresh examples on every run: a failure prints its own.
+hypothesis.settings.register_profile("minirl", deadline=None, derandomize=False)
+hypothesis.settings.load_profile("minirl")
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    """Numbers worked out independently of this code, by name of the formula."""
+    return json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))

@@ -1,0 +1,377 @@
+"""Reports on made-up run folders: what is drawn, what is warned about, and that a page carries no foreign markup."""
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from minirl.errors import InputError
+from minirl.report import COLOURS, draw, plot, read_metrics, report, series, warnings
+
+
+def healthy(step: int, steps: int, seed: int = 0) -> dict:
+    """What a good GRPO run logs after a step."""
+    rng = random.Random(f"{seed} {step}")
+    x = step / steps
+    learned = 1 / (1 + math.exp(4 - 8 * x - 0.3 * seed))
+
+    def near(value: float, spread: float = 0.1) -> float:
+        return value * math.exp(rng.gauss(0, spread))
+
+    accuracy = min(1.0, max(0.0, 0.25 + 0.45 * learned + rng.gauss(0, 0.04)))
+    return {
+        "step": step,
+        "reward/mean": accuracy + 0.2 * min(1, 0.5 + x),
+        "reward/max": 1.2,
+        "reward/correct": accuracy,
+        "reward/format": min(1, 0.5 + x),
+        "reward/repetition": -near(0.04),
+        "reward/unscored_frac": 0.0,
+        "group/signal_frac": min(1.0, near(0.6)),
+        "len/mean": near(80 + 30 * x),
+        "len/p95": near(130 + 40 * x),
+        "truncated_frac": near(0.02, 0.4),
+        "entropy": near(0.25 + 0.35 * (1 - x)),
+        "kl_ref/k3": near(0.08 * x + 1e-4, 0.2),
+        "kl_old/k3": near(2e-4),
+        "clip/frac": near(0.004, 0.4),
+        "mismatch/abs_mean": near(2e-3),
+        "mismatch/abs_max": near(4e-2, 0.3),
+        "grad_norm": near(0.4, 0.3),
+        "lr": 1e-6,
+        "tokens_per_s/rollout": near(5200, 0.05),
+        "tokens_per_s/train": near(11800, 0.05),
+    }
+
+
+def evaluation(step: int, steps: int, seed: int = 0) -> dict:
+    rng = random.Random(f"eval {seed} {step}")
+    mean = 0.26 + 0.42 / (1 + math.exp(4 - 8 * step / steps)) + rng.gauss(0, 0.01)
+    accuracies = {
+        "eval/mean": mean,
+        "eval/greedy": mean + 0.05,
+        "eval/pass@8": 0.5 + mean / 2,
+        "eval/maj@8": mean + 0.08,
+    }
+    return accuracies | {"eval/prompts": 64, "eval/samples": 8, "eval/temperature": 1.0, "eval/len_mean": 90.0}
+
+
+def run_of(steps: int = 100, seed: int = 0, **changes) -> list[dict]:
+    """The records of a healthy run; a change is a function of the run's fraction x and what the metric would be."""
+    records = [{"step": 0, **evaluation(0, steps, seed)}]
+    for step in range(1, steps + 1):
+        record = healthy(step, steps, seed)
+        record |= evaluation(step, steps, seed) if step % 10 == 0 else {}
+        records.append(record)
+    for name, change in changes.items():
+        for record in records:
+            if name in record:
+                record[name] = change(record["step"] / steps, record[name])
+    return records
+
+
+def sft_run(steps: int = 60) -> list[dict]:
+    rng = random.Random(0)
+    return [
+        {
+            "step": step,
+            "loss": 0.4 + 2 * math.exp(-step / 12) + rng.gauss(0, 0.03),
+            "entropy": 0.4 + 1.8 * math.exp(-step / 10) + rng.gauss(0, 0.02),
+            "grad_norm": 0.5 + 3 * math.exp(-step / 5) + abs(rng.gauss(0, 0.1)),
+            "lr": 1e-5 * min(step / 10, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
+            "tokens": 4000,
+            "tokens_per_s/train": 21000 + rng.gauss(0, 300),
+            "memory/peak_gb": 3.1,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+def write(folder: Path, records: list[dict], completions: list[dict] = (), config: dict | None = None) -> Path:
+    folder.mkdir(parents=True)
+    for name, lines in (("metrics.jsonl", records), ("completions.jsonl", completions)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def completions_of(steps: int = 100) -> list[dict]:
+    return [
+        {
+            "step": step,
+            "prompt": [{"role": "user", "content": f"What is {step} + {j}? Think first, then answer."}],
+            "completion": f"<think>\nI add {step} and {j}.\n</think>\n{step + j - step % 3}",
+            "reward": float(step % 3 == 0),
+            "answer": str(step + j),
+            "finish_reason": "stop",
+        }
+        for step in range(1, steps + 1)
+        for j in (7, 40)
+    ]
+
+
+CONFIG = {"model": "Qwen/Qwen3-0.6B", "task": "arithmetic:op=sum", "lr": 1e-6, "loss": {"kl": "k3", "kl_coef": 0.04}}
+RL_PANELS = [
+    "Held-out accuracy",
+    "Reward",
+    "KL",
+    "Entropy",
+    "Completion length",
+    "Truncated",
+    "Groups with a signal",
+    "Clipped",
+    "Sampler against trainer",
+    "Gradient norm",
+    "Speed",
+]
+
+
+def panels(figure) -> dict:
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def legend(axes_or_figure) -> list[str]:
+    return [text.get_text() for text in axes_or_figure.texts]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_read_back(tmp_path):
+    records = run_of(20)
+    assert read_metrics(write(tmp_path / "run", records)) == records
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "los', b'{"step": 3, "name": "\xe2\x82', b'{"st', b"3"])
+def test_a_cut_off_last_line_is_left_out(tmp_path, tail):
+    folder = write(tmp_path / "run", [{"step": 1}, {"step": 2}])
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(tail)
+    assert [r["step"] for r in read_metrics(folder)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{oops", "[1, 2]", '{"loss": 1.0}', '{"step": "one"}', '{"step": 1.5}', "17", "null"])
+def test_a_broken_line_is_named_with_its_file(tmp_path, line):
+    folder = write(tmp_path / "run", [{"step": 1}])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(line + '\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: .*: remove the line$"):
+        read_metrics(folder)
+
+
+def test_a_folder_that_is_no_run_or_has_no_step_yet(tmp_path):
+    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read \(No such file"):
+        read_metrics(tmp_path)
+    with pytest.raises(InputError, match="no finished step"):
+        read_metrics(write(tmp_path / "run", []))
+
+
+def test_unusual_line_ends_in_a_text_do_not_split_it(tmp_path):
+    folder = write(tmp_path / "run", [{"step": 1}])
+    (folder / "metrics.jsonl").write_text('{"step": 1, "note": "a\u2028b\x85c"}\n\n{"step": 2}\n', encoding="utf-8")
+    assert [r["step"] for r in read_metrics(folder)] == [1, 2]
+
+
+def test_a_series_skips_what_is_no_finite_number():
+    values = [1, None, "x", float("nan"), float("inf"), 2.5]
+    steps, found = series([{"step": i, "loss": value} for i, value in enumerate(values)] + [{"step": 9}], "loss")
+    assert steps.tolist() == [0, 5] and found.tolist() == [1.0, 2.5]
+
+
+# ---- plot ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plot_of_an_rl_run_shows_every_panel(tmp_path):
+    png = plot([write(tmp_path / "run", run_of())], tmp_path / "plots" / "run.png")
+    data = png.read_bytes()
+    assert data.startswith(b"\x89PNG") and int.from_bytes(data[16:20]) >= 1200
+    shown = panels(draw([run_of()], ["run"]))
+    assert list(shown) == RL_PANELS
+    assert legend(shown["Held-out accuracy"].get_legend()) == ["mean", "greedy", "pass@8", "maj@8"]
+    assert legend(shown["Reward"].get_legend()) == ["total", "correct", "format", "repetition"]
+    assert shown["Sampler against trainer"].get_yscale() == "log" and shown["Speed"].get_ylabel() == "tokens/s"
+
+
+def test_a_plot_of_an_sft_run_shows_loss_entropy_and_learning_rate():
+    assert list(panels(draw([sft_run()], ["sft"]))) == ["Loss", "Entropy", "Gradient norm", "Learning rate", "Speed"]
+
+
+def test_panels_and_lines_without_news_are_left_out():
+    gone = ("kl_old/k3", "kl_ref/k3", "clip/frac", "mismatch/abs_mean", "mismatch/abs_max", "len/p95")
+    records = [{k: v for k, v in r.items() if k not in gone[1:] and not k.startswith("eval/")} for r in run_of(30)]
+    for record in records[1:]:
+        record |= {"kl_old/k3": 0.0, "reward/correct": record["reward/mean"]}  # on policy; one reward of weight 1
+    shown = panels(draw([records], ["run"]))
+    assert set(RL_PANELS) - set(shown) == {"Held-out accuracy", "KL", "Clipped", "Sampler against trainer"}
+    assert legend(shown["Reward"].get_legend()) == ["total", "format", "repetition"]
+    assert shown["Completion length"].get_legend() is None
+
+
+def test_equal_accuracies_are_all_shown():
+    shown = panels(draw([[{"step": 0, "eval/mean": 0.0, "eval/greedy": 0.0, "eval/pass@4": 0.0}]], ["run"]))
+    assert legend(shown["Held-out accuracy"].get_legend()) == ["mean", "greedy", "pass@4"]
+
+
+def test_several_runs_keep_their_colours_in_every_panel():
+    figure = draw([run_of(50, seed) for seed in range(3)], ["seed 0", "seed 1", "seed 2"])
+    assert legend(figure.legends[0]) == ["seed 0", "seed 1", "seed 2"]
+    assert list(panels(figure)) == RL_PANELS
+    for axes in figure.axes:
+        assert {line.get_color() for line in axes.lines} == set(COLOURS[:3])
+
+
+def test_runs_of_different_kinds_and_lengths_share_a_plot():
+    shown = panels(draw([run_of(50), sft_run(12)], ["rl", "sft"]))
+    assert {"Loss", "Reward", "Learning rate"} <= set(shown)
+    assert {axes.get_xlim() for axes in shown.values()} == {(0, 50)}
+
+
+def test_a_spike_turns_an_axis_logarithmic():
+    records = run_of(40, **{"grad_norm": lambda x, v: 500.0 if x == 0.5 else v})
+    assert panels(draw([records], ["run"]))["Gradient norm"].get_yscale() == "log"
+    assert panels(draw([run_of(40)], ["run"]))["Gradient norm"].get_yscale() == "linear"
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_runs_are_drawn_without_complaint(tmp_path):
+    first = write(tmp_path / "$x^{$", [{"step": 0, "eval/mean": 0.5}])
+    second = write(
+        tmp_path / "_hidden", [{"step": 1, "mismatch/abs_mean": 0.0, "reward/mean": 1, "reward/$\\bad$": 0.0}]
+    )
+    for folders in ([first], [second], [first, second]):
+        assert plot(folders, tmp_path / "odd.png", [folder.name for folder in folders]).stat().st_size > 1000
+
+
+def test_what_cannot_be_plotted_is_said_in_one_sentence(tmp_path):
+    folder = write(tmp_path / "run", [{"step": 1, "time/step": 3.0}])
+    for folders, labels, message in (
+        ([folder], None, "no metric here that a plot shows"),
+        ([], None, "0 runs and 0 labels"),
+        ([folder], ["a", "b"], "1 runs and 2 labels"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plot(folders, tmp_path / "run.png", labels)
+    assert not (tmp_path / "run.png").exists()
+
+
+# ---- warnings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [5, 30, 100, 400])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_healthy_run_gives_no_warning(steps, seed):
+    assert warnings(run_of(steps, seed)) == []
+
+
+def test_fine_tuning_and_success_give_no_warning():
+    assert warnings(sft_run()) == []
+    solved = {"reward/mean": lambda x, v: 1.2 - (1 - x) / 2, "entropy": lambda x, v: 0.4 * (1.001 - x)}
+    assert warnings(run_of(100, **solved)) == []
+
+
+def falls_late(x: float, value: float) -> float:
+    return value if x < 0.7 else value - 2 * (x - 0.7)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "changes"),
+    [
+        ("Completions grew from 90 to 3.. tokens", {"len/mean": lambda x, v: v * (1 + 2 * x)}),
+        ("Completions shrank from", {"len/mean": lambda x, v: v * (1 - 0.9 * x)}),
+        ("Entropy rose from", {"entropy": lambda x, v: v + 2 * x}),
+        ("Entropy fell from", {"entropy": lambda x, v: 0.4 * (1.001 - x)}),
+        ("38% are cut off, 2% at first", {"truncated_frac": lambda x, v: 0.4 * x}),
+        ("60% are cut off", {"truncated_frac": lambda x, v: 0.6}),
+        ("Looping: reward/repetition fell", {"reward/repetition": lambda x, v: v - 0.5 * x}),
+        ("8% of the completions cannot be scored", {"reward/unscored_frac": lambda x, v: 0.08}),
+        ("Sampler and trainer differ by 0.1", {"mismatch/abs_mean": lambda x, v: 0.1}),
+        (r"The KL \(kl_ref/k3\) jumped to 3.* near step", {"kl_ref/k3": lambda x, v: v + 3 * (x > 0.9)}),
+        (r"The KL \(kl_old/k3\) jumped to", {"kl_old/k3": lambda x, v: 0.5 if 0.5 < x < 0.6 else v}),
+        ("No group had a signal for 19 steps", {"group/signal_frac": lambda x, v: 0 if 0.3 < x < 0.5 else v}),
+        ("Held-out accuracy fell from 57% to 19% after step 70 while the reward rose", {"eval/mean": falls_late}),
+    ],
+)
+def test_each_warning_fires_alone(sentence, changes):
+    (found,) = warnings(run_of(100, **changes))
+    assert re.match(sentence, found)
+    assert found.endswith((".", "?"))
+
+
+def test_a_fall_of_reward_and_accuracy_together_is_no_hacking():
+    assert warnings(run_of(100, **{"eval/mean": falls_late, "reward/mean": falls_late})) == []
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
+    """The page of a run whose texts are all hostile."""
+    attack = "<script>alert(1)</script>"
+    completions = completions_of()
+    completions[0] |= {
+        "completion": f"</pre></td>{attack}\ud800",
+        "prompt": attack,
+        "answer": f'"{attack}',
+        attack: attack,
+    }
+    records = run_of(100, **{"truncated_frac": lambda x, v: 0.4 * x})
+    for record in records[1:]:
+        record[f"reward/{attack}"] = record["reward/mean"] / 2
+        record[f"reward/repetition{attack}"] = -record["step"] / 100
+    config = CONFIG | {"task": attack, attack: attack}
+    folder = write(tmp_path_factory.mktemp("pages") / "<b>run", records, completions, config)
+    return report(folder).read_text(encoding="utf-8")
+
+
+def test_hostile_texts_stay_texts(page):
+    assert "<script" not in page and "<b>run" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 8
+    assert "&lt;/pre&gt;&lt;/td&gt;" in page
+
+
+def test_a_page_needs_nothing_from_outside(page):
+    assert re.findall(r'(?:src|href)="([^"]{0,22})', page) == ["data:image/png;base64,"]
+    assert "http://" not in page and "https://" not in page and "default-src 'none'" in page
+    assert not re.search(r"@import|url\(", page)
+
+
+def test_a_page_shows_numbers_config_and_warnings(page):
+    assert re.search(
+        r"held-out accuracy 2\d\.\d% → 6\d\.\d% at step 100 \(mean of 8 samples for each of 64 prompts\)", page
+    )
+    assert re.search(r"<td>Held-out accuracy</td><td>greedy</td>(<td class=\"number\">\d\d\.\d%</td>){2}", page)
+    assert '<td>loss.kl_coef</td><td class="number">0.04</td>' in page
+    assert "<li>38% are cut off, 2% at first" in page and "<li>Looping" in page
+
+
+def test_a_page_shows_completions_of_the_first_middle_and_last_step(page):
+    table = page[page.index("<h2>Completions") :]
+    assert re.findall(r'<tr><td class="number">(\d+)</td>', table) == ["1", "1", "51", "51", "100", "100"]
+    assert "I add 51 and 40." in table and "user: What is 100 + 7?" in table
+
+
+def test_a_page_of_a_healthy_run_shows_no_warnings(tmp_path):
+    text = report(write(tmp_path / "run", run_of(30), completions_of(1), CONFIG)).read_text(encoding="utf-8")
+    assert "Warnings" not in text and text.count("What is 1 +") == 2
+
+
+def test_a_page_needs_only_metrics(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sft_run(12)))
+    text = report(folder).read_text(encoding="utf-8")
+    assert "12 steps" in text and "Completions" not in text
+    assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == []
+
+
+def test_broken_completions_are_named(tmp_path):
+    folder = write(tmp_path / "run", run_of(12))
+    (folder / "completions.jsonl").write_text("{\n{}\n")
+    with pytest.raises(InputError, match=r"completions\.jsonl, line 1"):
+        report(folder)
+    assert not (folder / "report.html").exists()

@@ -1,0 +1,582 @@
+"""Completions against slow references: the same whatever the slots, with exact log-probs and the right distribution."""
+
+import math
+import random
+from collections.abc import Sequence
+from itertools import count, pairwise
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minirl.kernels import draw, kept_mask, keyed_uniform
+from tiny import full_logits, random_ids, tiny_config, tiny_model
+from tokenizers import decoders, models, pre_tokenizers
+
+from minirl import sampler as sampler_module
+from minirl.attention import Packed
+from minirl.errors import InputError
+from minirl.model import Transformer
+from minirl.sampler import Completion, Sampler, SamplingParams
+from minirl.tokenizer import Tokenizer
+
+V = 53
+PROMPTS = [random_ids(length, seed=length) for length in (7, 1, 19, 2, 40)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return tiny_model(seed=2, windows=(None, 9, None))
+
+
+class Scripted:
+    """Stands in for a model whose logits are known: those of `table` [rows, V], looked up by token or by position."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, table: torch.Tensor, by: str = "token"):
+        self.table, self.by = table.float(), by
+        self.config = tiny_config(layers=0, vocab_size=table.shape[1], max_positions=100_000)
+
+    def __call__(self, tokens, layout) -> torch.Tensor:
+        return self.table[tokens if self.by == "token" else layout.positions]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.clone()
+
+
+def saying(ids: Sequence[int], vocab: int) -> Scripted:
+    """Says these ids one after another, for sure, behind a prompt of one token."""
+    return Scripted(torch.nn.functional.one_hot(torch.tensor(ids), vocab) * 200.0, by="position")
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def uniform_by_hand(seed: int, sample: int, position: int) -> float:
+    """Three rounds of splitmix64 on Python's integers."""
+    key, whole = 0, 1 << 64
+    for part in (seed, sample, position):
+        key = (key + (part + 1) * 0x9E3779B97F4A7C15) % whole
+        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % whole
+        key = (key ^ key >> 27) * 0x94D049BB133111EB % whole
+        key ^= key >> 31
+    return (key >> 11) / 2**53
+
+
+def kept_by_hand(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
+    """The ids that top-k, then top-p of what is left, then min-p leave, one sort and one loop each."""
+    ids = np.argsort(-logits, kind="stable")
+    if p.top_k:
+        ids = ids[: p.top_k]
+    weights = np.exp(logits[ids] - logits[ids[0]])
+    mass, before, nucleus = weights / weights.sum(), 0.0, []
+    for i, share in zip(ids, mass, strict=True):
+        if before < p.top_p:
+            nucleus.append(i)
+        before += share
+    return np.sort([i for i in nucleus if np.exp(logits[i] - logits[ids[0]]) >= p.min_p])
+
+
+def one_by_one(model: Transformer, prompt: list[int], p: SamplingParams, sample: int, context: int) -> Completion:
+    """One completion, a full forward a token, in float64 behind the logits."""
+    out = Completion(kept=[] if p.truncates else None)
+    for position in count():
+        logits = full_logits(model, prompt + out.tokens)[-1].double().numpy() / (p.temperature or 1.0)
+        kept = kept_by_hand(logits, p) if p.truncates else np.arange(len(logits))
+        shares = np.exp(logits[kept] - logits[kept].max())
+        cumulative = shares.cumsum() / shares.sum()
+        place = int((cumulative <= uniform_by_hand(p.seed, sample, position)).sum())
+        place = place if p.temperature else int(logits.argmax())
+        out.tokens.append(int(kept[place]))
+        out.logprobs.append(math.log(shares[place] / shares.sum()))
+        if out.kept is not None:
+            out.kept.append(kept)
+        if out.tokens[-1] in p.stop_ids or len(out.tokens) == p.max_tokens or len(prompt) + len(out.tokens) == context:
+            out.finish_reason = "stop" if out.tokens[-1] in p.stop_ids else "length"
+            return out
+
+
+def assert_same(ours: Completion, expected: Completion, tolerance: float = 1e-5) -> None:
+    assert ours.tokens == expected.tokens and ours.finish_reason == expected.finish_reason
+    assert np.allclose(ours.logprobs, expected.logprobs, rtol=0, atol=tolerance)
+    assert (ours.kept is None) == (expected.kept is None)
+    for kept, reference in zip(ours.kept or [], expected.kept or [], strict=True):
+        assert kept.dtype == np.int32 and kept.tolist() == reference.tolist()
+
+
+# --- uniforms --------------------------------------------------------------------------------------------------------
+
+
+def uniforms(seed: int, samples, positions) -> torch.Tensor:
+    shape = torch.broadcast_shapes(torch.as_tensor(samples).shape, torch.as_tensor(positions).shape)
+    return keyed_uniform(seed, *(torch.as_tensor(x).expand(shape).contiguous() for x in (samples, positions)))
+
+
+@given(seed=st.integers(-(2**70), 2**70), sample=st.integers(0, 2**40), position=st.integers(0, 2**40))
+def test_a_uniform_is_splitmix_of_seed_sample_and_position(seed, sample, position):
+    assert uniforms(seed, [sample], [position]).tolist() == [uniform_by_hand(seed, sample, position)]
+
+
+def test_no_two_draws_share_a_uniform():
+    """Neighbouring seeds, samples and positions least of all: training numbers its steps and samples from 0."""
+    grid = [uniforms(seed, torch.arange(50).unsqueeze(1), torch.arange(40)).flatten() for seed in range(-5, 15)]
+    everything = torch.cat(grid)
+    assert len(everything.unique()) == len(everything) == 40_000
+
+
+@pytest.mark.parametrize("along", ["seed", "sample", "position"])
+def test_uniforms_are_uniform_and_independent(along):
+    """Kolmogorov-Smirnov and the correlation of neighbours, both at the level of 0.1 %."""
+    n = 20_000
+    steps = torch.arange(n)
+    u = {
+        "seed": lambda: torch.cat([uniforms(seed, [3], [5]) for seed in range(n // 4)]),
+        "sample": lambda: uniforms(0, steps, 0),
+        "position": lambda: uniforms(0, 0, steps),
+    }[along]()
+    n = len(u)
+    assert u.min() >= 0 and u.max() < 1
+    ranks = torch.arange(n, dtype=torch.float64)
+    ordered = u.sort().values
+    distance = torch.maximum(ordered - ranks / n, (ranks + 1) / n - ordered).max()
+    assert distance < 1.95 / math.sqrt(n)
+    for lag in (1, 2, 8):
+        assert torch.corrcoef(torch.stack([u[:-lag], u[lag:]]))[0, 1].abs() < 3.3 / math.sqrt(n)
+
+
+def test_streams_are_independent_of_one_another():
+    streams = torch.stack([uniforms(seed, sample, torch.arange(5000)) for seed in (0, 1) for sample in (0, 1, 2)])
+    between = torch.corrcoef(streams) - torch.eye(6)
+    assert between.abs().max() < 4 / math.sqrt(5000)
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+
+def chi_square(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
+    expected = probabilities.double() * len(tokens)
+    return ((torch.tensor(tokens).bincount(minlength=len(expected)) - expected).square() / expected).sum().item()
+
+
+LIMIT_49 = 85.35  # chi-square with 49 degrees of freedom exceeds it once in a thousand
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("through", ["draw", "sampler"])
+def test_drawn_tokens_have_the_distribution_of_softmax(through, temperature):
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 1.2
+    if through == "draw":
+        u = uniforms(11, torch.arange(20_000), 0)
+        tokens = draw((logits / temperature).expand(20_000, -1).clone(), u)[0].tolist()
+    else:
+        sampler = Sampler(Scripted(logits.expand(50, -1)), slots=130)
+        groups = sampler.generate([[0]], SamplingParams(n=400, temperature=temperature, max_tokens=50, seed=4))
+        tokens = [token for completion in groups[0] for token in completion.tokens]
+    assert len(tokens) == 20_000
+    assert chi_square(tokens, (logits / temperature).softmax(-1)) < LIMIT_49
+    for wrong in (0.92, 1.08):  # the test would see a temperature that is off by a tenth
+        assert chi_square(tokens, (logits / temperature / wrong).softmax(-1)) > LIMIT_49
+
+
+def test_neighbouring_tokens_are_drawn_independently():
+    """Pairs of successive draws over 7 tokens: 48 degrees of freedom, so the limit of 49 is a little wide."""
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(1))
+    completions = Sampler(Scripted(logits.expand(7, -1))).generate([[0]], SamplingParams(n=200, max_tokens=100))[0]
+    pairs = [7 * a + b for completion in completions for a, b in pairwise(completion.tokens)]
+    p = logits.softmax(-1)
+    assert chi_square(pairs, torch.outer(p, p).flatten()) < LIMIT_49
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 53, 255, 256, 257, 513, 5000])
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(vocab):
+    g = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(300, vocab, generator=g) * 3
+    u = torch.rand(300, generator=g, dtype=torch.float64)
+    u[0], u[1] = 0.0, 1 - 2.0**-53
+    shares = logits.double().softmax(-1)
+    tokens, logp = draw(logits.clone(), u)
+    expected = (shares.cumsum(-1) <= u.unsqueeze(1)).sum(-1).clamp(max=vocab - 1)
+    assert (tokens == expected).float().mean() > 0.99  # rounding may move a draw across an edge
+    assert (tokens - expected).abs().max() <= 1
+    assert (tokens[0], tokens[1]) == (0, vocab - 1)
+    torch.testing.assert_close(logp.double(), shares.gather(1, tokens.unsqueeze(1)).squeeze(1).log(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3, 0.999999, 1 - 2.0**-53])
+def test_a_token_without_probability_is_never_drawn(u):
+    uniform = torch.full((1,), u, dtype=torch.float64)
+    for alive in ([0], [599], [300], [255, 256], [2, 511, 512], [17, 530]):
+        logits = torch.zeros(1, 600)
+        keep = torch.zeros(1, 600, dtype=torch.bool)
+        keep[0, alive] = True
+        token, logp = draw(logits.clone(), uniform, keep)
+        assert token.item() in alive and logp.item() == pytest.approx(-math.log(len(alive)), abs=1e-6)
+        token, logp = draw(logits.masked_fill(~keep, -math.inf), uniform)
+        assert token.item() in alive and logp.item() == pytest.approx(-math.log(len(alive)), abs=1e-6)
+
+
+# --- truncation ------------------------------------------------------------------------------------------------------
+
+TRUNCATIONS = [
+    {"top_k": 1}, {"top_k": 5}, {"top_k": 1000}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 1e-9}, {"min_p": 0.05},
+    {"min_p": 1.0}, {"top_k": 20, "top_p": 0.8}, {"top_k": 9, "min_p": 0.1}, {"top_p": 0.7, "min_p": 0.2},
+    {"top_k": 30, "top_p": 0.95, "min_p": 0.01},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_kept_sets_are_those_of_the_slow_reference(options, spread):
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(40, 517, generator=g) * spread
+    keep = kept_mask(logits.clone(), **options)
+    for row, kept in zip(logits.double().numpy(), keep, strict=True):
+        assert kept.nonzero().squeeze(1).tolist() == kept_by_hand(row, SamplingParams(**options)).tolist()
+
+
+def test_a_nucleus_wider_than_the_shortlist_is_exact():
+    """A nearly flat row needs most of 3000 tokens for its mass of 0.9; its neighbours need a few, and stay the same."""
+    g = torch.Generator().manual_seed(5)
+    logits = torch.randn(4, 3000, generator=g) * torch.tensor([[0.2], [4.0], [0.5], [1.0]])
+    keep = kept_mask(logits, top_p=0.9)
+    assert keep[0].sum() > 2000 > 100 > keep[1].sum()
+    for row, kept in zip(logits.double().numpy(), keep, strict=True):
+        assert kept.nonzero().squeeze(1).tolist() == kept_by_hand(row, SamplingParams(top_p=0.9)).tolist()
+
+
+def test_ties_with_the_last_kept_token_are_kept():
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
+    assert kept_mask(logits, top_k=2).tolist() == [[True, True, True, True, False]]
+    assert kept_mask(logits, top_p=0.5).tolist() == [[True, True, True, True, False]]
+    assert kept_mask(logits, min_p=math.exp(-1.0) * 0.999).tolist() == [[True, True, True, True, False]]
+
+
+def test_nothing_is_cut_where_no_limit_is_set():
+    assert kept_mask(torch.randn(2, 9)) is None
+    assert kept_mask(torch.randn(2, 9), top_k=9).all()
+
+
+@settings(max_examples=60)
+@given(
+    top_k=st.integers(0, 60), top_p=st.floats(0.01, 1.0), min_p=st.floats(0.0, 1.0),
+    spread=st.floats(0.1, 8.0), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_kept_tokens_share_all_probability_and_the_drawn_one_is_among_them(top_k, top_p, min_p, spread, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(20, V, generator=g) * spread
+    keep = kept_mask(logits, top_k, top_p, min_p)
+    keep = torch.ones(20, V, dtype=torch.bool) if keep is None else keep
+    tokens, logp = draw(logits.clone(), torch.rand(20, generator=g, dtype=torch.float64), keep)
+    assert keep.gather(1, tokens.unsqueeze(1)).all()
+    assert keep.gather(1, logits.argmax(-1, keepdim=True)).all()
+    # The log-probs of all tokens that can be drawn are together the whole.
+    for row, kept, token, value in zip(logits, keep, tokens, logp, strict=True):
+        shares = row.double()[kept].softmax(-1)
+        middles = shares.cumsum(0) - shares / 2  # a uniform in the middle of each token's share
+        copies = row.expand(len(shares), -1).clone()
+        drawn, each = draw(copies, middles, kept.expand(len(shares), -1))
+        of_token = dict(zip(drawn.tolist(), each.tolist(), strict=True))
+        assert sum(map(math.exp, of_token.values())) == pytest.approx(1.0, abs=1e-5)
+        assert value.item() == pytest.approx(shares.log()[kept.cumsum(0)[token] - 1].item(), abs=1e-5)
+
+
+# --- the sampler against one completion at a time --------------------------------------------------------------------
+
+MODES = {
+    "plain": SamplingParams(n=3, max_tokens=20, seed=5),
+    "cool": SamplingParams(n=3, temperature=0.6, max_tokens=9, seed=-1),
+    "greedy": SamplingParams(n=2, temperature=0.0, top_k=3, max_tokens=12),
+    "stops": SamplingParams(n=4, temperature=1.5, max_tokens=30, stop_ids=tuple(range(0, V, 9)), seed=1),
+    "truncated": SamplingParams(
+        n=3, top_k=20, top_p=0.9, min_p=0.02, max_tokens=8, stop_ids=(3, 4, 5, 6, 7), seed=2**65
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_completions_are_those_of_a_slow_loop_whatever_the_slots(model, mode):
+    params, context = MODES[mode], 50
+    samples = [(prompt, i * params.n + j) for i, prompt in enumerate(PROMPTS) for j in range(params.n)]
+    with torch.no_grad():
+        expected = [one_by_one(model, prompt, params, sample, context) for prompt, sample in samples]
+    assert len({tuple(c.tokens) for c in expected}) > len(PROMPTS) - 1
+    if mode == "stops":
+        assert {c.finish_reason for c in expected} == {"stop", "length"} and any(len(c.tokens) == 1 for c in expected)
+    for slots in (1, 2, 5, 12, 40):
+        groups = Sampler(model, slots, max_length=context).generate(PROMPTS, params)
+        assert [len(group) for group in groups] == [params.n] * len(PROMPTS)
+        for ours, reference in zip((c for group in groups for c in group), expected, strict=True):
+            assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_admission_changes_no_completion(model, seed):
+    params = SamplingParams(n=4, top_p=0.95, max_tokens=15, stop_ids=(1, 2, 3, 4))
+    sampler = Sampler(model, slots=3 + seed)
+    order = list(range(len(PROMPTS) * 4))
+    expected = sampler.generate(PROMPTS, params)
+    random.Random(seed).shuffle(order)
+    for ours, reference in zip(sampler.generate(PROMPTS, params, order=order), expected, strict=True):
+        for a, b in zip(ours, reference, strict=True):
+            assert_same(a, b, 1e-6)
+
+
+def test_a_sample_depends_on_its_seed_and_number_alone(model):
+    def tokens(prompts, **options):
+        groups = Sampler(model).generate(prompts, SamplingParams(max_tokens=12, **options))
+        return [[c.tokens for c in group] for group in groups]
+
+    first = tokens(PROMPTS[:1], n=6)[0]
+    assert len({tuple(t) for t in first}) == 6
+    assert first == tokens(PROMPTS[:1], n=6)[0]
+    assert first[:2] == tokens(PROMPTS[:1], n=2)[0]  # more completions do not change the first ones
+    assert not set(map(tuple, first)) & set(map(tuple, tokens(PROMPTS[:1], n=6, seed=1)[0]))
+    assert tokens([PROMPTS[2], PROMPTS[2]], n=1)[0] != tokens([PROMPTS[2], PROMPTS[2]], n=1)[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_log_probs_are_those_of_a_full_forward_in_fp32_and_float64(model, temperature):
+    double = tiny_model(seed=2, windows=(None, 9, None)).double()
+    groups = Sampler(model, slots=4).generate(PROMPTS, SamplingParams(n=3, temperature=temperature, max_tokens=60))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            for exact in (model, double):
+                with torch.no_grad():
+                    logits = full_logits(exact, prompt + completion.tokens)[len(prompt) - 1 : -1]
+                expected = (logits / (temperature or 1.0)).log_softmax(-1)
+                expected = expected.gather(1, torch.tensor(completion.tokens).unsqueeze(1)).squeeze(1).tolist()
+                assert np.allclose(completion.logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_a_bf16_model_is_sampled_with_fp32_log_probs_of_its_own_logits():
+    model = tiny_model(seed=2).bfloat16()
+    groups = Sampler(model, slots=4).generate(PROMPTS, SamplingParams(n=3, max_tokens=10))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            with torch.no_grad():
+                logits = full_logits(model, prompt + completion.tokens)[len(prompt) - 1 : -1].float()
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.tokens).unsqueeze(1)).squeeze(1)
+            # As near as bf16 activations are when their batch is summed in another order.
+            assert (torch.tensor(completion.logprobs) - expected).abs().max() < 0.1
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def calls_of(model: Transformer, run) -> tuple[list[int], list[int]]:
+    """Tokens in each prefill and in each decode step."""
+    prefill, decode = [], []
+
+    def count_tokens(_, args):
+        (prefill if isinstance(args[1], Packed) else decode).append(len(args[0]))
+
+    hook = model.register_forward_pre_hook(count_tokens)
+    try:
+        run()
+    finally:
+        hook.remove()
+    return prefill, decode
+
+
+@pytest.mark.parametrize("slots", [2, 7, 40])
+def test_a_prompt_is_prefilled_once_for_all_of_its_completions(model, slots):
+    groups = []
+    params = SamplingParams(n=5, max_tokens=10, stop_ids=(1, 2, 3, 4, 5, 6))
+    prefill, decode = calls_of(model, lambda: groups.extend(Sampler(model, slots).generate(PROMPTS, params)))
+    assert sum(prefill) == sum(len(prompt) - 1 for prompt in PROMPTS)
+    lengths = [len(c.tokens) for group in groups for c in group]
+    assert sum(decode) == sum(lengths)  # nothing is computed for a completion that has ended
+    assert all(a == min(slots, 25) for a in decode[: min(lengths)])
+    if slots == 40:
+        assert len(prefill) == 1 and len(decode) == max(lengths)
+
+
+def test_prefills_are_cut_to_their_size_and_hold_every_prompt_once(model, monkeypatch):
+    expected = Sampler(model, slots=3).generate(PROMPTS, SamplingParams(n=2, max_tokens=5))
+    monkeypatch.setattr(sampler_module, "PREFILL_TOKENS", 21)
+    groups = []
+    params = SamplingParams(n=2, max_tokens=5)
+    prefill, _ = calls_of(model, lambda: groups.extend(Sampler(model, slots=3).generate(PROMPTS, params)))
+    assert len(prefill) > 2 and max(prefill) == 39 and sum(prefill) == sum(len(prompt) - 1 for prompt in PROMPTS)
+    assert [[c.tokens for c in g] for g in groups] == [[c.tokens for c in g] for g in expected]
+
+
+def test_the_result_is_reported_as_it_grows(model):
+    seen = []
+    params = SamplingParams(n=3, max_tokens=6, stop_ids=(1, 2, 3, 4))
+    Sampler(model, slots=2).generate(PROMPTS, params, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (15, 15) and {total for _, total in seen} == {15}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_no_prompts_give_no_completions(model):
+    assert Sampler(model).generate([], SamplingParams()) == []
+
+
+def test_weights_that_change_are_seen_by_the_next_call():
+    model = tiny_model(seed=2)
+    sampler, params = Sampler(model, slots=4), SamplingParams(n=2, max_tokens=12)
+    before = sampler.generate(PROMPTS, params)
+    with torch.no_grad():
+        for p in model.parameters():  # in place, as an optimizer does
+            p.mul_(1.1)
+    after = sampler.generate(PROMPTS, params)
+    fresh = Sampler(model, slots=4).generate(PROMPTS, params)
+    assert [[c.logprobs for c in g] for g in after] == [[c.logprobs for c in g] for g in fresh]
+    assert all(a.logprobs != b.logprobs for x, y in zip(after, before, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_training_goes_on_behind_a_sample():
+    """Sampling runs in inference mode; nothing that it leaves behind may be an inference tensor."""
+    model = tiny_model(seed=2)
+    Sampler(model).generate(PROMPTS, SamplingParams(max_tokens=3))
+    full_logits(model, PROMPTS[0]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# --- where a completion ends -----------------------------------------------------------------------------------------
+
+
+def test_a_stop_token_ends_a_completion_and_is_returned_with_its_log_prob():
+    table = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    params = SamplingParams(n=300, max_tokens=20, stop_ids=(4, 7))
+    ended = set()
+    for completion in Sampler(Scripted(table)).generate([[1]], params)[0]:
+        path = [1, *completion.tokens]
+        assert len(completion.logprobs) == len(completion.tokens)
+        assert np.allclose(
+            completion.logprobs, [table[a].log_softmax(-1)[b].item() for a, b in pairwise(path)], atol=1e-6
+        )
+        assert not set(completion.tokens[:-1]) & {4, 7}
+        if completion.finish_reason == "stop":
+            ended.add(completion.tokens[-1])
+        else:
+            assert (completion.finish_reason, len(completion.tokens)) == ("length", 20)
+    assert ended == {4, 7}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "context", "length"),
+    [(1, 5, 100, 5), (9, 5, 14, 5), (9, 6, 14, 5), (9, 60, 14, 5), (13, 60, 14, 1), (1, 60, 2, 1), (1, 1, 100, 1)],
+)
+def test_length_is_that_of_max_tokens_or_of_the_context(model, prompt, max_tokens, context, length):
+    sampler = Sampler(model, max_length=context)
+    for group in sampler.generate([random_ids(prompt), random_ids(1)], SamplingParams(max_tokens=max_tokens))[:1]:
+        assert (len(group[0].tokens), group[0].finish_reason) == (length, "length")
+
+
+def test_a_context_longer_than_the_model_is_cut_to_it():
+    model = tiny_model(max_positions=16)
+    completion = Sampler(model, max_length=1000).generate([random_ids(10)], SamplingParams())[0][0]
+    assert (len(completion.tokens), completion.finish_reason) == (6, "length")
+
+
+def test_a_stop_at_the_last_place_counts_as_stop():
+    table = torch.full((3, 3), -200.0).fill_diagonal_(0.0).roll(1, 1)  # 0 -> 1 -> 2
+    completion = Sampler(Scripted(table)).generate([[0]], SamplingParams(max_tokens=2, stop_ids=(2,)))[0][0]
+    assert (completion.tokens, completion.finish_reason) == ([1, 2], "stop")
+
+
+@pytest.mark.parametrize(
+    ("stop", "said", "reason"),
+    [
+        (("cde",), "abcde", "stop"),
+        (("e",), "abcde", "stop"),
+        (("efgh", "bc"), "abc", "stop"),
+        (("abcdefgh",), "abcdefgh", "stop"),
+        (("x", "ba", "abd"), "abcdefgh", "length"),
+        (("cd\n",), "abcdefgh", "length"),
+    ],
+)
+def test_a_stop_text_ends_a_completion_however_many_tokens_it_spans(stop, said, reason):
+    tokenizer = Tokenizer.from_chars("abcdefgh\nx")
+    model = saying(tokenizer.encode("abcdefgh"), tokenizer.vocab_size)
+    completion = Sampler(model, tokenizer=tokenizer).generate([[0]], SamplingParams(max_tokens=8, stop=stop))[0][0]
+    assert (tokenizer.decode(completion.tokens), completion.finish_reason) == (said, reason)
+
+
+def test_a_stop_text_of_characters_that_are_several_tokens_each_is_found():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(backend, {})
+    ids = tokenizer.encode("ja! 🎉🎉🎉🎉 nein")
+    model = saying(ids, 256)
+    completion = Sampler(model, tokenizer=tokenizer).generate(
+        [[0]], SamplingParams(max_tokens=len(ids), stop=("🎉🎉🎉🎉",))
+    )
+    assert tokenizer.decode(completion[0][0].tokens) == "ja! 🎉🎉🎉🎉"
+    assert completion[0][0].finish_reason == "stop"
+
+
+def test_a_prompt_that_ends_with_the_stop_text_stops_nothing():
+    tokenizer = Tokenizer.from_chars("abc")
+    model = saying([*tokenizer.encode("c"), *tokenizer.encode("abc")], tokenizer.vocab_size)
+    prompt = tokenizer.encode("ab")  # the first word said makes "abc" together with the prompt
+    completion = Sampler(model, tokenizer=tokenizer).generate([prompt], SamplingParams(max_tokens=3, stop=("abc",)))[0][
+        0
+    ]
+    assert tokenizer.decode(completion.tokens) == "abc" and completion.finish_reason == "stop"
+
+
+# --- what cannot be sampled ------------------------------------------------------------------------------------------
+
+BAD = [
+    {"n": 0}, {"n": 1.5}, {"n": "2"}, {"temperature": -0.1}, {"temperature": math.inf}, {"temperature": math.nan},
+    {"temperature": None}, {"top_k": -1}, {"top_k": 2.5}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan},
+    {"min_p": -0.1}, {"min_p": 1.5}, {"max_tokens": 0}, {"max_tokens": 3.0}, {"stop": ("",)}, {"stop": "text"},
+    {"stop": (3,)}, {"stop_ids": 3}, {"stop_ids": (1.5,)}, {"stop_ids": (-1,)}, {"seed": 0.5}, {"seed": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_a_sampling_option_out_of_range_is_named(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "prompt 1 is empty"),
+        ([[1], [2, V]], f"prompt 1 holds a token outside the vocabulary of {V}"),
+        ([[-1]], "prompt 0 holds a token outside"),
+        ([[1] * 20], "prompt 0 has 20 tokens and the context holds 20"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_named(model, prompts, message):
+    with pytest.raises(InputError, match=message):
+        Sampler(model, max_length=20).generate(prompts, SamplingParams())
+
+
+def test_a_sampler_that_cannot_work_says_why(model):
+    for options, named in (
+        ({"slots": 0}, "slots"),
+        ({"max_length": 0}, "max_length"),
+        ({"max_length": -3}, "max_length"),
+    ):
+        with pytest.raises(InputError, match=named):
+            Sampler(model, **options)
+    with pytest.raises(InputError, match="tokenizer"):
+        Sampler(model).generate([[1]], SamplingParams(stop=("a",)))
+    for order in ([0, 1], [0, 1, 2, 2], [1, 2, 3, 4]):
+        with pytest.raises(InputError, match="order"):
+            Sampler(model).generate([[1], [2]], SamplingParams(n=2), order=order)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("broken", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_weights_that_are_nan_stop_the_sampling(options, broken):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(broken)[7] = math.nan
+    with pytest.raises(InputError, match="NaN for prompt 1"):
+        Sampler(model, slots=1).generate(
+            [[7], [7]] if broken != "model.embed_tokens.weight" else [[1], [7]],
+            SamplingParams(max_tokens=1, **options),
+            order=[1, 0],
+        )

@@ -1,0 +1,588 @@
+"""Tasks: their examples, their splits, and what their checkers accept."""
+
+import json
+import math
+import re
+import sys
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from minirl.errors import InputError
+from minirl.rewards import score
+from minirl.tasks import countdown, load_task
+from minirl.tasks.countdown import MAX_EXPRESSION, evaluate, extract, read_answer
+
+NUMBER_PAIR = re.compile(r"(\d+)\D+(\d+)")
+
+
+def text_of(row):
+    return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+
+
+def problems(rows):
+    return {tuple(sorted(map(int, NUMBER_PAIR.search(text_of(row)).groups()))) for row in rows}
+
+
+def correct_of(task, row, completion):
+    columns = {name: [value] for name, value in row.items() if name != "prompt"}
+    return task.correct(prompts=[row["prompt"]], completions=[completion], **columns)[0]
+
+
+# --- any task
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "countdown"])
+def test_a_task_is_a_function_of_its_seed(name):
+    task, again, other = (load_task(name, seed=seed, train_size=50, heldout_size=20) for seed in (3, 3, 4))
+    assert (task.train, task.heldout) == (again.train, again.heldout)
+    assert task.train != other.train and task.heldout != other.heldout
+
+
+def test_the_examples_are_the_same_on_every_machine():
+    assert text_of(load_task("arithmetic", train_size=1, heldout_size=0).train[0]) == (
+        "What is 8 + 3? Answer with just the number."
+    )
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "countdown"])
+def test_a_tasks_rewards_give_the_right_answer_the_full_score(name):
+    task = load_task(name, train_size=8, heldout_size=8)
+    answers = [row.get("solution") or row["answer"] for row in task.train]
+    completions = [f"<answer>{answer}</answer>" for answer in answers]
+    columns = {key: [row[key] for row in task.train] for key in task.train[0] if key != "prompt"}
+    total, parts = score(task.rewards, [row["prompt"] for row in task.train], completions, columns)
+    assert parts["correct"] == [1.0] * 8
+    assert total == pytest.approx([sum(weight for weight, _ in task.rewards.values())] * 8)
+
+
+def test_an_unknown_task_names_the_choices_and_the_nearest():
+    with pytest.raises(InputError, match=r"did you mean 'arithmetic'\?.*arithmetic, countdown.*\.jsonl"):
+        load_task("arithmetics")
+
+
+def test_an_unknown_option_names_the_choices_and_the_nearest():
+    with pytest.raises(InputError, match=r"no option 'digit' \(did you mean 'digits'\?\): choose from op, digits"):
+        load_task("arithmetic", digit=2)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("digits", "two"), ("digits", 1.5), ("digits", True), ("chat", "maybe"), ("op", 3), ("train_size", [])],
+)
+def test_an_option_of_the_wrong_type_is_refused(option, value):
+    with pytest.raises(InputError, match=f"option {option} must be"):
+        load_task("arithmetic", **{option: value})
+
+
+def test_options_may_be_texts_from_a_command_line():
+    typed = load_task("arithmetic", digits=2, chat=False, train_size=None, template=None)
+    assert load_task("arithmetic", digits="2", chat="false", train_size="none", template="none") == typed
+
+
+# --- arithmetic
+
+
+def test_one_digit_sums_are_all_there_on_one_side_or_the_other():
+    task = load_task("arithmetic", digits=1)
+    prompts = [text_of(row) for row in task.train + task.heldout]
+    assert len(prompts) == len(set(prompts)) == 100
+    assert len(task.heldout) == 20
+    assert problems(task.train) | problems(task.heldout) == {(a, b) for a in range(10) for b in range(a, 10)}
+
+
+@pytest.mark.parametrize("op", ["sum", "product", "gcd"])
+@pytest.mark.parametrize("digits, sizes", [(1, (20, 30)), (2, (500, 500)), (3, (3000, 1000)), (12, (300, 300))])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_held_out_problem_is_trained_on_in_either_order(op, digits, sizes, seed):
+    task = load_task("arithmetic", op=op, digits=digits, train_size=sizes[0], heldout_size=sizes[1], seed=seed)
+    assert (len(task.train), len(task.heldout)) == sizes
+    assert not problems(task.train) & problems(task.heldout)
+
+
+def test_both_orders_of_a_problem_are_on_one_side_where_problems_are_drawn():
+    task = load_task("arithmetic", digits=3, train_size=20000, heldout_size=5000)
+    swapped = {(a, b) for a, b in (NUMBER_PAIR.search(text_of(row)).groups() for row in task.train)}
+    assert sum((b, a) in swapped for a, b in swapped if a != b) > 100  # so the next line has something to show
+    assert not problems(task.train) & problems(task.heldout)
+
+
+@pytest.mark.parametrize(
+    "op, function, smallest",
+    [("sum", lambda a, b: a + b, 0), ("product", lambda a, b: a * b, 0), ("gcd", math.gcd, 1)],
+)
+@pytest.mark.parametrize("digits", [1, 2, 4])
+def test_answers_and_operands_are_those_of_the_operation(op, function, smallest, digits):
+    task = load_task("arithmetic", op=op, digits=digits)
+    for row in task.train + task.heldout:
+        a, b = map(int, NUMBER_PAIR.search(text_of(row)).groups())
+        assert smallest <= min(a, b) <= max(a, b) < 10**digits
+        assert row["answer"] == str(function(a, b))
+
+
+def test_a_mix_holds_all_three_operations():
+    texts = " ".join(text_of(row) for row in load_task("arithmetic", op="mix").train)
+    assert "+" in texts and "*" in texts and "greatest common divisor" in texts
+
+
+def test_prompts_are_plain_continuations_without_chat():
+    assert all(re.fullmatch(r"\d\+\d=", row["prompt"]) for row in load_task("arithmetic", chat=False).train)
+
+
+def test_a_template_words_the_prompt():
+    task = load_task("arithmetic", op="mix", template="{op} of {b}, {a}:", chat=False)
+    assert all(re.fullmatch(r"(\+|\*|gcd) of \d, \d:", row["prompt"]) for row in task.train)
+
+
+@pytest.mark.parametrize("template", ["{a} plus", "{a} {b} {c}", "{a} {b", "{} {}", "{a.real} {b}", ""])
+def test_a_template_with_other_fields_is_refused(template):
+    with pytest.raises(InputError, match="template"):
+        load_task("arithmetic", template=template)
+
+
+def test_a_mix_needs_the_operation_in_its_template():
+    with pytest.raises(InputError, match=r"\{op\}"):
+        load_task("arithmetic", op="mix", template="{a} {b}")
+
+
+def test_more_prompts_than_there_are_is_refused_with_the_numbers():
+    with pytest.raises(InputError, match=r"100 prompts, 80 for training.*heldout_size=20.*train_size=90"):
+        load_task("arithmetic", train_size=90, heldout_size=20)
+    with pytest.raises(InputError, match="100 prompts"):
+        load_task("arithmetic", heldout_size=101)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"op": "sums"}, "did you mean 'sum'"),
+        ({"digits": 0}, "digits must lie in 1..100"),
+        ({"train_size": -1}, "0 or more"),
+        ({"heldout_size": -1, "digits": 5}, "0 or more"),
+    ],
+)
+def test_arithmetic_refuses_options_out_of_range(options, message):
+    with pytest.raises(InputError, match=message):
+        load_task("arithmetic", **options)
+
+
+def test_the_extracted_number_is_in_normal_form():
+    extract_number = load_task("arithmetic").extract
+    assert [extract_number(text) for text in ("it is 7.", "07", "7.0", "2/4", "1e3", "seven", "")] == [
+        "7",
+        "7",
+        "7",
+        "1/2",
+        None,
+        None,
+        None,
+    ]
+
+
+# --- countdown
+
+
+def test_every_countdown_problem_is_solvable_and_solved_by_its_solution():
+    for options in ({}, {"count": 3, "max_number": 9, "max_target": 24, "train_size": 300, "heldout_size": 50}):
+        task = load_task("countdown", **options)
+        for row in task.train + task.heldout:
+            assert len(row["numbers"]) in ((3, 4) if not options else (3,))
+            assert all(1 <= number <= options.get("max_number", 99) for number in row["numbers"])
+            assert 1 <= row["target"] <= options.get("max_target", 99)
+            assert correct_of(task, row, row["solution"]) == 1.0
+            assert correct_of(task, {**row, "target": row["target"] + 1}, row["solution"]) == 0.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_countdown_problem_occurs_twice_or_on_both_sides(seed):
+    task = load_task("countdown", max_number=12, train_size=1500, heldout_size=300, seed=seed)
+    sides = [[(tuple(sorted(row["numbers"])), row["target"]) for row in side] for side in (task.train, task.heldout)]
+    assert [len(set(side)) for side in sides] == [1500, 300]
+    assert not set(sides[0]) & set(sides[1])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"count": 5}, "count must be 3, 4 or none"),
+        ({"max_number": 0}, "at least 1"),
+        ({"max_number": 1, "max_target": 1, "count": 3}, "only .* distinct problems"),
+        ({"template": "make {target}"}, "template"),
+        ({"train_size": -1}, "0 or more"),
+    ],
+)
+def test_countdown_refuses_options_out_of_range(options, message):
+    with pytest.raises(InputError, match=message):
+        load_task("countdown", **options)
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("1+2*3", 7),
+        ("(1 + 2) * 3", 9),
+        ("1/3", Fraction(1, 3)),
+        ("6 ÷ 4 × 2 − 1", 2),
+        ("-3+5", 2),
+        ("-(3-5)", 2),
+        ("2*-3", -6),
+        ("((((7))))", 7),
+        ("  7\n", 7),
+    ],
+)
+def test_the_checker_computes_exactly(expression, value):
+    assert evaluate(expression)[0] == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        " ",
+        "()",
+        "1 +",
+        "1 2",
+        "+3",
+        "2**3",
+        "9**9**9**9",
+        "7//2",
+        "7%2",
+        "7&2",
+        "1.5*2",
+        "1e3",
+        "1_0+2",
+        "0x10",
+        "0b1",
+        "1j",
+        "07",
+        "a+1",
+        "abs(1)",
+        "1(2)",
+        "(1)(2)",
+        "True+1",
+        "1,2",
+        "1 if 1 else 2",
+        "[1]",
+        "'1'",
+        "1;2",
+        "1 # 2",
+        "1 == 1",
+        "2 = 2",
+        "1\n+2",
+        "1\\\n+2",
+        "(x:=1)",
+        "~1",
+        "not 1",
+        "٣+1",
+        "２+1",
+        "2²",
+        "1/0",
+        "1/(2-2)",
+        "__import__('os').abort()",
+        "\0",
+        "1\x0c+2",
+    ],
+)
+def test_the_checker_refuses_everything_but_the_four_operations(expression):
+    assert evaluate(expression) is None
+
+
+def test_deep_nesting_and_long_text_are_wrong_and_not_a_crash():
+    for expression in ("(" * 10**5 + "1" + ")" * 10**5, "-" * 10**6 + "1", "1+" * 10**5 + "1", "9" * 10**6):
+        assert evaluate(expression) is None
+    assert evaluate("-" * (MAX_EXPRESSION - 1) + "1") == (-1, [1])  # the deepest that is read
+    assert evaluate("(" * 99 + "1" + ")" * 99) == (1, [1])
+    assert evaluate(" " + "1" * (MAX_EXPRESSION + 1)) is None
+
+
+def test_a_checker_called_near_the_recursion_limit_says_wrong():
+    def descend(depth):
+        return descend(depth - 1) if depth else evaluate("-" * 199 + "1")
+
+    room = sys.getrecursionlimit() - len_of_stack() - 60
+    assert descend(room) is None
+
+
+def len_of_stack():
+    frame, depth = sys._getframe(), 0
+    while frame:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def countdown_correct(completion, numbers, target):
+    return countdown.correct(["p"], [completion], [numbers], [target])[0]
+
+
+@pytest.mark.parametrize(
+    "completion, score",
+    [
+        ("<answer>(1 + 2) * 3 + 4</answer>", 1),
+        ("<think>1*2*3*4 = 24, no</think>\n<answer>\n3*(1+2)+4\n</answer>", 1),
+        ("thinking\n(1 + 2) * 3 + 4", 1),
+        ("(1 + 2) * 3 + 4\n\n", 1),
+        ("(1 + 2) * 3 + 4 = 13", 0),  # an expression alone is asked for
+        ("<answer>(1 + 2) * 3 + 4 = 13</answer>", 0),
+        ("<answer>3 * 4 + 1</answer>", 0),  # 2 is left out
+        ("<answer>(1 + 2) * 3 + 4 + 4 - 4</answer>", 0),  # 4 is used three times
+        ("<answer>13</answer>", 0),
+        ("<answer>12 + 1</answer>", 0),  # digits glued to another number
+        ("<answer>1 + 2 + 3 + 4</answer>", 0),
+        ("<answer>0</answer><answer>(1 + 2) * 3 + 4</answer>", 0),  # several answers
+        ("<answer>(1 + 2) * 3 + 4</answer><answer>0</answer>", 0),
+        ("<answer><answer>(1 + 2) * 3 + 4</answer>", 0),
+        ("<answer>(1 + 2) * 3 + 4</answer> <answer>", 0),
+        ("<answer>(1 + 2) * 3 + 4", 0),  # the tag is not closed
+        ("(1 + 2) * 3 + 4\nso that is it", 0),
+        ("<answer></answer>", 0),
+        ("", 0),
+        ("\n \n", 0),
+    ],
+)
+def test_countdown_takes_one_answer_with_each_number_once(completion, score):
+    assert countdown_correct(completion, [4, 3, 2, 1], 13) == score
+
+
+def test_countdown_needs_a_number_as_often_as_it_is_given():
+    assert countdown_correct("3 + 3 + 2", [3, 2, 3], 8) == 1.0
+    assert countdown_correct("3 + 2 + 3 + 3 - 3", [3, 2, 3], 8) == 0.0
+    assert countdown_correct("2 * 2 + 2 + 2", [3, 2, 3], 8) == 0.0
+
+
+def test_countdown_is_exact_where_floats_are_not():
+    assert countdown_correct("8 / (3 - 8 / 3)", [8, 3, 8, 3], 24) == 1.0
+    huge = f"{10**40} + 1 - {10**40}"
+    assert countdown_correct(huge, [10**40, 1, 10**40], 1) == 1.0
+
+
+def test_countdown_format_is_one_answer_at_the_end():
+    _, answer_format = load_task("countdown", train_size=1, heldout_size=0).rewards["format"]
+    completions = [
+        "so <answer>x</answer>\n",
+        "<answer>1</answer>",
+        "<answer></answer>",
+        "<answer>1",
+        "1",
+        "",
+        "<answer>1</answer> or so",
+        "<answer>1</answer><answer>2</answer>",
+    ]
+    assert answer_format(prompts=[""] * 8, completions=completions) == [1, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_countdown_votes_are_equal_where_value_and_numbers_are():
+    assert extract("1 + 2 + 3") == extract("<answer>3 + (2 + 1)</answer>") == "6 from [1, 2, 3]"
+    assert extract("1 * 2 * 3") == "6 from [1, 2, 3]"
+    assert extract("3 * 2") != extract("1 * 2 * 3")
+    assert extract("none") is None
+
+
+def expressions():
+    """(text, value) of random expressions; a value of None divides by zero."""
+    leaf = st.integers(0, 99).map(lambda n: (str(n), Fraction(n)))
+
+    def join(left, op, right):
+        (left_text, a), (right_text, b) = left, right
+        text = f"({left_text}{op}{right_text})"
+        if a is None or b is None or (op == "/" and b == 0):
+            return text, None
+        return text, {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[op]()
+
+    def negate(inner):
+        text, value = inner
+        return f"(-{text})", None if value is None else -value
+
+    def grow(inner):
+        return st.one_of(st.builds(join, inner, st.sampled_from("+-*/"), inner), inner.map(negate))
+
+    return st.recursive(leaf, grow, max_leaves=8).filter(lambda e: len(e[0]) <= MAX_EXPRESSION)
+
+
+@given(expressions())
+@settings(max_examples=200)
+def test_random_expressions_are_computed_as_fractions(expression):
+    text, value = expression
+    got = evaluate(text)
+    numbers = sorted(map(int, re.findall(r"\d+", text)))
+    assert got == (None if value is None else (value, numbers))
+
+
+@given(expressions(), st.data())
+@settings(max_examples=200)
+def test_mutated_expressions_are_refused(expression, data):
+    text, _ = expression
+    place = data.draw(st.integers(0, len(text)))
+    bad = data.draw(
+        st.sampled_from(["**", "//", "%", "_", ".", "e", "x", ",", "=", "!", "[", "(", ")", "1\n1", "٣", "#"])
+    )
+    mutated = text[:place] + bad + text[place:]
+    got = evaluate(mutated)
+    assert got is None, f"{mutated!r} was read as {got}"
+
+
+@given(st.text(alphabet="0123456789+-*/() \n<answer>=.", max_size=80))
+@example("<answer>")
+@example("</answer>1<answer>")
+@settings(max_examples=200)
+def test_no_text_makes_the_checker_raise(text):
+    answer = read_answer(text)
+    assert answer is None or isinstance(answer[0], Fraction)
+
+
+# --- jsonl
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_is_read_with_its_columns(tmp_path):
+    rows = [{"prompt": f"{i}+1=", "answer": i + 1, "level": "easy"} for i in range(20)]
+    task = load_task(write(tmp_path / "sums.jsonl", rows))
+    assert task.name == "sums"
+    assert sorted(task.train + task.heldout, key=lambda row: row["answer"]) == rows
+    assert len(task.heldout) == 2
+    assert correct_of(task, rows[6], "that is 7.0") == 1.0
+    assert correct_of(task, rows[6], "that is 8") == 0.0
+    assert task.extract("that is 7.0") == "7"
+
+
+def test_chat_messages_are_kept_and_texts_become_messages_on_request(tmp_path):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    path = write(tmp_path / "chat.jsonl", [{"prompt": messages}, {"prompt": "Hello"}])
+    task = load_task(path, chat=True, heldout_fraction=0)
+    assert [row["prompt"] for row in task.train] == [messages, [{"role": "user", "content": "Hello"}]]
+
+
+def test_the_split_is_seeded_and_keeps_equal_prompts_together(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"prompt": f"p{i % 30}", "answer": f"a{i}"} for i in range(90)])
+    task = load_task(path, heldout_fraction=0.3, seed=1)
+    assert len(task.heldout) == 27 and len(task.train) == 63
+    assert not {row["prompt"] for row in task.train} & {row["prompt"] for row in task.heldout}
+    assert load_task(path, heldout_fraction=0.3, seed=1) == task
+    assert load_task(path, heldout_fraction=0.3, seed=2).heldout != task.heldout
+
+
+def test_held_out_examples_come_from_their_own_file(tmp_path):
+    train = write(tmp_path / "train.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}])
+    heldout = write(tmp_path / "test.jsonl", [{"prompt": "c", "answer": "3", "level": 1}])
+    task = load_task(train, heldout_path=str(heldout))
+    assert [row["prompt"] for row in task.train] == ["a", "b"]
+    assert task.heldout == [{"prompt": "c", "answer": "3", "level": 1}]
+    assert task.train[0]["level"] is None  # all examples have the same columns
+
+
+def test_held_out_prompts_that_are_trained_on_bring_a_warning(tmp_path):
+    path = write(tmp_path / "train.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.warns(UserWarning, match="2 of its prompts are in the training file"):
+        load_task(path, heldout_path=str(path))
+
+
+def test_limit_keeps_the_first_lines_and_reads_no_further(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"prompt": "a"}, "", {"prompt": "b"}, "not json"])
+    assert [row["prompt"] for row in load_task(path, limit=2, heldout_fraction=0).train] == ["a", "b"]
+
+
+def test_the_files_of_gsm8k_are_read_as_they_are(tmp_path):
+    rows = [
+        {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+        {"question": "?", "answer": "#### 1,000"},
+    ]
+    path = write(tmp_path / "gsm8k.jsonl", rows)
+    task = load_task(path, prompt_column="question", heldout_fraction=0)
+    assert task.train == [{"prompt": "Two and two?", "answer": "4"}, {"prompt": "?", "answer": "1,000"}]
+    assert correct_of(task, task.train[1], "So it is $1000.") == 1.0
+
+
+def test_text_answers_are_compared_whole(tmp_path):
+    task = load_task(write(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "Paris"}]), heldout_fraction=0)
+    assert correct_of(task, task.train[0], " Paris\n") == 1.0
+    assert correct_of(task, task.train[0], "Paris or Rome") == 0.0
+    assert (task.extract(" Paris\n"), task.extract(" ")) == ("Paris", None)
+
+
+def test_prompts_without_an_answer_cannot_be_scored(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "1"}]
+    task = load_task(write(tmp_path / "d.jsonl", rows), heldout_fraction=0)
+    assert correct_of(task, task.train[0], "1") is None
+    assert correct_of(task, {"prompt": "a"}, "1") is None  # no answer column at all
+
+
+def test_a_reward_of_the_users_defines_accuracy(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, **columns):\n    return [len(c) < 3 for c in completions]\n"
+    )
+    path = write(tmp_path / "d.jsonl", [{"prompt": "a"}])
+    task = load_task(path, heldout_fraction=0, reward=f"{tmp_path / 'mine.py'}:short")
+    assert correct_of(task, task.train[0], "ab") == 1.0 and correct_of(task, task.train[0], "abc") == 0.0
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "a"', "this is not JSON"),
+        ("prompt", "this is not JSON"),
+        ("[" * 10**5, "this is not JSON"),
+        ("[1]", "this is a list"),
+        ('"a"', "this is a str"),
+        ('{"question": "a"}', r"there is no 'prompt', only question: name the column by prompt_column"),
+        ("{}", "there is no 'prompt', only nothing"),
+        ('{"prompt": 3}', "'prompt' is a int"),
+        ('{"prompt": null}', "'prompt' is a NoneType"),
+        ('{"prompt": " "}', "'prompt' is empty"),
+        ('{"prompt": []}', "an empty list"),
+        ('{"prompt": ["a"]}', "message 0 of 'prompt' needs a 'role' and a 'content'"),
+        ('{"prompt": [{"role": "user", "content": "a"}, {"role": "user"}]}', "message 1"),
+        ('{"prompt": [{"role": "user", "content": null}]}', "message 0"),
+        ('{"prompt": [{"role": "user", "content": ""}]}', "'prompt' is empty"),
+        (r'{"prompt": "\ud800"}', "surrogate"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, message):
+    path = write(tmp_path / "data.jsonl", [{"prompt": "fine"}, line])
+    with pytest.raises(InputError, match=message) as error:
+        load_task(path)
+    assert str(error.value).startswith(f"{path}, line 2: ")
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "\xff"}\n')  # the first line's byte order mark is fine
+    with pytest.raises(InputError, match=r"line 2: this is not JSON.*UTF-8"):
+        load_task(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_refused(tmp_path, content):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match="the file is empty"):
+        load_task(path)
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(InputError, match="no such file"):
+            load_task(path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"heldout_path": "x.jsonl", "heldout_fraction": 0.1}, "not both"),
+        ({"heldout_path": "x.jsonl"}, "x.jsonl: there is no such file"),
+        ({"heldout_fraction": 1.0}, r"\[0, 1\)"),
+        ({"heldout_fraction": "nan"}, r"\[0, 1\)"),
+        ({"heldout_fraction": 0.5}, "one prompt cannot be split"),
+        ({"limit": 0}, "limit"),
+        ({"answer_column": "solution"}, "no line has a 'solution'"),
+        ({"reward": "exakt_match"}, "did you mean 'exact_match'"),
+        ({"limits": 3}, "did you mean 'limit'"),
+    ],
+)
+def test_jsonl_refuses_options_that_make_no_sense(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        load_task(write(tmp_path / "data.jsonl", [{"prompt": "a"}]), **options)

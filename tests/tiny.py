@@ -1,0 +1,58 @@
+"""Small models for tests: odd sizes, so that no two dimensions can be mistaken for one another."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from minirl.attention import Packed
+from minirl.model import ModelConfig, Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=53,
+    width=20,
+    layers=3,
+    heads=6,
+    kv_heads=2,
+    head_dim=14,
+    mlp_width=31,
+    rope_theta=100.0,
+    max_positions=256,
+)
+
+
+def tiny_config(**changes) -> ModelConfig:
+    return replace(CONFIG, **changes)
+
+
+def tiny_model(seed: int = 0, **changes) -> Transformer:
+    """Random weights, norms and biases too, wide enough that the logits tell one token from another."""
+    return randomise(Transformer(tiny_config(**changes)), seed)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter random: fresh biases of 0 and norms of 1 would hide that they are not used."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "norm" in name:
+                p.copy_(1 + 0.3 * noise)
+            else:
+                p.copy_(noise * (0.3 if p.dim() == 1 or "embed" in name else p.shape[1] ** -0.5))
+    return model
+
+
+def random_ids(count: int, vocab: int = CONFIG.vocab_size, seed: int = 0) -> list[int]:
+    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def hidden_states(model: Transformer, tokens: Sequence[int]) -> torch.Tensor:
+    """[T, D] of one plain causal row."""
+    layout = Packed([(list(tokens), [])])
+    return model(layout.tokens, layout)
+
+
+def full_logits(model: Transformer, tokens: Sequence[int]) -> torch.Tensor:
+    """[T, V] of one plain causal row, in the model's precision."""
+    return hidden_states(model, tokens) @ model.head_weight.t()
