@@ -25,8 +25,10 @@ lint: $(INSTALLED)  ## ruff check and ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-bench: $(INSTALLED)  ## time the kernels and the engine
-	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(INSTALLED)  ## beside transformers and TRL; needs pip install '.[peers]' and models/smollm2
+	$(BIN)/python bench/parity_with_transformers.py
+	$(BIN)/python bench/sampler_vs_transformers.py
+	$(BIN)/python bench/grpo_step_vs_trl.py
 
 clean:  ## remove .venv, build output and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

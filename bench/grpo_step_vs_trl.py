@@ -29,6 +29,8 @@ What differs:
   and completions, and generates until the last row has ended.
 - minirl leaves rows whose advantage is exactly zero, which cannot change the gradient, out of the update; TRL computes
   them. "signal" is the share of groups with other rows.
+- minirl's forward holds 512 tokens at a time (a memory knob that changes no gradient), TRL's all rows, its default;
+  --micro-batch-tokens and --trl-rows change that.
 - The random numbers; length and reward show whether both sides drew from the same distribution.
 Memory in GB is the peak so far: after the imports, with the trainer built (minirl's optimizer state too, TRL makes its
 own in the first step), and at the end."""
@@ -40,6 +42,7 @@ def run_minirl(args, report: common.Report) -> None:
 
     report("imported")
     shared = {k: getattr(args, k) for k in ("model", "prompts", "group", "max_tokens", "lr", "seed", "dtype", "device")}
+    shared["micro_batch_tokens"] = args.micro_batch_tokens
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(out=f"{folder}/run", steps=args.steps + 1, **shared)
         trainer = GRPO(config, Run(config.out, {}), Display(), load_task("arithmetic", heldout_size=0))
@@ -156,6 +159,7 @@ def arguments() -> argparse.Namespace:
     add("--max-tokens", type=int, default=16, help="longest completion (default: %(default)s)")
     add("--lr", type=float, default=1e-6, help="learning rate (default: %(default)s)")
     add("--steps", type=int, default=4, help="measured in each process, after a first one (default: %(default)s)")
+    add("--micro-batch-tokens", type=int, default=512, help="in one forward of minirl (default: %(default)s)")
     add("--trl-rows", type=int, help="rows in one forward of TRL (default: all)")
     add("--side", choices=SIDES, help=argparse.SUPPRESS)  # how the script starts its own children
     add("--seed", type=int, default=0, help=argparse.SUPPRESS)

@@ -125,8 +125,10 @@ def tokenizer_of(f: dict) -> Tokenizer:
 def convert(gguf_path: str | Path, out: str | Path) -> Path:
     """Write `out`/{config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json};
     fp32."""
-    from gguf import GGUFReader
-
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise SystemExit("reading GGUF files needs the package gguf: pip install gguf") from None
     reader, out = GGUFReader(str(gguf_path)), Path(out)
     fields = read_fields(reader)
     config = config_of(fields)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 128 << 20  # workspace of one chunk of fp32 logits
+CHUNK_BYTES = 32 << 20  # workspace of one chunk of fp32 logits
 
 
 class Kept(NamedTuple):

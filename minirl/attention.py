@@ -104,6 +104,9 @@ class Packed:
         """q [N, H, Dh], k and v [N, K, Dh] -> [N, H, Dh]; causal, grouped-query."""
         if self.kv is not None:
             self.kv.append((k, v))
+        dtype = q.dtype
+        if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+            q, k, v = q.float(), k.float(), v.float()  # there the backward of bf16 attention is several times slower
         windowed = window is not None and window < self.prompt_width
         mask = self._mask("prompt", window, q.dtype) if windowed else None
         index = self.prompt_index
@@ -112,7 +115,7 @@ class Packed:
             mask = self._mask("response", window, q.dtype)
             keys = self.key_index
             out.append(_attention(q[self.response_index], k[keys], v[keys], mask))
-        return torch.cat([o.flatten(0, 1) for o in out]).index_select(0, self.unpad_index)
+        return torch.cat([o.flatten(0, 1) for o in out]).index_select(0, self.unpad_index).to(dtype)
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

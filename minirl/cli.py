@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
+import torch
 import tyro
 
 from minirl.demo import DemoConfig, run_demo
@@ -20,6 +21,7 @@ from minirl.display import RichDisplay, table
 from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.files import read_json
+from minirl.losses import PolicyLoss
 from minirl.model import Transformer
 from minirl.report import plot, read_metrics, report
 from minirl.rewards.registry import did_you_mean
@@ -136,8 +138,8 @@ def generate(c: GenerateConfig) -> None:
             if c.json:
                 record = {"prompt": prompt, "text": text, "finish_reason": completion.finish_reason}
                 print(json.dumps(record | {"tokens": completion.tokens, "logprobs": completion.logprobs}))
-            else:
-                print(f"{prompt!r} [{len(completion.tokens)} tokens, {completion.finish_reason}]\n{text}\n")
+            else:  # the display lets no escape code of a completion through to the terminal
+                display.line(f"{prompt!r} [{len(completion.tokens)} tokens, {completion.finish_reason}]\n{text}\n")
 
 
 def evaluation(c: EvalConfig) -> None:
@@ -178,7 +180,7 @@ def evaluation(c: EvalConfig) -> None:
     for i in range(min(c.shown, len(result.correct))):
         j = i * c.samples
         mark = {1.0: "right", 0.0: "wrong"}.get(result.correct[i][0], "unscored")
-        print(f"\n{_prompt_text(result.rollout.examples[i]['prompt'])}\n[{mark}] {result.rollout.texts[j]}")
+        display.line(f"\n{_prompt_text(result.rollout.examples[i]['prompt'])}\n[{mark}] {result.rollout.texts[j]}")
 
 
 def _prompt_text(prompt) -> str:
@@ -221,13 +223,13 @@ def demo(config: DemoConfig) -> None:
     )
     table("held-out accuracy on sums of two numbers below 100", columns, rows)
     for line in _last_completions(runs[0]):
-        print(line)
+        display.line(line)
     png = plot(runs, out / "demo.png", [f"seed {seed}" for seed in config.seeds])
     print(f"curves: {png}\nmodel:  {runs[0] / 'model'}")
 
 
 def _last_completions(run: Path, count: int = 6) -> list[str]:
-    lines = (run / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run / "completions.jsonl").read_bytes().split(b"\n")[:-1]  # not splitlines: a text may hold other ends
     records = [json.loads(line) for line in (*lines[: count // 2], *lines[-count // 2 :])]
     return [
         f"step {r['step']:>3}: {_prompt_text(r['prompt'])} {r['completion']}  (reward {r['reward']:g})" for r in records
@@ -300,8 +302,9 @@ def _defaults(kind: type, args: Sequence[str]):
     """Defaults that depend on other options: those of a preset, and those of the run that is resumed."""
     if "--resume" in args and kind in (GRPOConfig, SFTConfig):
         out = Path(_value(args, "--out") or kind.out)
-        if (out / "config.json").exists():
-            return _from_json(kind, read_json(out / "config.json"), str(out))
+        if not (out / "config.json").exists():
+            raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
+        return _from_json(kind, read_json(out / "config.json"), str(out))
     preset = _value(args, "--preset") if kind is GRPOConfig else None
     if preset and preset.lower() != "none":
         budget = _value(args, "--max-tokens")
@@ -312,10 +315,9 @@ def _defaults(kind: type, args: Sequence[str]):
 
 def _value(args: Sequence[str], flag: str) -> str | None:
     for i, arg in enumerate(args):
-        if arg == flag and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
+        name, equals, value = arg.partition("=")
+        if name.replace("_", "-") == flag:
+            return value if equals else args[i + 1] if i + 1 < len(args) else None
     return None
 
 
@@ -328,11 +330,13 @@ def _from_json(kind: type, content: dict, out: str):
             raise InputError(
                 f"{out}/config.json: the key {name!r} is not one of this command's: was this another command's run?"
             )
-        if isinstance(value, dict):
-            values[name] = type(known[name].default_factory())(**value)
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values, out=out)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        if "loss" in values:
+            values["loss"] = PolicyLoss(**values["loss"])
+        return kind(**values, out=out)
+    except TypeError as error:
+        raise InputError(f"{out}/config.json is not as this command wrote it ({error}): restore it") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -344,7 +348,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
         _fail(f"the system refused ({what}): check path, permissions and free space; earlier checkpoints are intact")
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         _fail("out of memory: lower --slots or --micro-batch-tokens, or give --recompute")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -360,6 +366,11 @@ def _dispatch(args: list[str]) -> None:
         )
     config = parse(args[0], args[1:])
     COMMANDS[args[0]][1](config)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a CPU torch has no class of its own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(sentence: str) -> None:

@@ -1,5 +1,6 @@
 """Held-out accuracy: greedy, mean@k, pass@k and maj@k, each with a bootstrap interval over prompts."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,8 +42,8 @@ def evaluate(
     k = params.n
     values = {"mean": [mean_at_k(row) for row in correct]}
     if k > 1:
-        counts = [row[~np.isnan(row)] for row in correct]
-        values[f"pass@{k}"] = [pass_at_k(len(c), int(c.sum()), len(c)) if len(c) else float("nan") for c in counts]
+        scored = [row[~np.isnan(row)] for row in correct]
+        values[f"pass@{k}"] = [pass_at_k(len(c), int((c == 1).sum()), len(c)) if len(c) else math.nan for c in scored]
         answers = np.array([task.extract(text) for text in rollout.texts], dtype=object).reshape(correct.shape)
         values[f"maj@{k}"] = [_majority(a, c) for a, c in zip(answers, correct, strict=True)]
     if greedy:
@@ -61,6 +62,9 @@ def _correct(rollout: Rollout, task: Task, timeout: float | None) -> np.ndarray:
 
 
 def _majority(answers: np.ndarray, correct: np.ndarray) -> float:
-    """Votes are right if their completion was: that works for any task, also where several answers are right."""
+    """Votes are right if their completion was: that works for any task, also where several answers are right. NaN where
+    nothing could be scored."""
+    if np.isnan(correct).all():
+        return math.nan
     right = {answer for answer, good in zip(answers, correct, strict=True) if answer and good == 1}
     return majority_at_k(list(answers), right)

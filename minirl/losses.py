@@ -441,7 +441,7 @@ def combine_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
     return {name: value.item() for name, value in _derive(step).items() if not name.startswith("_")}
 
 
-# ---- critic, controllers, shaping ------------------------------------------------------------------------------------
+# ---- critic, controllers ---------------------------------------------------------------------------------------------
 
 
 def value_loss(values, old_values, returns, mask, clip: float | None = 0.2, totals: Totals | None = None):
@@ -475,13 +475,6 @@ def adaptive_kl_ziegler(beta: float, kl: float, *, episodes: int, target: float 
 def adaptive_kl_ppo(beta: float, kl: float, *, target: float) -> float:
     """β/2 where KL < target/1.5, 2β where KL > 1.5·target (1707.06347 §4)."""
     return beta / 2 if kl < target / 1.5 else beta * 2 if kl > target * 1.5 else beta
-
-
-def overlong_penalty(lengths: Tensor, l_max: int, l_cache: int) -> Tensor:
-    """[B] -> [B], to add to the reward: 0 up to L_max − L_cache, then down to −1 at L_max (2503.14476 eq. 13)."""
-    if not 0 < l_cache <= l_max:
-        raise InputError(f"overlong_penalty: l_cache={l_cache} must be in (0, l_max={l_max}]")
-    return ((l_max - l_cache - torch.as_tensor(lengths)) / l_cache).clamp(-1, 0)
 
 
 # ---- presets ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
 # A CPU's BLAS sums in another order below about 16 rows: a token's result would depend on how many others share its
@@ -57,6 +58,44 @@ class ModelConfig:
         return self.rope_layers[layer] if self.rope_layers else True
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number a row for the backward pass; plain autograd would keep three fp32 copies of it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (h * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        """With n = x / rms(x) and g = dy · weight: dx = (g − n · mean(g · n)) / rms(x), d_weight = Σ dy · n."""
+        x, weight, scale = ctx.saved_tensors
+        n, dy = x * scale, dy.to(scale.dtype)
+        g = dy * weight
+        dx = (g - n * (g * n).mean(-1, keepdim=True)) * scale
+        return dx.to(x.dtype), (dy * n).flatten(0, -2).sum(0).to(weight.dtype), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · up; keeps the two inputs and makes silu(gate) again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        return dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -65,9 +104,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x / rms(x) · weight, the root mean square in fp32 at least (Zhang & Sennrich 2019, eq. 4)."""
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
@@ -169,7 +206,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.mlp_width, c.width, bias=c.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minirl.errors import InputError
 from minirl.rewards import score
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import Task
@@ -48,6 +49,12 @@ class Rollout:
         prompts = [e["prompt"] for e in self.examples for _ in range(self.group_size)]
         total, self.parts = score(rewards, prompts, self.texts, self.columns(), timeout)
         self.rewards = torch.tensor(total, dtype=torch.float64)
+        if self.rewards.isnan().all():
+            empty = [name for name, values in self.parts.items() if all(math.isnan(v) for v in values)]
+            which = f"reward {empty[0]!r} gave" if empty else "the rewards gave"
+            raise InputError(
+                f"{which} none of {len(total)} completions a score (all None or NaN): is the answer column filled?"
+            )
 
     def metrics(self) -> dict[str, float]:
         """What the rollout alone tells: rewards, lengths, groups with a signal."""

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from minirl.kernels import Kept
 from tiny import CONFIG, full_logits, random_ids, tiny_model
 
+from minirl.kernels import Kept
 from minirl.model import Transformer
 from minirl.sampler import Sampler, SamplingParams
 from minirl.train.batch import MicroBatch, Row, micro_batches, score

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirl.kernels import Kept, linear_token_logprobs, token_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from minirl.kernels import Kept, linear_token_logprobs, token_logprobs
 
 VOCABULARIES = (7, 123, 517, 2053)
 

@@ -784,15 +784,6 @@ def test_kl_controllers_match_golden():
     assert chained == pytest.approx(expected["ppo_beta"], abs=1e-9)
 
 
-def test_overlong_penalty_matches_golden():
-    x, p, expected = golden("dapo_overlong_penalty")
-    close(losses.overlong_penalty(x["lengths"], p["l_max"], p["l_cache"]), expected["penalty"])
-    close(losses.overlong_penalty(x["lengths_paper"], p["paper_l_max"], p["paper_l_cache"]), expected["penalty_paper"])
-    assert losses.overlong_penalty(torch.tensor([90]), 100, 20).item() == -0.5
-    with pytest.raises(InputError, match="l_cache"):
-        losses.overlong_penalty(torch.tensor([90]), 100, 0)
-
-
 # ---- presets and errors ----------------------------------------------------------------------------------------------
 
 TABLE = {  # advantage, ratio level, surrogate, kl, aggregation

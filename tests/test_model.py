@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirl.kernels import linear_token_logprobs
 from safetensors.torch import load_file, save_file
 from tiny import full_logits, hidden_states, random_ids, randomise, tiny_config, tiny_model
 
 from minirl.attention import Packed, Slots
 from minirl.checkpoint import load_model, save_model
-from minirl.model import ModelConfig, Transformer
+from minirl.kernels import linear_token_logprobs
+from minirl.model import ModelConfig, Transformer, _RMSNorm, _SwiGLU
 
 LENGTHS = (1, 2, 37)
 SIZES = {
@@ -459,3 +459,21 @@ def test_initial_weights_are_a_function_of_the_seed():
             assert a.std().item() * shrink == pytest.approx(0.02, rel=0.1)
         else:
             assert a.eq(0.0 if name.endswith("bias") else 1.0).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (3, 2, 4)])
+def test_the_gradient_of_the_norm_is_that_of_its_formula(shape):
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape[-1], dtype=torch.float64)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+
+    def formula(x, weight):
+        return weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+
+    torch.testing.assert_close(_RMSNorm.apply(x, weight, 1e-3), formula(x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-3), leaves)
+
+
+def test_the_gradient_of_swiglu_is_that_of_its_formula():
+    gate, up = (torch.randn(4, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(_SwiGLU.apply(gate, up), gate * gate.sigmoid() * up)
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))

@@ -11,13 +11,13 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minirl.kernels import draw, kept_mask, keyed_uniform
 from tiny import full_logits, random_ids, tiny_config, tiny_model
 from tokenizers import decoders, models, pre_tokenizers
 
 from minirl import sampler as sampler_module
 from minirl.attention import Packed
 from minirl.errors import InputError
+from minirl.kernels import draw, kept_mask, keyed_uniform
 from minirl.model import Transformer
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tokenizer import Tokenizer

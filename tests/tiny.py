@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from minirl.attention import Packed
 from minirl.model import ModelConfig, Transformer
+from minirl.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=53,
@@ -56,3 +58,16 @@ def hidden_states(model: Transformer, tokens: Sequence[int]) -> torch.Tensor:
 def full_logits(model: Transformer, tokens: Sequence[int]) -> torch.Tensor:
     """[T, V] of one plain causal row, in the model's precision."""
     return hidden_states(model, tokens) @ model.head_weight.t()
+
+
+ALPHABET = "0123456789+=~(,)"  # one token a character
+
+
+def tiny_checkpoint(folder: str | Path, seed: int = 0, **changes) -> Path:
+    """A checkpoint on disk that reads and writes sums, with random weights."""
+    tokenizer = Tokenizer.from_chars(ALPHABET)
+    sizes = {"width": 32, "layers": 1, "heads": 4, "head_dim": 8, "mlp_width": 48, "max_positions": 32}
+    model = tiny_model(seed, **{"vocab_size": tokenizer.vocab_size, **sizes, **changes})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)

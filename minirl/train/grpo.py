@@ -19,16 +19,27 @@ import torch
 from minirl.advantages import OUTCOME, kl_in_sequence_reward
 from minirl.errors import InputError
 from minirl.evaluate import evaluate
-from minirl.losses import PRESETS, PolicyLoss, overlong_penalty
+from minirl.losses import PRESETS, PolicyLoss
 from minirl.model import Transformer
 from minirl.rewards import load_reward
+from minirl.rewards.rules import overlong_penalty
 from minirl.rollout import Rollout, sample, task_rewards
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, score
 from minirl.train.optimizer import AdamW, learning_rate
-from minirl.train.run import Display, Run, interruptible, peak_memory_gb, pick_device, pick_dtype
+from minirl.train.run import (
+    Display,
+    Run,
+    interruptible,
+    peak_memory_gb,
+    pick_device,
+    pick_dtype,
+    refuse_below_one,
+    refuse_not_positive,
+    say_if_finished,
+)
 from minirl.train.sft import order, take
 from minirl.train.step import Batch, accumulate, response_mask
 
@@ -57,6 +68,8 @@ class GRPOConfig:
     """What truncation=penalty subtracts from the reward."""
     overlong_cache: int = 0
     """DAPO's soft punishment over the last so many tokens before max_tokens; 0 = off."""
+    drop_zero_advantage: bool = False
+    """Completions with advantage 0 leave the loss, and so its denominators."""
     rewards: tuple[str, ...] = ()
     """Further rewards beside the task's: name=weight or file.py:function=weight."""
     reward_timeout: float | None = None
@@ -119,23 +132,14 @@ class GRPOConfig:
     """Continue the run in `out`."""
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "prompts",
-            "group",
-            "epochs",
-            "mini_batches",
-            "max_tokens",
-            "slots",
-            "micro_batch_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: it must be at least 1")
-        for name in ("lr", "clip_norm", "temperature"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} = {getattr(self, name)}: it must be positive")
+        refuse_below_one(self, "steps", "prompts", "group", "epochs", "mini_batches", "max_tokens", "slots")
+        refuse_below_one(self, "micro_batch_tokens", "eval_prompts", "eval_samples", "save_every")
+        refuse_not_positive(self, "lr", "clip_norm", "temperature")
         if self.mini_batches > self.prompts:
             raise InputError(f"mini_batches = {self.mini_batches}: there are only {self.prompts} prompts to share out")
+        if not 0 <= self.overlong_cache <= self.max_tokens:
+            raise InputError(f"overlong_cache = {self.overlong_cache}: it must be from 0 to max_tokens")
+        _ = self.sampling  # refuses what cannot be sampled with
 
     @property
     def sampling(self) -> SamplingParams:
@@ -172,6 +176,7 @@ def preset_defaults(name: str, max_tokens: int = GRPOConfig.max_tokens) -> dict:
         "truncation": preset.truncation,
         "epochs": preset.epochs,
         "overlong_cache": overlong,
+        "drop_zero_advantage": preset.drop_zero_advantage,
     }
 
 
@@ -217,7 +222,10 @@ class GRPO:
         self.show(rollout, step + 1)
         return metrics | {
             "tokens_per_s/rollout": tokens / (sampled - started),
-            "tokens_per_s/train": tokens / (trained - sampled),
+            # Rows without a gradient are not computed, so they are not counted either.
+            "tokens_per_s/train": metrics["trained_tokens"] / (trained - sampled)
+            if metrics["trained_tokens"]
+            else math.nan,
             "time/rollout": sampled - started,
             "time/train": trained - sampled,
             "memory/peak_gb": peak_memory_gb(),
@@ -248,7 +256,7 @@ class GRPO:
         rollout = sample(self.sampler, self.tokenizer, [self.task.train[i] for i in chosen], params, progress)
         rollout.score(self.rewards, c.reward_timeout)
         if c.overlong_cache:
-            rollout.rewards += overlong_penalty(torch.tensor(rollout.lengths), c.max_tokens, c.overlong_cache)
+            rollout.rewards += torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
         if c.truncation == "penalty":
             cut = torch.tensor([x.finish_reason == "length" for x in rollout.completions])
             rollout.rewards -= c.truncation_penalty * cut
@@ -276,6 +284,8 @@ class GRPO:
         if c.kl_in_reward:
             rewards = kl_in_sequence_reward(rewards, old, ref, mask, c.kl_in_reward)
         rollout.advantages = OUTCOME[c.advantage](rewards, rollout.group_ids.to(device)).float()
+        if c.drop_zero_advantage:
+            mask &= (rollout.advantages != 0)[:, None]
         return Batch(rows, rollout.advantages, mask, old, ref, sampled)
 
     def score(self, model: Transformer, rows: list[Row]) -> torch.Tensor:
@@ -296,6 +306,7 @@ class GRPO:
                 skipped += not metrics
         names = dict.fromkeys(name for metrics in updates for name in metrics)
         means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
+        means["trained_tokens"] = sum(m["trained_tokens"] for m in updates)
         adv = rollout.advantages
         return means | {
             "lr": lr,
@@ -346,22 +357,26 @@ def train_grpo(config: GRPOConfig, display: Display | None = None, task: Task | 
     identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
     run = Run(config.out, identity, config.resume)
     trainer = GRPO(config, run, display, task)
+    say_if_finished(run, config.steps, display)
     if run.start == 0:
-        metrics = trainer.evaluate()
-        run.log(0, metrics)
-        display.line(f"before: held-out {metrics['eval/mean']:.3f} (greedy {metrics['eval/greedy']:.3f})")
+        before = trainer.evaluate()
+        display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
+    display.progress("step", run.start, config.steps)
     with interruptible(display) as stop_requested:
         for step in range(run.start, config.steps):
             metrics = trainer.step(step)
+            if step == 0:  # only now: a run whose first step fails leaves no folder
+                run.log(0, before)
             last = step + 1 == config.steps
             if last or (config.eval_every and (step + 1) % config.eval_every == 0):
                 metrics |= trainer.evaluate()
             run.log(step + 1, metrics)
             display.progress("step", step + 1, config.steps)
             display.line(step_line(step + 1, config.steps, metrics))
-            if last or (step + 1) % config.save_every == 0 or stop_requested():
+            stopping = stop_requested()  # asked once: what stops has saved
+            if last or (step + 1) % config.save_every == 0 or stopping:
                 run.save(step + 1, trainer.model, trainer.tokenizer, trainer.optimizer)
-            if stop_requested() and not last:
+            if stopping and not last:
                 display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
                 raise KeyboardInterrupt
     return run.finish(trainer.model, trainer.tokenizer)

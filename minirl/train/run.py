@@ -5,11 +5,13 @@
 
 A checkpoint is a Hugging Face directory with the optimizer's state beside it. It appears whole or not at all; lines
 that were logged after it are dropped on resume, so that a killed and resumed run leaves the same files as one that was
-not.
+not. The folder begins with the first line that is logged: a run that fails before it leaves none.
 """
 
 import json
 import math
+import os
+import re
 import resource
 import shutil
 import signal
@@ -29,6 +31,7 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
+WRITTEN = ("config.json", *LOGS, "model", "checkpoints/step")  # atomically, from beside the place
 TIMED = (
     "time/",
     "memory/",
@@ -51,42 +54,52 @@ class Run:
 
     def __init__(self, out: str | Path, config: dict, resume: bool = False, keep: int = 2):
         self.out, self.keep = Path(out), keep
-        file = self.out / "config.json"
-        config = json.loads(json.dumps(config))  # as it will be read back
-        if file.exists() and not resume:
-            raise InputError(f"{self.out} already holds a run: add --resume to continue it, or choose another --out")
+        self.config = json.loads(json.dumps(config))  # as it will be read back
+        self.checkpoint: Path | None = None
+        self.start = 0
+        _refuse_unwritable(self.out)
         if resume:
-            if not file.exists():
-                raise InputError(f"{self.out} holds no run to resume: check --out, or leave --resume away")
-            _refuse_changes(read_json(file), config, file)
-        else:
-            write_json(file, config)
-        for staging in (self.out / "checkpoints").glob(".step-*"):  # a save that was killed half-way
-            shutil.rmtree(staging, ignore_errors=True)
-        self.checkpoint = self._latest()
-        self.start = int(read_json(self.checkpoint / "state.json")["step"]) if self.checkpoint else 0
-        for name in LOGS:
-            _truncate(self.out / name, self.start)
+            self._resume()
+        elif any((self.out / name).exists() for name in ("config.json", "checkpoints", *LOGS)):
+            raise InputError(f"{self.out} already holds a run: add --resume to continue it, or choose another --out")
 
-    def _latest(self) -> Path | None:
-        return max((self.out / "checkpoints").glob("step-*"), default=None)
+    def _resume(self) -> None:
+        """Find the last checkpoint, and make the folder what it was then."""
+        file = self.out / "config.json"
+        if not file.exists():
+            raise InputError(f"{self.out} holds no run to resume: check --out, or leave --resume away")
+        _refuse_changes(read_json(file), self.config, file)
+        for name in WRITTEN:
+            _remove_half_written(self.out / name)
+        self.checkpoint = max((self.out / "checkpoints").glob("step-*"), default=None)
+        if self.checkpoint:
+            self.start = int(read_json(self.checkpoint / "state.json")["step"])
+        for name in LOGS:
+            _truncate(self.out / name, self.start if self.checkpoint else -1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl; NaN and infinity become null, as JSON has neither."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self._append("metrics.jsonl", {"step": step, **clean})
+        self._append("metrics.jsonl", {"step": step, **metrics})
 
     def log_completion(self, step: int, **fields) -> None:
         self._append("completions.jsonl", {"step": step, **fields})
 
     def _append(self, name: str, record: dict) -> None:
-        with open(self.out / name, "a", encoding="utf-8") as file:
+        """One line; NaN and infinity become null, as JSON has neither."""
+        self._begin()
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        # Half of a surrogate pair has no UTF-8; as a backslash and its code it is JSON again.
+        with open(self.out / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _begin(self) -> None:
+        if not (self.out / "config.json").exists():
+            write_json(self.out / "config.json", self.config)
 
     def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW) -> Path:
         """Write the checkpoint after `step` updates, and drop the oldest beyond `keep`."""
+        self._begin()
         path = self.out / "checkpoints" / f"step-{step:06d}"
-        with atomic_folder(path) as staging:
+        with _whole_folder(path) as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
             save_file(optimizer.state_dict(), staging / "optimizer.safetensors")
@@ -108,10 +121,37 @@ class Run:
 
     def finish(self, model: Transformer, tokenizer: Tokenizer) -> Path:
         """Write the trained model to `model/`, for `minirl eval` or any other engine."""
-        with atomic_folder(self.out / "model") as staging:
+        with _whole_folder(self.out / "model") as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
         return self.out / "model"
+
+
+@contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """`atomic_folder`, with a sentence for a full disk, of which safetensors has an exception of its own."""
+    try:
+        with atomic_folder(path) as staging:
+            yield staging
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} could not be written ({error}): free some space; earlier checkpoints are intact"
+        ) from None
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Said before the work, not after it."""
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not place.is_dir():
+        raise InputError(f"{place} is a file where the folder of the run must be: choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{place} is not writable: choose another --out, or change its permissions")
+
+
+def _remove_half_written(path: Path) -> None:
+    """What a write of `path` left beside it when it was killed."""
+    for staging in path.parent.glob(f".{path.name}-*"):
+        shutil.rmtree(staging) if staging.is_dir() else staging.unlink()
 
 
 def _refuse_changes(old: dict, new: dict, file: Path) -> None:
@@ -134,13 +174,13 @@ def _truncate(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().split(b"\n"):  # not splitlines: a completion may hold other line ends
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError):  # bad JSON or UTF-8, no object, no step
             break
-    write_atomic(file, lambda staging: staging.write_text("".join(kept), encoding="utf-8"))
+    write_atomic(file, lambda staging: staging.write_bytes(b"".join(kept)))
 
 
 def peak_memory_gb() -> float:
@@ -173,10 +213,29 @@ def interruptible(display: Display) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def say_if_finished(run: Run, steps: int, display: Display) -> None:
+    if run.start >= steps:
+        display.line(f"the run in {run.out} is finished: all of its {steps} steps are done, none is left to resume")
+
+
+def refuse_below_one(config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} = {getattr(config, name)}: it must be at least 1")
+
+
+def refuse_not_positive(config, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"{name} = {getattr(config, name)}: it must be positive and finite")
+
+
 def pick_device(name: str) -> torch.device:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"device {name!r} is unknown: choose from auto, cpu, cuda")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda' was asked for and there is none: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r} was asked for and there is none: use --device cpu")
     return device
 
 

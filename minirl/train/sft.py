@@ -21,7 +21,17 @@ from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.optimizer import AdamW, learning_rate
-from minirl.train.run import Display, Run, interruptible, peak_memory_gb, pick_device, pick_dtype
+from minirl.train.run import (
+    Display,
+    Run,
+    interruptible,
+    peak_memory_gb,
+    pick_device,
+    pick_dtype,
+    refuse_below_one,
+    refuse_not_positive,
+    say_if_finished,
+)
 from minirl.train.step import Batch, accumulate, response_mask
 
 LIKELIHOOD = PolicyLoss(ratio_level="none", surrogate="is_pg", aggregation="token_mean")
@@ -66,12 +76,16 @@ class SFTConfig:
     resume: bool = False
     """Continue the run in `out`."""
 
+    def __post_init__(self):
+        refuse_below_one(self, "steps", "batch", "micro_batch_tokens", "save_every")
+        refuse_not_positive(self, "lr", "clip_norm")
+
 
 def read_demonstrations(path: str | Path) -> list[dict]:
     """Lines of a JSONL file with "prompt" and "completion"."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): check the path") from None
     examples = []
@@ -153,6 +167,8 @@ def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, disp
     optimizer = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95))
     if run.checkpoint:
         run.restore(optimizer)
+    say_if_finished(run, config.steps, display)
+    display.progress("sft", run.start, config.steps)
     with interruptible(display) as stop_requested:
         for step in range(run.start, config.steps):
             started = time.perf_counter()
@@ -167,9 +183,10 @@ def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, disp
             last = step + 1 == config.steps
             if last or (step + 1) % max(1, config.steps // 10) == 0:
                 display.line(sft_line(step + 1, config.steps, metrics))
-            if last or (step + 1) % config.save_every == 0 or stop_requested():
+            stopping = stop_requested()  # asked once: what stops has saved
+            if last or (step + 1) % config.save_every == 0 or stopping:
                 run.save(step + 1, model, tokenizer, optimizer)
-            if stop_requested() and not last:
+            if stopping and not last:
                 display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
                 raise KeyboardInterrupt
     return run.finish(model, tokenizer)

@@ -70,7 +70,7 @@ def accumulate(
         )
         loss.backward()
         parts.append(metrics)
-    return combine_metrics(parts)
+    return combine_metrics(parts) | ({"trained_tokens": totals.scored} if parts else {})
 
 
 def _with_gradient(batch: Batch, o: PolicyLoss) -> list[int]:
