@@ -98,12 +98,23 @@ def read_demonstrations(path: str | Path) -> list[dict]:
             raise InputError(
                 f"{path}, line {number}: not valid JSON ({error.msg}): each line must be one object"
             ) from None
-        if not isinstance(example, dict) or not isinstance(example.get("completion"), str) or "prompt" not in example:
-            raise InputError(f"{path}, line {number}: needs a 'prompt' and a 'completion' text")
+        if not isinstance(example, dict) or not isinstance(example.get("completion"), str):
+            raise InputError(f"{path}, line {number}: it must be an object with a 'prompt' and a 'completion' text")
+        if not _is_prompt(example.get("prompt")):
+            raise InputError(
+                f"{path}, line {number}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content' text"
+            )
         examples.append(example)
     if not examples:
         raise InputError(f"{path} holds no examples: give at least one line")
     return examples
+
+
+def _is_prompt(prompt: object) -> bool:
+    if isinstance(prompt, list):
+        texts = [message.get(key) for message in prompt if isinstance(message, dict) for key in ("role", "content")]
+        return 0 < 2 * len(prompt) == len(texts) and all(isinstance(text, str) for text in texts)
+    return isinstance(prompt, str)
 
 
 def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Row]:

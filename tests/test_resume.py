@@ -1,0 +1,318 @@
+"""A run that was killed or stopped, and resumed, leaves the same bits as one that was not."""
+
+import importlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_checkpoint
+
+from minirl import cli
+from minirl.train.run import TIMED, Run, _truncate
+
+GRPO = """grpo --task arithmetic:op=sum,digits=1,chat=false --steps 6 --prompts 4 --group 4 --mini-batches 2
+    --max-tokens 6 --loss.kl k3 --loss.kl-coef 0.05 --top-p 0.9 --lr 1e-3 --warmup 2 --schedule linear
+    --weight-decay 0.01 --eval-every 2 --eval-prompts 4 --eval-samples 2 --save-every 2 --shown 3
+    --rewards repetition=1 slow.py:slow=0"""
+SFT = "sft --data data.jsonl --steps 6 --batch 3 --lr 1e-3 --warmup 2 --save-every 2"
+SLOW = """
+import time
+
+def slow(prompts, completions, **columns):
+    time.sleep(0.02)
+    return [0.0 for c in completions]
+"""
+STEP = "minirl.train.optimizer:AdamW.step"
+UPDATES = {"grpo": 2, "sft": 1}  # in a step
+
+
+class Lab:
+    """Commands in processes of their own, forked from one that has imported torch already, on one thread each."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.number = folder, itertools.count()
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["minirl.cli", "torch._dynamo", "pytest"])
+        tiny_checkpoint(folder / "model")
+        (folder / "slow.py").write_text(SLOW)
+        lines = ({"prompt": f"{i}+{j}=", "completion": str(i + j)} for i in range(3) for j in range(3))
+        (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self.references: dict[tuple, Path] = {}
+
+    def args(self, kind: str, dtype: str = "float32") -> list[str]:
+        args = [*{"grpo": GRPO, "sft": SFT}[kind].split(), "--model", "model", "--dtype", dtype]
+        return [str(self.folder / arg) if arg.startswith(("model", "data.", "slow.")) else arg for arg in args]
+
+    def start(self, args: list[str], log: Path, fate: tuple | None = None):
+        process = self.context.Process(target=command, args=(args, str(log), fate))
+        process.start()
+        return process
+
+    def run(self, args: list[str], fate: tuple | None = None) -> tuple[int, str]:
+        """Exit code and output."""
+        log = self.folder / f"{next(self.number)}.log"
+        process = self.start(args, log, fate)
+        process.join()
+        return process.exitcode, log.read_text()
+
+    def reference(self, kind: str, dtype: str) -> Path:
+        """A run that nothing happens to."""
+        if (kind, dtype) not in self.references:
+            out = self.references[kind, dtype] = self.folder / f"{kind}-{dtype}"
+            code, said = self.run([*self.args(kind, dtype), "--out", str(out)])
+            assert code == 0, said
+        return self.references[kind, dtype]
+
+
+def command(args: list[str], log: str, fate: tuple | None) -> None:
+    """The body of a process. `fate` is (signal, "module:function", n): it comes with the n-th call of the function."""
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - until the process ends
+    cli.plot = cli.report = lambda *args: None  # slow, and no part of what is resumed
+    if fate:
+        number, (module, _, path) = fate[0], fate[1].partition(":")
+        *owners, name = path.split(".")
+        owner, calls = importlib.import_module(module), itertools.count(1)
+        for part in owners:
+            owner = getattr(owner, part)
+        function = getattr(owner, name)
+
+        def fatal(*args, **kwargs):
+            if next(calls) in fate[2:]:
+                os.kill(os.getpid(), number)
+            return function(*args, **kwargs)
+
+        setattr(owner, name, fatal)
+    cli.main(args)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Lab:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        lab = Lab(tmp_path_factory.mktemp("lab"))
+        process = lab.start(["--help"], lab.folder / "help.log")  # starts the server, which keeps the environment
+        process.join()
+        assert process.exitcode == 0
+        return lab
+
+
+def check_same(a: Path, b: Path, what: object = "") -> None:
+    """The same files with the same bytes, what was measured in metrics.jsonl aside."""
+    assert names(a) == names(b), what
+    for name in names(a):
+        if name.name == "metrics.jsonl":
+            assert metrics(a) == metrics(b), what
+        else:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), (name, what)
+
+
+def names(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def metrics(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if not name.startswith(TIMED)} for record in records]
+
+
+KINDS = pytest.mark.parametrize("kind", ["grpo", "sft"])
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@KINDS
+@DTYPES
+def test_the_reference_is_worth_comparing(kind, dtype, lab):
+    run = lab.reference(kind, dtype)
+    before, after = load_file(lab.folder / "model" / "model.safetensors"), load_file(run / "model/model.safetensors")
+    assert all(
+        not torch.equal(before[name].to(after[name].dtype), after[name]) for name in before if "norm" not in name
+    )
+    assert [record["step"] for record in metrics(run)] == list(range(7) if kind == "grpo" else range(1, 7))
+    assert [folder.name for folder in sorted((run / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    if kind == "grpo":
+        assert len((run / "completions.jsonl").read_text().splitlines()) == 6 * 3
+        assert all(record["kl_ref/k3"] is not None for record in metrics(run)[1:])
+        assert metrics(run)[-1]["kl_ref/k3"] > 0
+
+
+@KINDS
+@DTYPES
+@pytest.mark.parametrize("where", ["update", "save"])
+def test_a_killed_run_resumes_to_the_same_bits(kind, dtype, where, lab, tmp_path):
+    """At an update after the first checkpoint, or somewhere in a later save: a save is 20 times on the disk or more."""
+    reference, updates = lab.reference(kind, dtype), UPDATES[kind]
+    update = random.randint(2 * updates + 1, 6 * updates)
+    fate = (signal.SIGKILL, STEP, update) if where == "update" else (signal.SIGKILL, "os:fsync", random.randint(25, 55))
+    code, said = lab.run([*lab.args(kind, dtype), "--out", str(tmp_path / "run")], fate)
+    assert code == -signal.SIGKILL, (fate, said)
+    assert not (tmp_path / "run" / "model").exists()
+    code, said = lab.run([kind, "--resume", "--out", str(tmp_path / "run")])
+    assert code == 0, (fate, said)
+    check_same(tmp_path / "run", reference, fate)
+
+
+@KINDS
+def test_a_run_killed_at_any_time_resumes_to_the_same_bits(kind, lab, tmp_path):
+    """By the clock: at a moment after the first checkpoint, and again after the resumption."""
+    out = tmp_path / "run"
+    process = lab.start([*lab.args(kind), "--out", str(out)], tmp_path / "log")
+    while not (out / "checkpoints" / "step-000002").exists():
+        time.sleep(0.001)
+    pauses = []
+    for _ in range(2):
+        pauses.append(random.uniform(0, 0.15))
+        time.sleep(pauses[-1])
+        process.kill()
+        process.join()
+        process = lab.start([kind, "--resume", "--out", str(out)], tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0, (pauses, (tmp_path / "log").read_text())
+    check_same(out, lab.reference(kind, "float32"), pauses)
+
+
+@KINDS
+def test_a_run_killed_before_its_first_checkpoint_starts_over(kind, lab, tmp_path):
+    fate = (signal.SIGKILL, STEP, 2 * UPDATES[kind])
+    code, _ = lab.run([*lab.args(kind), "--out", str(tmp_path / "run")], fate)
+    assert code == -signal.SIGKILL
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    code, said = lab.run([kind, "--resume", "--out", str(tmp_path / "run")])
+    assert code == 0, said
+    check_same(tmp_path / "run", lab.reference(kind, "float32"))
+
+
+@KINDS
+def test_ctrl_c_saves_and_what_is_resumed_ends_with_the_same_bits(kind, lab, tmp_path):
+    out = tmp_path / "run"
+    code, said = lab.run([*lab.args(kind), "--out", str(out)], (signal.SIGINT, STEP, 3 * UPDATES[kind]))
+    assert code == 130
+    assert "stopping after this step" in said
+    assert f"stopped after step 3; continue with --resume --out {out}" in said
+    assert "Traceback" not in said
+    assert (out / "checkpoints" / "step-000003").is_dir()
+    code, said = lab.run([kind, "--resume", "--out", str(out)])
+    assert code == 0, said
+    check_same(out, lab.reference(kind, "float32"))
+
+
+def test_ctrl_c_twice_stops_at_once(lab, tmp_path):
+    out = tmp_path / "run"
+    code, said = lab.run([*lab.args("grpo"), "--out", str(out)], (signal.SIGINT, STEP, 5, 6))
+    assert code == 130
+    assert "Traceback" not in said
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-000002"]
+    assert lab.run(["grpo", "--resume", "--out", str(out)])[0] == 0
+    check_same(out, lab.reference("grpo", "float32"))
+
+
+def test_ctrl_c_in_the_last_step_lets_the_run_finish(lab, tmp_path):
+    out = tmp_path / "run"
+    code, said = lab.run([*lab.args("grpo"), "--out", str(out)], (signal.SIGINT, STEP, 12))
+    assert code == 0, said
+    check_same(out, lab.reference("grpo", "float32"))
+
+
+@KINDS
+def test_a_finished_run_has_nothing_to_resume_and_says_so(kind, lab, tmp_path):
+    shutil.copytree(lab.reference(kind, "float32"), tmp_path / "run")
+    code, said = lab.run([kind, "--resume", "--out", str(tmp_path / "run")])
+    assert code == 0, said
+    assert "finished" in said
+    assert "all of its 6 steps" in said
+    check_same(tmp_path / "run", lab.reference(kind, "float32"))
+    shutil.rmtree(tmp_path / "run" / "model")  # killed between the last checkpoint and the model
+    assert lab.run([kind, "--resume", "--out", str(tmp_path / "run")])[0] == 0
+    check_same(tmp_path / "run", lab.reference(kind, "float32"))
+
+
+def test_what_a_killed_write_left_is_removed_and_nothing_else(lab, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(lab.reference("sft", "float32"), out)
+    (out / ".metrics.jsonl-x1").write_text("half")
+    (out / "checkpoints" / ".step-000008-x1").mkdir()
+    (out / ".model-x1").mkdir()
+    (out / ".notes").write_text("mine")
+    assert lab.run(["sft", "--resume", "--out", str(out)])[0] == 0
+    (out / ".notes").unlink()
+    check_same(out, lab.reference("sft", "float32"))
+
+
+# --- the logs --------------------------------------------------------------------------------------------------------
+
+UNUSUAL = "a\u2028b\u2029c\u0085d\x0be\x1cf\r\ng"
+
+
+def lines(file: Path) -> list[dict]:
+    """As any reader of JSON lines takes them."""
+    with open(file, encoding="utf-8", newline="\n") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def finished(out: Path, steps: int = 0) -> Run:
+    """A run that has logged `steps` steps."""
+    run = Run(out, {"lr": 1.0})
+    for step in range(1, steps + 1):
+        run.log(step, {"loss": step / 10})
+        run.log_completion(step, prompt=UNUSUAL, completion=UNUSUAL, reward=1.0)
+    return run
+
+
+def test_lines_after_the_checkpoint_go_and_texts_with_any_line_end_stay(tmp_path):
+    finished(tmp_path, steps=3)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl")}
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content + b'{"step": 4, "loss": 0.')
+        _truncate(tmp_path / name, 3)
+        assert (tmp_path / name).read_bytes() == content
+        _truncate(tmp_path / name, 2)
+        assert [record["step"] for record in lines(tmp_path / name)] == [1, 2]
+    assert lines(tmp_path / "completions.jsonl")[1]["completion"] == UNUSUAL
+
+
+@pytest.mark.parametrize("tail", [b"\xff\n", b"7\n", b"{}\n", b'{"step": null}\n', b"\n", b"\x00" * 4096])
+def test_a_line_that_is_no_record_is_dropped(tail, tmp_path):
+    finished(tmp_path, steps=2)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(tail)
+    _truncate(tmp_path / "metrics.jsonl", 9)
+    assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_half_of_a_surrogate_pair_is_logged(tmp_path):
+    run = finished(tmp_path)
+    run.log_completion(1, prompt="ä", completion="\ud83d 😀 \udc00", reward=1.0)
+    assert lines(tmp_path / "completions.jsonl")[0]["completion"] == "\ud83d 😀 \udc00"
+    assert "ä" in (tmp_path / "completions.jsonl").read_text(encoding="utf-8")
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    run = finished(tmp_path)
+    run.log(1, {"a": math.nan, "b": -math.inf, "c": 0.5})
+    run.log_completion(1, reward=math.nan)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": None, "b": None, "c": 0.5}]
+    assert lines(tmp_path / "completions.jsonl") == [{"step": 1, "reward": None}]
+
+
+def test_completions_of_the_demo_are_read_line_by_line(tmp_path):
+    finished(tmp_path, steps=4)
+    assert [line.partition(":")[0] for line in cli._last_completions(tmp_path, 4)] == [
+        f"step   {i}" for i in range(1, 5)
+    ]
+
+
+def test_a_run_that_logged_nothing_has_no_folder(tmp_path):
+    run = Run(tmp_path / "run", {"lr": 1.0})
+    assert not run.out.exists()
+    run.log(1, {})
+    assert json.loads((run.out / "config.json").read_text()) == {"lr": 1.0}
