@@ -206,6 +206,16 @@ def test_ctrl_c_saves_and_what_is_resumed_ends_with_the_same_bits(kind, lab, tmp
     check_same(out, lab.reference(kind, "float32"))
 
 
+def test_a_run_killed_while_it_drops_an_old_checkpoint_is_tidied(lab, tmp_path):
+    """The third save renames its folder, and the fourth removal is that of the first checkpoint."""
+    out = tmp_path / "run"
+    code, _ = lab.run([*lab.args("sft"), "--out", str(out)], (signal.SIGKILL, "shutil:rmtree", 4))
+    assert code == -signal.SIGKILL
+    assert len(list((out / "checkpoints").iterdir())) == 3
+    assert lab.run(["sft", "--resume", "--out", str(out)])[0] == 0
+    check_same(out, lab.reference("sft", "float32"))
+
+
 def test_ctrl_c_twice_stops_at_once(lab, tmp_path):
     out = tmp_path / "run"
     code, said = lab.run([*lab.args("grpo"), "--out", str(out)], (signal.SIGINT, STEP, 5, 6))

@@ -71,6 +71,7 @@ class Run:
         _refuse_changes(read_json(file), self.config, file)
         for name in WRITTEN:
             _remove_half_written(self.out / name)
+        self._drop_old()
         self.checkpoint = max((self.out / "checkpoints").glob("step-*"), default=None)
         if self.checkpoint:
             self.start = int(read_json(self.checkpoint / "state.json")["step"])
@@ -104,10 +105,13 @@ class Run:
             tokenizer.save_pretrained(staging)
             save_file(optimizer.state_dict(), staging / "optimizer.safetensors")
             write_json(staging / "state.json", {"step": step})
-        for old in sorted((self.out / "checkpoints").glob("step-*"))[: -self.keep]:
-            shutil.rmtree(old)
+        self._drop_old()
         self.checkpoint = path
         return path
+
+    def _drop_old(self) -> None:
+        for old in sorted((self.out / "checkpoints").glob("step-*"))[: -self.keep]:
+            shutil.rmtree(old)
 
     def restore(self, optimizer: AdamW) -> None:
         """Load the optimizer's state of the checkpoint that the model was read from."""

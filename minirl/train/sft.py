@@ -102,7 +102,7 @@ def read_demonstrations(path: str | Path) -> list[dict]:
             raise InputError(f"{path}, line {number}: it must be an object with a 'prompt' and a 'completion' text")
         if not _is_prompt(example.get("prompt")):
             raise InputError(
-                f"{path}, line {number}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content' text"
+                f"{path}, line {number}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'"
             )
         examples.append(example)
     if not examples:
