@@ -314,11 +314,13 @@ def _defaults(kind: type, args: Sequence[str]):
 
 
 def _value(args: Sequence[str], flag: str) -> str | None:
+    """The last value of a flag, with dashes or underscores, as `--flag value` or `--flag=value`."""
+    found = None
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
         if name.replace("_", "-") == flag:
-            return value if equals else args[i + 1] if i + 1 < len(args) else None
-    return None
+            found = value if equals else args[i + 1] if i + 1 < len(args) else None
+    return found
 
 
 def _from_json(kind: type, content: dict, out: str):

@@ -10,11 +10,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from minirl.errors import InputError
 from minirl.model import ModelConfig, Transformer
 from minirl.tasks import Task, parse_task
 from minirl.tokenizer import Tokenizer
 from minirl.train.grpo import GRPOConfig, train_grpo
-from minirl.train.run import Display, Run
+from minirl.train.run import Display, Run, refuse_below_one
 from minirl.train.sft import SFTConfig, demonstration_rows, fit
 
 GUESSES = 0.55  # share of the demonstrations that guess
@@ -34,6 +35,11 @@ class DemoConfig:
     """Supervised steps."""
     grpo_steps: int = 120
     """RL steps."""
+
+    def __post_init__(self):
+        refuse_below_one(self, "sft_steps", "grpo_steps")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(f"seeds = {self.seeds}: give at least one, each once, none negative")
 
 
 def demonstrations(task: Task, seed: int) -> list[dict]:

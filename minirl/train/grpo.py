@@ -55,7 +55,8 @@ class GRPOConfig:
     out: str = "runs/grpo"
     """Folder of the run."""
     preset: str | None = None
-    """A row of the table of algorithms: sets advantage, loss and truncation. None: GRPO without a reference."""
+    """A row of the table of algorithms: on the command line it sets advantage, loss and truncation; in Python pass
+    `**preset_defaults(name)`. None: GRPO without a reference."""
     advantage: Literal[tuple(OUTCOME)] = "grpo"
     """Advantage estimator."""
     loss: PolicyLoss = field(default_factory=lambda: PolicyLoss(aggregation="seq_mean"))
@@ -139,6 +140,10 @@ class GRPOConfig:
             raise InputError(f"mini_batches = {self.mini_batches}: there are only {self.prompts} prompts to share out")
         if not 0 <= self.overlong_cache <= self.max_tokens:
             raise InputError(f"overlong_cache = {self.overlong_cache}: it must be from 0 to max_tokens")
+        if self.seed < 0:
+            raise InputError(f"seed = {self.seed}: it must not be negative")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise InputError(f"preset {self.preset!r} is unknown: choose from {', '.join(runnable_presets())}")
         _ = self.sampling  # refuses what cannot be sampled with
 
     @property
@@ -193,7 +198,11 @@ class GRPO:
         self.task = task or parse_task(config.task)
         if not self.task.train:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
-        self.rewards = task_rewards(self.task) | dict(_extra_reward(spec) for spec in config.rewards)
+        self.rewards = task_rewards(self.task)
+        for name, reward in map(_extra_reward, config.rewards):
+            if name in self.rewards:
+                raise InputError(f"reward {name!r} is given twice, by the task or by --rewards: leave one away")
+            self.rewards[name] = reward
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         source = run.checkpoint or config.model

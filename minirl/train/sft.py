@@ -79,6 +79,8 @@ class SFTConfig:
     def __post_init__(self):
         refuse_below_one(self, "steps", "batch", "micro_batch_tokens", "save_every")
         refuse_not_positive(self, "lr", "clip_norm")
+        if self.seed < 0:
+            raise InputError(f"seed = {self.seed}: it must not be negative")
 
 
 def read_demonstrations(path: str | Path) -> list[dict]:

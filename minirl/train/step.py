@@ -83,7 +83,8 @@ def _with_gradient(batch: Batch, o: PolicyLoss) -> list[int]:
 
 @torch.no_grad()
 def _entropies(model: Transformer, batch: Batch, budget: int, temperature: float) -> torch.Tensor:
-    out = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    out = torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device)
     for indices in micro_batches(batch.rows, range(len(batch.rows)), budget):
         _, entropy = MicroBatch([batch.rows[i] for i in indices], model.device).logprobs(model, temperature)
         out[torch.tensor(indices, device=out.device), : entropy.shape[1]] = entropy

@@ -1,0 +1,581 @@
+"""The training loops: the gradient is that on paper whatever the micro-batches, and each option does what it says."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import full_logits, random_ids, tiny_checkpoint, tiny_model
+
+from minirl.errors import InputError
+from minirl.losses import PRESETS, PolicyLoss, policy_loss
+from minirl.model import Transformer
+from minirl.rewards.rules import overlong_penalty
+from minirl.rollout import Rollout
+from minirl.sampler import Completion
+from minirl.tasks import Task
+from minirl.tokenizer import Tokenizer
+from minirl.train import grpo as grpo_module
+from minirl.train.batch import MicroBatch, Row
+from minirl.train.grpo import GRPO, GRPOConfig, preset_defaults, runnable_presets, step_line, train_grpo
+from minirl.train.run import Display, Run
+from minirl.train.sft import SFTConfig, demonstration_rows, order, read_demonstrations, sft_step, take, train_sft
+from minirl.train.step import Batch, accumulate, response_mask
+
+AGGREGATIONS = ["seq_mean", "token_mean", "seq_sum_const", "seq_sum", "group_token_mean"]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Take the gradients away from the model."""
+    taken = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return taken
+
+
+def check_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Relative to the largest entry of all."""
+    largest = max(g.abs().max().item() for g in wanted.values())
+    assert largest > 0
+    assert got.keys() == wanted.keys()
+    for name, g in wanted.items():
+        assert (got[name] - g).abs().max().item() <= tolerance * largest, name
+
+
+# --- the shared step -------------------------------------------------------------------------------------------------
+
+GROUPS = [(5, [3, 1, 7, 2]), (1, [4, 4]), (9, [2, 6, 5]), (3, [1, 1, 2])]
+
+
+def random_batch(dtype: torch.dtype) -> Batch:
+    """Rows with and without advantage, one of them masked out, one in parts; a group without any advantage."""
+    rows = [
+        Row(random_ids(prompt, seed=group), random_ids(n, seed=100 + 10 * group + i), group)
+        for group, (prompt, responses) in enumerate(GROUPS)
+        for i, n in enumerate(responses)
+    ]
+    generator = torch.Generator().manual_seed(1)
+    advantages = torch.randn(len(rows), generator=generator, dtype=dtype)
+    advantages[[1, 6, *range(9, 12)]] = 0
+    mask = response_mask(rows)
+    mask[3] = False
+    mask[2, 2:4] = False
+
+    def near(scale: float) -> torch.Tensor:
+        return -3 + scale * torch.randn(mask.shape, generator=generator, dtype=dtype)
+
+    return Batch(rows, advantages, mask, near(0.5), near(0.5), near(0.5))
+
+
+def gradient_of_all_rows(model: Transformer, batch: Batch, options: PolicyLoss) -> dict[str, torch.Tensor]:
+    """The loss in one call on one forward, without skipping any row."""
+    logp, entropy = MicroBatch(batch.rows).logprobs(model, 0.8)
+    others = (batch.old_logp, batch.ref_logp, batch.advantages, batch.mask, options)
+    groups = torch.tensor([row.group for row in batch.rows])
+    loss, _ = policy_loss(logp, *others, entropy=entropy, rollout_logp=batch.rollout_logp, group_ids=groups)
+    loss.backward()
+    return gradients(model)
+
+
+LOSSES = {
+    "plain": PolicyLoss(),
+    "kl": PolicyLoss(kl="k3", kl_coef=0.3),
+    "old kl": PolicyLoss(kl_old_coef=0.2),
+    "entropy": PolicyLoss(entropy_coef=0.1),
+    "sequence ratio": PolicyLoss(ratio_level="seq_mean", eps_low=9.0, eps_high=9.0),
+    "weights": PolicyLoss(surrogate="is_pg", w_max=5.0, importance="token_truncate"),
+    "gate": PolicyLoss(surrogate="sapo"),
+    "quantile": PolicyLoss(entropy_quantile=0.4),
+}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_budget_and_skipping_rows_give_the_gradient_of_all_rows_at_once(name, aggregation):
+    options = replace(LOSSES[name], aggregation=aggregation, const_length=8.0)
+    model, batch = tiny_model().double(), random_batch(torch.float64)
+    wanted = gradient_of_all_rows(model, batch, options)
+    for budget in (1, 17, 40, 10_000):
+        accumulate(model, batch, options, budget, temperature=0.8)
+        check_close(gradients(model), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_gradient_in_fp32_is_the_same_to_a_millionth(aggregation):
+    options = PolicyLoss(kl="k3", kl_coef=0.3, aggregation=aggregation, const_length=8.0)
+    model, batch = tiny_model(), random_batch(torch.float32)
+    wanted = gradient_of_all_rows(model, batch, options)
+    for budget in (1, 17, 40):
+        accumulate(model, batch, options, budget, temperature=0.8)
+        check_close(gradients(model), wanted, 1e-6)
+
+
+def test_rows_without_a_gradient_are_not_computed_and_metrics_are_of_those_that_are():
+    model, batch = tiny_model().double(), random_batch(torch.float64)
+    active = (batch.advantages != 0) & batch.mask.any(1)
+    skipping = accumulate(model, batch, PolicyLoss(), 40)
+    alone = accumulate(model, batch.select(active.nonzero().squeeze(1).tolist()), PolicyLoss(), 40)
+    assert skipping["trained_tokens"] == int(batch.mask[active].sum()) < int(batch.mask.sum())
+    assert skipping["entropy"] == pytest.approx(alone["entropy"], rel=1e-12)
+    assert skipping["ratio/std"] == pytest.approx(alone["ratio/std"], rel=1e-9)
+    everything = accumulate(model, batch, PolicyLoss(kl="k3", kl_coef=0.1), 40)
+    assert everything["trained_tokens"] == int(batch.mask.sum())
+
+
+def test_metrics_are_the_same_for_every_budget():
+    model, batch = tiny_model().double(), random_batch(torch.float64)
+    options = PolicyLoss(kl="k3", kl_coef=0.3, entropy_coef=0.1)
+    whole = accumulate(model, batch, options, 10_000)
+    for budget in (1, 17, 40):
+        assert accumulate(model, batch, options, budget) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize("change", [{"advantages": torch.zeros(12)}, {"mask": torch.zeros(12, 7, dtype=torch.bool)}])
+def test_a_step_without_a_signal_has_neither_gradient_nor_metrics(change):
+    model, batch = tiny_model(), replace(random_batch(torch.float32), **change)
+    assert accumulate(model, batch, PolicyLoss(), 40) == {}
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- supervised fine-tuning ------------------------------------------------------------------------------------------
+
+
+class Still:
+    """An optimizer that leaves weights and gradients as they are."""
+
+    def step(self, lr, clip):
+        return 0.0
+
+
+@pytest.mark.parametrize("budget", [1, 30, 1000])
+def test_an_sft_step_is_plain_cross_entropy_on_the_completions(budget):
+    model = tiny_model().double()
+    rows = [
+        Row(random_ids(p, seed=i), random_ids(n, seed=50 + i), i) for i, (p, n) in enumerate([(4, 6), (9, 1), (1, 3)])
+    ]
+    for row in rows:
+        logits = full_logits(model, [*row.prompt, *row.response])[len(row.prompt) - 1 : -1]
+        (F.cross_entropy(logits, torch.tensor(row.response), reduction="sum") / 10).backward()
+    wanted = gradients(model)
+    metrics = sft_step(model, Still(), rows, 0.1, 1.0, budget)
+    check_close(gradients(model), wanted, 1e-12)
+    losses = [-MicroBatch([row]).logprobs(model)[0].sum().item() for row in rows]
+    assert metrics["loss"] == pytest.approx(sum(losses) / 10, rel=1e-9)
+    assert metrics["tokens"] == 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_demonstrations_end_with_the_stop_token_unless_they_are_cut(checkpoint):
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    examples = [{"prompt": "1+2=", "completion": "3"}, {"prompt": "1+2=", "completion": "3333"}]
+    short, cut = demonstration_rows(tokenizer, examples, 7)
+    assert short.prompt == cut.prompt == tokenizer.encode("1+2=")
+    assert short.response == [*tokenizer.encode("3"), tokenizer.eos_id]
+    assert cut.response == tokenizer.encode("333")
+
+
+def test_demonstrations_hold_any_line_end_within_a_text(tmp_path):
+    text = "a\u2028b\u0085c\x1cd"
+    record = json.dumps({"prompt": text, "completion": text}, ensure_ascii=False)
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{record}\r\n\r\n{record}".encode())
+    assert read_demonstrations(tmp_path / "data.jsonl") == [{"prompt": text, "completion": text}] * 2
+
+
+class Quiet(Display):
+    """Remembers what it was told."""
+
+    def __init__(self):
+        self.lines, self.bars = [], []
+
+    def line(self, text):
+        self.lines.append(text)
+
+    def progress(self, stage, done, total):
+        self.bars.append((stage, done, total))
+
+
+def records(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fine_tuning_learns_its_demonstrations(dtype, checkpoint, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"prompt": "{i}+1=", "completion": "{i + 1}"}}\n' for i in range(4)))
+    out, display = tmp_path / "run", Quiet()
+    config = SFTConfig(str(checkpoint), str(data), str(out), steps=40, batch=6, lr=1e-2, dtype=dtype, save_every=30)
+    model = train_sft(config, display)
+    losses = [record["loss"] for record in records(out)]
+    assert len(losses) == 40
+    assert losses[0] > 2
+    assert np.mean(losses[-5:]) < 0.3
+    tokenizer, trained = Tokenizer.from_pretrained(model), Transformer.from_pretrained(model)
+    assert full_logits(trained, tokenizer.encode("3+1="))[-1].argmax() == tokenizer.encode("4")[0]
+    assert full_logits(trained, tokenizer.encode("3+1=4"))[-1].argmax() == tokenizer.eos_id
+    assert display.bars == [("sft", done, 40) for done in range(41)]
+    assert sorted(folder.name for folder in (out / "checkpoints").iterdir()) == ["step-000030", "step-000040"]
+    assert {"entropy", "grad_norm", "lr", "tokens_per_s/train", "memory/peak_gb", "time/step"} <= records(out)[0].keys()
+
+
+# --- the order of the examples ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32), st.integers(0, 5))
+def test_an_epoch_holds_every_example_once(count, seed, epoch):
+    assert sorted(order(count, seed, epoch)) == list(range(count))
+
+
+@given(st.integers(1, 30), st.integers(0, 9), st.integers(1, 40))
+def test_taking_goes_through_whole_epochs_whatever_is_taken_at_a_time(count, seed, number):
+    steps = 4 * count // number + 1
+    taken = [i for step in range(steps) for i in take(count, seed, step * number, number)]
+    assert len(taken) == steps * number
+    for epoch in range(len(taken) // count):
+        assert taken[epoch * count : (epoch + 1) * count] == order(count, seed, epoch).tolist()
+
+
+def test_epochs_and_seeds_differ():
+    orders = [tuple(order(50, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+
+
+# --- GRPO ------------------------------------------------------------------------------------------------------------
+
+
+def has_seven(prompts, completions, **columns) -> list[float]:
+    return [float("7" in c) for c in completions]
+
+
+def sevens(prompts, completions, **columns) -> list[float]:
+    return [c.count("7") / 4 for c in completions]
+
+
+EXAMPLES = [{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(5) for j in range(5)]
+TASK = Task("sevens", EXAMPLES[:20], EXAMPLES[20:], {"seven": (1.0, has_seven)}, has_seven, lambda text: text or None)
+SMALL = {"steps": 2, "prompts": 4, "group": 6, "max_tokens": 6, "lr": 1e-2, "eval_prompts": 4, "eval_samples": 2}
+
+
+@pytest.fixture
+def make(checkpoint, tmp_path):
+    """A trainer on the task of sevens."""
+    return lambda task=TASK, **changes: GRPO(
+        GRPOConfig(**{"model": str(checkpoint), "out": str(tmp_path / "run"), **SMALL, **changes}),
+        Run(tmp_path / "run", {}),
+        Quiet(),
+        task,
+    )
+
+
+def taken_by(trainer: GRPO, batch: Batch) -> dict[str, torch.Tensor]:
+    """The gradient of a batch, where the optimizer collects it."""
+    accumulate(trainer.model, batch, trainer.config.loss, trainer.config.micro_batch_tokens, trainer.config.temperature)
+    grads, trainer.optimizer.grads = trainer.optimizer.grads, {}
+    return grads
+
+
+def log_likelihoods(model: Transformer, batch: Batch) -> list[torch.Tensor]:
+    """Σ_t log π of each row, from a forward over the row alone."""
+    out = []
+    for row in batch.rows:
+        logits = full_logits(model, [*row.prompt, *row.response])[len(row.prompt) - 1 : -1]
+        out.append(-F.cross_entropy(logits, torch.tensor(row.response), reduction="sum"))
+    return out
+
+
+def gradient_of(trainer: GRPO, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    loss.backward()
+    grads, trainer.optimizer.grads = trainer.optimizer.grads, {}
+    return grads
+
+
+@pytest.mark.parametrize(
+    "loss", [PolicyLoss(aggregation="seq_mean"), PolicyLoss(surrogate="is_pg", aggregation="seq_mean")]
+)
+def test_the_first_update_is_the_reinforce_gradient(loss, make):
+    """−1/N Σ_i A_i/L_i Σ_t ∇log π, with A_i = (R_i − μ)/(σ + ε) of the row's group."""
+    trainer = make(loss=loss)
+    rollout = trainer.collect(0)
+    batch = trainer.batch(rollout)
+    rewards = rollout.rewards.view(4, 6)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    assert rewards.std(1).count_nonzero() >= 2
+    rows = zip(advantages.flatten().tolist(), log_likelihoods(trainer.model, batch), batch.rows, strict=True)
+    wanted = gradient_of(trainer, -sum(A * logp / len(row.response) for A, logp, row in rows) / 24)
+    check_close(taken_by(trainer, batch), wanted, 1e-5)
+
+
+def test_a_group_without_variance_gives_no_gradient(make):
+    trainer = make()
+    rollout = trainer.collect(0)
+    rollout.rewards = torch.tensor([1.0] * 6 + [0.0] * 6 + [1.0, 0.0] * 3 + [0.3] * 6, dtype=torch.float64)
+    batch = trainer.batch(rollout)
+    assert batch.advantages.nonzero().flatten().tolist() == list(range(12, 18))
+    rows = zip(batch.advantages.tolist(), log_likelihoods(trainer.model, batch), batch.rows, strict=True)
+    wanted = gradient_of(trainer, -sum(A * logp / len(row.response) for A, logp, row in rows if A) / 24)
+    check_close(taken_by(trainer, batch), wanted, 1e-5)
+
+
+def test_a_step_in_which_all_agree_changes_nothing_and_says_so(make):
+    trainer = make(task=replace(TASK, rewards={"seven": (0.0, has_seven)}))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    metrics = trainer.step(0)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer.optimizer.steps == 0
+    assert metrics["skip_step"] == 1
+    assert metrics["group/signal_frac"] == 0
+    assert "signal 0.00" in step_line(1, 2, metrics)
+
+
+def test_a_completion_that_cannot_be_scored_is_in_no_mean(make):
+    trainer = make(prompts=1, group=4)
+    rollout = trainer.collect(0)
+    rollout.rewards = torch.tensor([1.0, math.nan, 0.0, 0.5], dtype=torch.float64)
+    batch = trainer.batch(rollout)
+    assert batch.advantages[1] == 0
+    assert batch.advantages[[0, 2, 3]].tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, 0], abs=1e-6)
+
+
+# Completions by hand: a text, and whether it was cut off.
+WRITTEN = [("7", False), ("12", False), ("777777", True), ("123456", True), ("1", False), ("7777", False)]
+
+
+def written(monkeypatch, trainer: GRPO) -> Rollout:
+    """The rollout of a step whose completions are WRITTEN."""
+
+    def sample(sampler, tokenizer, examples, params, progress=None) -> Rollout:
+        completions = []
+        for text, cut in WRITTEN * len(examples):
+            tokens = tokenizer.encode(text) + ([] if cut else [tokenizer.eos_id])
+            completions.append(Completion(tokens, [-1.0] * len(tokens), "length" if cut else "stop"))
+        prompts = [tokenizer.encode(example["prompt"]) for example in examples]
+        return Rollout(list(examples), prompts, completions, [text for text, _ in WRITTEN] * len(examples))
+
+    monkeypatch.setattr(grpo_module, "sample", sample)
+    return trainer.collect(0)
+
+
+LENGTHS = [2, 3, 6, 6, 2, 5]
+
+
+def test_a_cut_completion_keeps_its_reward(make, monkeypatch):
+    trainer = make(prompts=1, truncation="keep")
+    rollout = written(monkeypatch, trainer)
+    assert rollout.rewards.tolist() == [1, 0, 1, 0, 0, 1]
+    assert trainer.batch(rollout).mask.sum(1).tolist() == LENGTHS
+
+
+def test_a_cut_completion_leaves_the_loss(make, monkeypatch):
+    trainer = make(prompts=1, truncation="mask")
+    rollout = written(monkeypatch, trainer)
+    batch = trainer.batch(rollout)
+    assert rollout.rewards.tolist() == [1, 0, 1, 0, 0, 1]
+    assert batch.mask.sum(1).tolist() == [2, 3, 0, 0, 2, 5]
+    rows = zip(batch.advantages.tolist(), log_likelihoods(trainer.model, batch), batch.rows, strict=True)
+    kept = [A * logp / len(row.response) for i, (A, logp, row) in enumerate(rows) if i not in (2, 3)]
+    check_close(taken_by(trainer, batch), gradient_of(trainer, -sum(kept) / 4), 1e-5)
+
+
+def test_a_cut_completion_pays_its_penalty(make, monkeypatch):
+    trainer = make(prompts=1, truncation="penalty", truncation_penalty=0.25)
+    rollout = written(monkeypatch, trainer)
+    assert rollout.rewards.tolist() == [1, 0, 0.75, -0.25, 0, 1]
+    assert trainer.batch(rollout).mask.sum(1).tolist() == LENGTHS
+
+
+def test_the_soft_punishment_of_long_completions_is_added_to_the_reward(make, monkeypatch):
+    rollout = written(monkeypatch, make(prompts=1, overlong_cache=3))
+    assert rollout.rewards.tolist() == pytest.approx([1, 0, 1 - 1, 0 - 1, 0, 1 - 2 / 3])
+    assert overlong_penalty(LENGTHS, 6, 3).tolist() == pytest.approx([0, 0, -1, -1, 0, -2 / 3])
+
+
+def test_the_kl_to_the_reference_is_taken_from_the_reward_of_the_completion(make, monkeypatch):
+    """R − β·Σ_t (ℓ_t − ℓr_t), before the group is compared."""
+    trainer = make(prompts=2, kl_in_reward=0.5)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.mul_(1.1)
+    batch = trainer.batch(rollout := written(monkeypatch, trainer))
+    kl = [
+        (policy - reference).item()
+        for policy, reference in zip(
+            log_likelihoods(trainer.model, batch), log_likelihoods(trainer.reference, batch), strict=True
+        )
+    ]
+    assert max(map(abs, kl)) > 0.1
+    rewards = (rollout.rewards - 0.5 * torch.tensor(kl, dtype=torch.float64)).view(2, 6)
+    wanted = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    assert batch.advantages.tolist() == pytest.approx(wanted.flatten().tolist(), abs=1e-4)
+
+
+def test_online_rft_is_the_mean_log_likelihood_of_what_is_right(make, monkeypatch):
+    """Rows without a reward leave the denominator too."""
+    trainer = make(prompts=1, **preset_defaults("online_rft", 6))
+    batch = trainer.batch(written(monkeypatch, trainer))
+    assert batch.mask.sum(1).tolist() == [2, 0, 6, 0, 0, 5]
+    right = [logp for i, logp in enumerate(log_likelihoods(trainer.model, batch)) if i in (0, 2, 5)]
+    check_close(taken_by(trainer, batch), gradient_of(trainer, -sum(right) / 13), 1e-5)
+
+
+def test_zero_advantage_stays_in_the_denominator_otherwise(make, monkeypatch):
+    trainer = make(prompts=1, **preset_defaults("online_rft", 6) | {"drop_zero_advantage": False})
+    batch = trainer.batch(written(monkeypatch, trainer))
+    right = [logp for i, logp in enumerate(log_likelihoods(trainer.model, batch)) if i in (0, 2, 5)]
+    check_close(taken_by(trainer, batch), gradient_of(trainer, -sum(right) / 24), 1e-5)
+
+
+@pytest.mark.parametrize(("epochs", "mini_batches"), [(1, 1), (1, 3), (2, 2), (3, 4)])
+def test_each_epoch_takes_every_group_whole_and_once(epochs, mini_batches, make, monkeypatch):
+    trainer, batches = make(epochs=epochs, mini_batches=mini_batches, loss=PolicyLoss(kl="k3", kl_coef=0.1)), []
+
+    def watch(model, batch, *args):
+        batches.append(batch)
+        return accumulate(model, batch, *args)
+
+    monkeypatch.setattr(grpo_module, "accumulate", watch)
+    metrics = trainer.step(0)
+    assert len(batches) == trainer.optimizer.steps == epochs * mini_batches
+    assert metrics["skip_step"] == 0
+    for epoch in range(epochs):
+        part = batches[epoch * mini_batches : (epoch + 1) * mini_batches]
+        assert Counter(row.group for batch in part for row in batch.rows) == dict.fromkeys(range(4), 6)
+        assert all(set(Counter(row.group for row in batch.rows).values()) == {6} for batch in part)
+    if epochs > 1:
+        first = [[row.group for batch in batches[:mini_batches] for row in batch.rows]]
+        second = [[row.group for batch in batches[mini_batches : 2 * mini_batches] for row in batch.rows]]
+        assert first != second
+    several = epochs * mini_batches > 1
+    assert all((batch.old_logp is not None) == several for batch in batches)
+    assert (metrics["ratio/std"] > 1e-3) == several
+
+
+def test_the_old_policy_is_the_one_before_the_first_update(make):
+    trainer = make(epochs=2)
+    batch = trainer.batch(trainer.collect(0))
+    logp, _ = MicroBatch(batch.rows).logprobs(trainer.model)
+    assert torch.allclose(batch.old_logp, logp, atol=1e-5)
+    assert torch.allclose(batch.old_logp, batch.rollout_logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.8, "temperature": 0.7}, {"top_k": 3}, {"min_p": 0.2}])
+def test_sampler_and_trainer_agree(sampling, make):
+    metrics = make(loss=PolicyLoss(kl="k3", kl_coef=0.1), **sampling).step(0)
+    assert metrics["mismatch/abs_max"] < 1e-5
+    assert metrics["mismatch/outside"] == 0
+
+
+def test_a_sampler_that_disagrees_is_seen(make):
+    trainer = make()
+    rollout = trainer.collect(0)
+    with torch.no_grad():
+        trainer.model.head_weight.mul_(1.5)
+    metrics = trainer.update(rollout, 0)
+    assert metrics["mismatch/abs_mean"] > 0.05
+    assert metrics["mismatch/outside"] > 0.1
+
+
+def test_the_reference_stays_where_it_was(make, checkpoint):
+    trainer = make(loss=PolicyLoss(kl="k3", kl_coef=0.1))
+    first, second = trainer.step(0), trainer.step(1)
+    assert abs(first["kl_ref/k3"]) < 1e-6 < second["kl_ref/k3"]
+    start = Transformer.from_pretrained(checkpoint)
+    assert all(torch.equal(p, dict(start.named_parameters())[name]) for name, p in trainer.reference.named_parameters())
+
+
+@pytest.mark.parametrize("preset", runnable_presets())
+def test_every_preset_takes_a_step(preset, make):
+    trainer = make(task=replace(TASK, rewards={"sevens": (2.0, sevens)}), **preset_defaults(preset, 6))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    metrics = trainer.step(0)
+    assert trainer.optimizer.steps == PRESETS[preset].epochs
+    assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert [name for name, value in metrics.items() if not math.isfinite(value)] == []
+    assert metrics["grad_norm"] > 0
+
+
+def test_presets_that_need_more_are_not_offered():
+    assert set(runnable_presets()) == {
+        *("rloo", "grpo", "dr_grpo", "gspo", "cispo", "sapo", "scaling_grpo", "online_rft")
+    }
+    with pytest.raises(InputError, match="'ppo' needs more"):
+        preset_defaults("ppo")
+
+
+def test_a_preset_is_its_row_of_the_table():
+    defaults = preset_defaults("dr_grpo", 512)
+    assert defaults["advantage"] == "grpo_mean"
+    assert defaults["loss"] == replace(PRESETS["dr_grpo"].loss, const_length=512.0)
+    assert preset_defaults("rloo")["kl_in_reward"] == 0.05
+    assert [name for name in runnable_presets() if preset_defaults(name)["drop_zero_advantage"]] == ["online_rft"]
+
+
+PROMISED = """reward/mean reward/std reward/seven reward/sevens reward/unscored_frac group/signal_frac adv/std entropy
+    kl_ref/k1 kl_ref/k3 kl_old/k3 clip/frac ratio/max mismatch/abs_mean mismatch/abs_max mismatch/k3 mismatch/outside
+    len/mean len/max truncated_frac grad_norm lr skip_step trained_tokens loss/total tokens_per_s/rollout
+    tokens_per_s/train time/rollout time/train memory/peak_gb"""
+
+
+def test_a_run_logs_what_is_promised_on_every_step(checkpoint, tmp_path):
+    out, display = tmp_path / "run", Quiet()
+    task = replace(TASK, rewards={"seven": (1.0, has_seven), "sevens": (0.5, sevens)})
+    loss = PolicyLoss(kl="k3", kl_coef=0.1, aggregation="seq_mean")
+    config = GRPOConfig(model=str(checkpoint), out=str(out), loss=loss, **SMALL | {"steps": 5}, eval_every=2, shown=3)
+    model = train_grpo(config, display, task)
+    steps = records(out)
+    assert [record["step"] for record in steps] == list(range(6))
+    for record in steps[1:]:
+        assert set(PROMISED.split()) <= record.keys()
+        assert all(isinstance(record[name], int | float) for name in PROMISED.split())
+    assert [record["step"] for record in steps if "eval/mean" in record] == [0, 2, 4, 5]
+    assert {"eval/greedy", "eval/pass@2", "eval/maj@2"} <= steps[0].keys()
+    shown = records(out, "completions.jsonl")
+    assert [record["step"] for record in shown] == [step for step in range(1, 6) for _ in range(3)]
+    assert {"prompt", "completion", "reward", "advantage", "finish_reason"} <= shown[0].keys()
+    assert display.bars[[bar[0] for bar in display.bars].index("step")] == ("step", 0, 5)  # where the clock starts
+    assert [bar for bar in display.bars if bar[0] == "step"] == [("step", done, 5) for done in range(6)]
+    assert len([line for line in display.lines if line.startswith("step ")]) == 5
+    assert Transformer.from_pretrained(model).config.width == 32
+
+
+def test_accuracy_is_measured_before_and_after_where_it_is_not_asked_for_between(checkpoint, tmp_path):
+    config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), **SMALL | {"steps": 3}, eval_every=0)
+    train_grpo(config, Quiet(), TASK)
+    assert [record["step"] for record in records(tmp_path / "run") if "eval/mean" in record] == [0, 3]
+
+
+def test_a_run_that_goes_wrong_stops_with_the_last_good_checkpoint(checkpoint, tmp_path):
+    calls = []
+
+    def fails_later(prompts, completions, **columns):
+        calls.append(completions)
+        return [math.nan if len(calls) > 3 else float("7" in c) for c in completions]
+
+    task = replace(TASK, rewards={"fickle": (1.0, fails_later)})
+    config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), **SMALL | {"steps": 9}, save_every=1)
+    with pytest.raises(InputError, match="'fickle' gave none of 24 completions a score"):
+        train_grpo(config, Quiet(), task)
+    assert records(tmp_path / "run")[-1]["step"] == 3
+    assert (tmp_path / "run" / "checkpoints" / "step-000003" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tiny_model_learns_to_say_seven(dtype, checkpoint, tmp_path):
+    settings = SMALL | {"steps": 30, "prompts": 8, "group": 8, "lr": 5e-3}
+    config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), dtype=dtype, **settings, eval_every=0)
+    train_grpo(config, Quiet(), TASK)
+    metrics = records(tmp_path / "run")
+    rewards = [record["reward/mean"] for record in metrics[1:]]
+    assert rewards[0] < 0.4
+    assert np.mean(rewards[-5:]) > 0.9
+    assert metrics[0]["eval/mean"] < 0.4
+    assert metrics[-1]["eval/mean"] > 0.9
