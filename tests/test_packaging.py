@@ -77,7 +77,7 @@ def test_an_installed_wheel_works_away_from_the_repository(wheel, tmp_path):
     files = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target)).split()
     assert len(files) == 3 and all(Path(file).is_relative_to(target) for file in files)
     script = "from importlib.metadata import distribution as d; print(*[e.value for e in d('minirl').entry_points])"
-    assert run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target)).strip() == "minirl.cli:main"
+    assert run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(target)).strip() == "minirl.__main__:main"
 
 
 def test_an_editable_install_reads_the_kernels_from_their_folder():

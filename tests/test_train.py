@@ -570,12 +570,10 @@ def test_a_run_that_goes_wrong_stops_with_the_last_good_checkpoint(checkpoint, t
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tiny_model_learns_to_say_seven(dtype, checkpoint, tmp_path):
-    settings = SMALL | {"steps": 30, "prompts": 8, "group": 8, "lr": 5e-3}
+    settings = SMALL | {"steps": 30, "prompts": 8, "group": 8, "lr": 5e-3, "eval_prompts": 5, "eval_samples": 16}
     config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), dtype=dtype, **settings, eval_every=0)
     train_grpo(config, Quiet(), TASK)
     metrics = records(tmp_path / "run")
     rewards = [record["reward/mean"] for record in metrics[1:]]
-    assert rewards[0] < 0.4
-    assert np.mean(rewards[-5:]) > 0.9
-    assert metrics[0]["eval/mean"] < 0.4
-    assert metrics[-1]["eval/mean"] > 0.9
+    assert rewards[0] < 0.7 and np.mean(rewards[-5:]) > 0.9
+    assert metrics[0]["eval/mean"] < 0.7 and metrics[-1]["eval/mean"] > 0.9

@@ -1,0 +1,18 @@
+"""The way into the commands: without the packages of the extra `cli` it says how to get them."""
+
+import sys
+
+
+def main() -> None:
+    try:
+        from minirl.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("tyro", "rich", "matplotlib"):
+            raise
+        print(f"minirl: the commands need the package {error.name}: pip install 'minirl[cli]'", file=sys.stderr)
+        sys.exit(2)
+    run()
+
+
+if __name__ == "__main__":
+    main()
