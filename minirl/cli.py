@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 
@@ -179,7 +180,8 @@ def evaluation(c: EvalConfig) -> None:
     )
     for i in range(min(c.shown, len(result.correct))):
         j = i * c.samples
-        mark = {1.0: "right", 0.0: "wrong"}.get(result.correct[i][0], "unscored")
+        first = result.correct[i][0]
+        mark = "right" if first == 1 else "unscored" if np.isnan(first) else "wrong"
         display.line(f"\n{_prompt_text(result.rollout.examples[i]['prompt'])}\n[{mark}] {result.rollout.texts[j]}")
 
 
@@ -343,6 +345,8 @@ def _from_json(kind: type, content: dict, out: str):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a completion may hold what the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _dispatch(args)
     except InputError as error:

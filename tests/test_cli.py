@@ -1,0 +1,302 @@
+"""The commands as a person types them: what --help says, what is understood, and what comes out."""
+
+import ast
+import inspect
+import io
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, fields, is_dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from tiny import tiny_checkpoint
+
+from minirl import cli
+from minirl.losses import PRESETS, PolicyLoss
+from minirl.tokenizer import Tokenizer
+from minirl.train.grpo import GRPOConfig, preset_defaults, runnable_presets
+from minirl.train.run import Run
+from minirl.train.sft import SFTConfig
+
+TASK = "arithmetic:op=sum,digits=1,chat=false"
+SMALL = "--steps 2 --prompts 2 --group 2 --max-tokens 4 --eval-prompts 3 --eval-samples 2"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+def output(capsys, *args: str) -> str:
+    """What a command prints; nothing may come on stderr."""
+    capsys.readouterr()
+    cli.main(list(args))
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def documented(kind: type, prefix: str = "--") -> dict[str, str]:
+    """Flag -> the docstring of its field, read from the source."""
+    body = ast.parse(inspect.getsource(kind)).body[0].body
+    texts = {
+        field.target.id: text.value.value
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    found = {}
+    for f in fields(kind):
+        flag = prefix + f.name.replace("_", "-")
+        found |= documented(f.type, flag + ".") if is_dataclass(f.type) else {flag: texts[f.name]}
+    return found
+
+
+def plain(text: str) -> str:
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_every_option_with_its_docstring(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert not stop.value.code
+    shown, kind = plain(capsys.readouterr().out), cli.COMMANDS[command][0]
+    assert plain(kind.__doc__.splitlines()[0]) in shown
+    options = documented(kind)
+    assert len(options) == len(cli._options(kind))
+    for flag, text in options.items():
+        assert f"{flag} " in shown or f"{flag}, " in shown, flag
+        assert plain(text) in shown, flag
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_the_bare_program_lists_its_commands(args, capsys):
+    out = output(capsys, *args)
+    for name, (kind, _) in cli.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(kind.__doc__.splitlines()[0])}$", out, re.MULTILINE)
+
+
+# --- parsing ---------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_the_loss_are_nested():
+    args = "--model m --loss.kl k3 --loss.kl-coef 0.1 --loss.eps-high inf --loss.dual-clip 3 --loss.aggregation seq_sum"
+    loss = PolicyLoss(kl="k3", kl_coef=0.1, eps_high=math.inf, dual_clip=3.0, aggregation="seq_sum")
+    assert cli.parse("grpo", args.split()) == GRPOConfig("m", loss=loss)
+
+
+def test_dashes_and_underscores_and_equals_signs_are_all_understood():
+    wanted = GRPOConfig("m", max_tokens=9, mini_batches=2, reward_timeout=None, rewards=("format=0.2", "math=1"))
+    for args in (
+        "--model m --max-tokens 9 --mini-batches 2 --reward-timeout None --rewards format=0.2 math=1",
+        "--model=m --max_tokens=9 --mini_batches=2 --rewards format=0.2 math=1",
+    ):
+        assert cli.parse("grpo", args.split()) == wanted
+
+
+@pytest.mark.parametrize("preset", runnable_presets())
+def test_a_preset_sets_the_defaults(preset):
+    assert cli.parse("grpo", ["--model", "m", "--preset", preset]) == GRPOConfig("m", **preset_defaults(preset))
+
+
+def test_options_beside_a_preset_win_over_it_wherever_they_stand():
+    wanted = PRESETS["grpo"].loss
+    for args in (
+        "--loss.kl-coef 0.5 --preset grpo --epochs 3 --model m",
+        "--epochs 3 --preset=grpo --model m --loss.kl-coef=0.5",
+    ):
+        config = cli.parse("grpo", args.split())
+        assert config == GRPOConfig("m", preset="grpo", epochs=3, loss=replace(wanted, kl_coef=0.5))
+
+
+@pytest.mark.parametrize("flag", ["--max-tokens 77", "--max-tokens=77", "--max_tokens 77", "--max_tokens=77"])
+def test_the_constant_length_of_a_preset_is_the_generation_budget(flag):
+    config = cli.parse("grpo", ["--model", "m", "--preset", "dr_grpo", *flag.split()])
+    assert (config.max_tokens, config.loss.const_length) == (77, 77.0)
+    config = cli.parse("grpo", ["--model", "m", "--preset", "dr_grpo"])
+    assert config.loss.const_length == config.max_tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        (
+            "grpo",
+            GRPOConfig("m", preset="gspo", stop=("\n", "a b"), rewards=("format=1",), reward_timeout=2.5, lr=3e-4),
+        ),
+        ("grpo", GRPOConfig("m", loss=PolicyLoss(eps_low=math.inf, dual_clip=4.0, kl="k2"), drop_zero_advantage=True)),
+        ("sft", SFTConfig("m", "d.jsonl", schedule="linear", weight_decay=0.0)),
+    ],
+)
+def test_resume_takes_the_config_that_is_stored(command, config, tmp_path):
+    out = str(tmp_path / "run")
+    identity = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
+    Run(out, identity).log(1, {})
+    resumed = replace(config, out=out, resume=True)
+    assert cli.parse(command, ["--resume", "--out", out]) == resumed
+    assert cli.parse(command, [f"--out={out}", "--resume", "--lr", "0.25"]) == replace(resumed, lr=0.25)
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_completions_are_printed_below_their_prompts(model, capsys, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: f"{len(ids)} of them")
+    out = output(capsys, *f"generate --model {model} --prompts 1+2= 3+4= --n 2 --max-tokens 2 --top-k 2".split())
+    blocks = out.removesuffix("\n\n").split("\n\n")
+    assert [block.partition(" ")[0] for block in blocks] == ["'1+2='", "'1+2='", "'3+4='", "'3+4='"]
+    for block in blocks:
+        tokens, reason, shown = re.fullmatch(r".* \[(\d) tokens, (\w+)\]\n(\d) of them", block).groups()
+        assert (int(shown), reason) in ((int(tokens), "length"), (int(tokens) - 1, "stop"))
+
+
+def records(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.split("\n")[:-1]]
+
+
+def test_completions_as_json_have_tokens_and_log_probs(model, capsys):
+    args = f"generate --model {model} --prompts 1+2= 3+4= --n 3 --max-tokens 6 --top-p 0.9 --json".split()
+    found = records(output(capsys, *args))
+    tokenizer = Tokenizer.from_pretrained(model)
+    assert [record["prompt"] for record in found] == ["1+2="] * 3 + ["3+4="] * 3
+    for record in found:
+        assert len(record["tokens"]) == len(record["logprobs"]) <= 6
+        assert all(logprob <= 0 for logprob in record["logprobs"])
+        assert record["text"] == tokenizer.decode(record["tokens"])
+        stopped = record["tokens"][-1] == tokenizer.eos_id
+        assert record["finish_reason"] == ("stop" if stopped else "length")
+    assert records(output(capsys, *args)) == found
+    assert records(output(capsys, *args, "--slots", "2")) == found
+    assert records(output(capsys, *args, "--seed", "1")) != found
+
+
+def test_temperature_zero_says_the_same_with_every_seed(model, capsys):
+    args = f"generate --model {model} --prompts 1+2= --max-tokens 6 --temperature 0 --json --seed".split()
+    assert output(capsys, *args, "1") == output(capsys, *args, "2")
+
+
+def test_a_stop_text_ends_a_completion(model, capsys):
+    args = f"generate --model {model} --prompts 1+2= --max-tokens 20 --n 8 --json --stop 7 --seed 3".split()
+    found = records(output(capsys, *args))
+    assert any("7" in record["text"] for record in found)
+    assert all(record["text"].partition("7")[2] == "" for record in found)
+
+
+def test_a_chat_template_is_used_unless_raw(model, capsys, tmp_path):
+    tokenizer = Tokenizer.from_pretrained(model)
+    chat = tiny_checkpoint(tmp_path / "chat")
+    config = json.loads((chat / "tokenizer_config.json").read_text())
+    config["chat_template"] = "({{ messages[0].content }})="
+    (chat / "tokenizer_config.json").write_text(json.dumps(config))
+    args = f"--n 4 --max-tokens 6 --json --model {chat}".split()
+    templated = records(output(capsys, "generate", *args, "--prompts", "1+2"))
+    raw = records(output(capsys, "generate", *args, "--raw", "--prompts", "(1+2)="))
+    bare = records(output(capsys, "generate", *args, "--raw", "--prompts", "1+2"))
+    assert [record["tokens"] for record in templated] == [record["tokens"] for record in raw]
+    assert [record["tokens"] for record in templated] != [record["tokens"] for record in bare]
+    assert [record["prompt"] for record in templated] == ["1+2"] * 4
+    assert tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize("command", ["generate --prompts 1+2=", f"eval --task {TASK} --prompts 2 --samples 2"])
+def test_escape_codes_of_a_completion_do_not_reach_the_terminal(command, model, capsys, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\x1b[31mred\x9b0m")
+    out = output(capsys, *command.split(), "--model", model, "--max-tokens", "4")
+    assert "␛[31mred␛0m" in out
+    assert not re.search("[\x1b\x9b]", out)
+
+
+def test_letters_that_the_terminal_does_not_have_are_no_error(model, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "Ω \ud83d")
+    stdout = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, "latin-1"))
+    cli.main(["generate", "--model", model, "--prompts", "1+2=", "--max-tokens", "4"])
+    sys.stdout.flush()
+    assert rb"\u03a9 \ud83d" in stdout.getvalue()
+
+
+# --- eval ------------------------------------------------------------------------------------------------------------
+
+
+def evaluated(model: str, *args: str) -> list[str]:
+    return f"eval --model {model} --task {TASK} --prompts 10 --samples 4 --max-tokens 3".split() + list(args)
+
+
+def test_accuracies_are_a_table_with_intervals(model, capsys, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "12")  # of 5+7 and 7+5, for instance
+    out = output(capsys, *evaluated(model))
+    assert "arithmetic: 10 held-out prompts, k = 4, T = 1" in plain(out)
+    numbers = json.loads(output(capsys, *evaluated(model, "--json")))
+    assert 0 < numbers["metrics"]["eval/mean"] < 1
+    for name, (low, high) in numbers["intervals"].items():
+        value = numbers["metrics"][name]
+        assert f"{name.removeprefix('eval/')} {value:.3f} {low:.3f} to {high:.3f}" in plain(out)
+
+
+def test_accuracies_as_json_are_the_same_every_time(model, capsys):
+    out = output(capsys, *evaluated(model, "--json"))
+    content = json.loads(out)
+    assert content["intervals"].keys() == {"eval/mean", "eval/pass@4", "eval/maj@4", "eval/greedy"}
+    assert all(low <= content["metrics"][name] <= high for name, (low, high) in content["intervals"].items())
+    assert content["metrics"]["eval/prompts"] == 10
+    assert output(capsys, *evaluated(model, "--json")) == out
+
+
+@pytest.mark.parametrize("shown", [0, 2, 9])
+def test_some_completions_are_shown_with_what_they_were_worth(shown, model, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "3")
+    prompts = ({"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "5="})
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "7="}\n')
+    task = f"{tmp_path}/train.jsonl:heldout_path={tmp_path}/heldout.jsonl"
+    out = output(capsys, *f"eval --model {model} --task {task} --samples 2 --max-tokens 3 --shown {shown}".split())
+    found = re.findall(r"^(.*=)\n\[(.*)\] 3$", out, re.MULTILINE)
+    assert found == [("1+2=", "right"), ("2+2=", "wrong"), ("5=", "unscored")][:shown]
+
+
+# --- training and its report -----------------------------------------------------------------------------------------
+
+
+def test_grpo_prints_its_steps_and_what_it_wrote(model, capsys, tmp_path):
+    out = tmp_path / "run"
+    said = output(capsys, "grpo", "--model", model, "--task", TASK, "--out", str(out), *SMALL.split())
+    assert re.search(r"^before: held-out \d\.\d{3} \(greedy \d\.\d{3}\)$", said, re.MULTILINE)
+    assert re.findall(r"^step (\d)/2  reward ", said, re.MULTILINE) == ["1", "2"]
+    written = re.findall(r"^(model|plot|report): +(.*)$", said, re.MULTILINE)
+    assert [name for name, _ in written] == ["model", "plot", "report"]
+    assert all(Path(path).exists() for _, path in written)
+    assert "<html" in (out / "report.html").read_text(encoding="utf-8")
+    assert json.loads((out / "config.json").read_text())["task"] == TASK
+
+
+def test_sft_prints_its_steps_and_report_draws_them(model, capsys, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n')
+    out = tmp_path / "run"
+    args = ["--model", model, "--data", str(tmp_path / "data.jsonl"), "--out", str(out)]
+    said = output(capsys, "sft", *args, "--steps", "3", "--batch", "2")
+    assert re.findall(r"^sft (\d)/3  loss \d", said, re.MULTILINE) == ["1", "2", "3"]
+    (out / "plot.png").unlink()
+    said = output(capsys, "report", "--run", str(out))
+    assert f"plot:   {out}/plot.png" in said
+    assert f"report: {out}/report.html" in said
+    assert (out / "plot.png").stat().st_size > 1000
+    trained = output(capsys, "generate", "--model", str(out / "model"), "--prompts", "1+2=", "--max-tokens", "3")
+    assert trained.startswith("'1+2=' [")
+
+
+def test_ctrl_c_ends_with_130_and_without_a_word(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Transformer, "from_pretrained", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "--model", "m", "--prompts", "1"])
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "")
