@@ -1,10 +1,16 @@
 """Shared by every test: one hypothesis profile, and the golden numbers."""
 
 import json
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
+
+# Triton reads this when a kernel is defined: without a GPU the kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No deadline: first calls pay for compiling and cold caches. Fresh examples on every run: a failure prints its own.
 hypothesis.settings.register_profile("minirl", deadline=None, derandomize=False)
