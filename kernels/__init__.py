@@ -1,7 +1,21 @@
 """The per-token core. Knows torch and triton, nothing of minirl. Each file opens with the eager definition of what it
-computes."""
+computes, and every function takes backend="auto" | "torch" | "triton": a CPU runs the definition, a GPU the kernel.
+"""
 
-from minirl.kernels.logprobs import Kept, linear_token_logprobs, token_logprobs
+from minirl.kernels.linear import Kept, linear_policy_loss, linear_token_logprobs
+from minirl.kernels.logprobs import token_logprobs
+from minirl.kernels.policy_loss import TokenLoss, fused_policy_loss, token_loss
 from minirl.kernels.sampling import draw, kept_mask, keyed_uniform
 
-__all__ = ["Kept", "draw", "kept_mask", "keyed_uniform", "linear_token_logprobs", "token_logprobs"]
+__all__ = [
+    "Kept",
+    "TokenLoss",
+    "draw",
+    "fused_policy_loss",
+    "kept_mask",
+    "keyed_uniform",
+    "linear_policy_loss",
+    "linear_token_logprobs",
+    "token_logprobs",
+    "token_loss",
+]

@@ -1,50 +1,46 @@
-"""Log-probability and entropy of given tokens: the definition on logits, and the same from hidden states in bounded
-chunks.
+"""Log-probability and entropy of given tokens from logits: the definition, and two row sweeps that do the same.
 
-`token_logprobs` is the specification, plain differentiable PyTorch. `linear_token_logprobs` computes the same two
-numbers a row without ever holding [N, V]: it walks over chunks of rows, keeps only the log-sum-exp and the entropy of
-each, and in the backward pass makes each chunk of logits again. Its gradients are exact.
+The forward sweep reads a row once and keeps a running maximum, Σ e^x and Σ x·e^x of shifted logits; the backward sweep
+reads it again and writes its gradient, over the logits if that is asked for. Nothing of size [N, V] is made in between.
 
-Shapes: N rows, V vocabulary, D width. Everything behind the head's product is fp32 (fp64 for fp64 inputs).
+Shapes: N rows, V vocabulary. Whatever the dtype of the logits, everything behind them is fp32 (fp64 for fp64 logits).
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 32 << 20  # workspace of one chunk of fp32 logits
+from minirl.kernels import backend as run
+from minirl.kernels.backend import Backend, tl, triton, use_triton
 
+LOG2E = tl.constexpr(1.4426950408889634)
+BLOCK, WARPS = 4096, 8  # of a row sweep: 16 logits a thread, two 16-byte loads of bf16
 
-class Kept(NamedTuple):
-    """The tokens that truncated sampling kept, a list a row: row i holds `ids[offsets[i] : offsets[i + 1]]`; an empty
-    list means all."""
-
-    ids: torch.Tensor  # [K] int
-    offsets: torch.Tensor  # [N + 1] int
-
-    def mask(self, start: int, stop: int, vocab: int) -> torch.Tensor:
-        """bool [stop - start, V], True where a token may be drawn."""
-        counts = (self.offsets[start + 1 : stop + 1] - self.offsets[start:stop]).long()
-        rows = torch.repeat_interleave(torch.arange(stop - start, device=counts.device), counts)
-        mask = torch.zeros(stop - start, vocab, dtype=torch.bool, device=counts.device)
-        mask[rows, self.ids[int(self.offsets[start]) : int(self.offsets[stop])].long()] = True
-        mask[counts == 0] = True
-        return mask
+# ---- the definition --------------------------------------------------------------------------------------------------
 
 
 def token_logprobs(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float | torch.Tensor = 1.0,
-    kept: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p(target) and entropy of p = softmax(logits / temperature) over the kept set; the definition.
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    kept: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy of p = softmax(logits / temperature) over the kept set.
 
     logits [N, V], targets [N], temperature a number or [N], kept bool [N, V] -> (logp [N], entropy [N] in nats).
+    `inplace` lets the kernel's backward pass write the gradient over the logits: whoever needs them again gets an error
+    from autograd. The definition never overwrites.
     """
-    z = _scaled(logits, temperature)
+    check_rows(logits.shape[:1], logits, targets=targets, temperature=temperature)
+    if use_triton(backend, logits):
+        logits = logits if kept is None else logits.masked_fill(~kept, float("-inf"))
+        return _TokenLogprobs.apply(logits, targets, temperature, inplace)
+    z = scaled(logits, temperature)
     if kept is not None:
         z = z.masked_fill(~kept, float("-inf"))
     logp = z.log_softmax(-1)
@@ -54,91 +50,171 @@ def token_logprobs(
     return logp.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
 
 
-def linear_token_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float | torch.Tensor = 1.0,
-    kept: Kept | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs(hidden @ weight.T, targets, ...)` in chunks of at most `chunk_bytes` of logits.
-
-    hidden [N, D], weight [V, D], targets [N] -> (logp [N], entropy [N]); gradients reach hidden and weight, none
-    reaches temperature.
-    """
-    return _LinearTokenLogprobs.apply(hidden, weight, targets, temperature, kept, chunk_bytes)
-
-
-def _scaled(logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    z = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if isinstance(temperature, torch.Tensor):
+def scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if isinstance(temperature, Tensor):
         return z / temperature.to(z.dtype).unsqueeze(1)
     return z if temperature == 1.0 else z / temperature
 
 
-class _LinearTokenLogprobs(torch.autograd.Function):
+def check_rows(rows: torch.Size, matrix: Tensor, **vectors) -> None:
+    """One number a row, or a ValueError that names what does not fit."""
+    if matrix.dim() != 2:
+        raise ValueError(f"expected a matrix with a row a token, got shape {list(matrix.shape)}")
+    for name, x in vectors.items():
+        if isinstance(x, Tensor) and x.shape != rows:
+            raise ValueError(f"{name} has shape {list(x.shape)}, and there are {rows[0]} rows: pass one number a row")
+
+
+# ---- the sweeps ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_stats(row, vocab, inv_t, BLOCK: tl.constexpr):
+    """One read of a row z -> max z, log Σ e^{(z − max)/T} and the entropy; `row` points to its first logit."""
+    largest = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    weighted = tl.zeros([], tl.float32)  # Σ e^{(z − max)/T}·(z − max)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(row + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(largest, tl.max(z, 0))
+        # A row may begin with tiles of -inf: -inf minus -inf is no shift.
+        shift = tl.where(largest == float("-inf"), 0.0, largest - new)
+        d = z - tl.where(new == float("-inf"), 0.0, new)
+        e = tl.exp2(d * (inv_t * LOG2E))
+        decay = tl.exp2(shift * (inv_t * LOG2E))
+        weighted = decay * (weighted + total * shift) + tl.sum(tl.where(e > 0, e * d, 0.0), 0)
+        total = decay * total + tl.sum(e, 0)
+        largest = new
+    log_total = tl.log(total)
+    return largest, log_total, log_total - inv_t * weighted / total
+
+
+@triton.jit
+def row_gradient(
+    row, out, vocab, target, inv_t, largest, log_total, entropy, c, e, softcap,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out_j = (1/T)[c·(1[j = target] − p_j) − e·p_j(log p_j + H)]; a row with c = e = 0 is zeroed without being read.
+
+    Logits that are softcap·tanh(x/softcap) get the gradient by x, with the factor 1 − (z/softcap)².
+
+    REVERSE sweeps from the row's end, which a forward sweep just before has left in the cache.
+    """
+    silent = (c == 0) & (e == 0)
+    tiles = tl.cdiv(vocab, BLOCK)
+    for i in range(0, tiles):
+        start = (tiles - 1 - i if REVERSE else i) * BLOCK
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocab
+        z = tl.load(row + column, mask=inside & (not silent), other=float("-inf")).to(tl.float32)
+        logp = (z - largest) * inv_t - log_total
+        p = tl.exp2(logp * LOG2E)
+        g = tl.where(column == target, c, 0.0) - tl.where(p == 0, 0.0, p * (c + e * (logp + entropy)))
+        if softcap is not None:
+            capped = tl.where(z == float("-inf"), 0.0, z) / softcap
+            g *= 1.0 - capped * capped
+        tl.store(out + column, tl.where(silent, 0.0, g * inv_t).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def token_at(row, target, vocab):
+    """The target's logit; NaN for a target outside the vocabulary, where PyTorch raises."""
+    inside = (target >= 0) & (target < vocab)
+    return tl.load(row + tl.where(inside, target, 0), mask=inside, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def inverse_temperature(temperature, i, PER_ROW: tl.constexpr):
+    return 1.0 / (tl.load(temperature + i).to(tl.float32) if PER_ROW else temperature)
+
+
+@triton.jit
+def _stats_kernel(
+    logits, stride, targets, temperature, logp, entropy, largest, log_total, vocab,
+    PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)  # N·V passes 2³¹
+    row = logits + i * stride
+    inv_t = inverse_temperature(temperature, i, PER_ROW)
+    top, log_sum, h = row_stats(row, vocab, inv_t, BLOCK)
+    tl.store(logp + i, (token_at(row, tl.load(targets + i), vocab) - top) * inv_t - log_sum)
+    tl.store(entropy + i, h)
+    tl.store(largest + i, top)
+    tl.store(log_total + i, log_sum)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits, stride, rows, out, out_stride, targets, temperature, largest, log_total, entropy, c, e, vocab, softcap,
+    PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    i = place if rows is None else tl.load(rows + place).to(tl.int64)
+    row_gradient(
+        logits + i * stride, out + place * out_stride, vocab, tl.load(targets + i),
+        inverse_temperature(temperature, i, PER_ROW), tl.load(largest + i), tl.load(log_total + i),
+        tl.load(entropy + i), tl.load(c + i), tl.load(e + i), softcap, False, BLOCK,
+    )  # fmt: skip
+
+
+class Stats(NamedTuple):
+    """Of each row, fp32 [N]. log Σ e^{z/T} comes in two parts, since a shift of the logits by 1e4 would cost their sum
+    three digits: log p_j = (z_j − largest)/T − log_total."""
+
+    logp: Tensor
+    entropy: Tensor
+    largest: Tensor
+    log_total: Tensor
+
+
+def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> Stats:
+    """One read of logits [N, V], whose rows may have any stride."""
+    out = Stats(*(logits.new_empty(len(logits), dtype=torch.float32) for _ in Stats._fields))
+    if len(logits):
+        per_row = isinstance(temperature, Tensor)
+        t = temperature if per_row else float(temperature)
+        args = (logits, logits.stride(0), targets, t, *out, logits.shape[1])
+        run.launch(_stats_kernel, (len(logits),), *args, PER_ROW=per_row, BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+def gradient_triton(logits, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None) -> None:
+    """∂L/∂z with c = ∂L/∂logp and e = ∂L/∂H [N], into `out` [N, V], which may be `logits`; or of the given rows [n]
+    alone, into [n, V], which may not. With `softcap`, by what went into it."""
+    if len(out):
+        per_row = isinstance(temperature, Tensor)
+        t = temperature if per_row else float(temperature)
+        args = (logits, logits.stride(0), rows, out, out.stride(0), targets, t)
+        args += (stats.largest, stats.log_total, stats.entropy, c, e, logits.shape[1], softcap)
+        run.launch(_gradient_kernel, (len(out),), *args, PER_ROW=per_row, BLOCK=BLOCK, num_warps=WARPS)
+
+
+class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, kept, chunk_bytes):
-        out_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        # The log-sum-exp is kept in two parts: as one number, a shift of the logits by 1e4 would cost p three digits.
-        logp, entropy, largest, log_total = (hidden.new_empty(len(hidden), dtype=out_dtype) for _ in range(4))
-        for rows in _chunks(len(hidden), len(weight), chunk_bytes):
-            z, outside = _chunk_logits(hidden, weight, temperature, kept, rows)
-            largest[rows] = z.amax(1)
-            z -= largest[rows].unsqueeze(1)
-            target = z.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
-            e = z.exp()
-            total = e.sum(1)
-            if outside is not None:
-                z.masked_fill_(outside, 0.0)  # e is 0 there, and 0 · -inf would be NaN
-            log_total[rows] = total.log()
-            logp[rows] = target - log_total[rows]
-            entropy[rows] = log_total[rows] - e.mul_(z).sum(1) / total
-        ctx.save_for_backward(hidden, weight, targets, largest, log_total, entropy)
-        ctx.temperature, ctx.kept, ctx.chunk_bytes = temperature, kept, chunk_bytes
-        return logp, entropy
+    def forward(ctx, logits, targets, temperature, inplace):
+        logits = rows_together(logits)
+        stats = stats_triton(logits, targets, temperature)
+        ctx.save_for_backward(logits, targets, *stats)
+        ctx.temperature, ctx.inplace = temperature, inplace
+        return stats.logp, stats.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
-        """dz_j = c·1[j = target] - p_j (c + e (log p_j + H)), with c, e the incoming gradients, z = logits /
-        temperature."""
-        hidden, weight, targets, largest, log_total, entropy = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=entropy.dtype) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(len(hidden), len(weight), ctx.chunk_bytes):
-            z, outside = _chunk_logits(hidden, weight, ctx.temperature, ctx.kept, rows)
-            z -= largest[rows].unsqueeze(1)
-            z -= log_total[rows].unsqueeze(1)
-            p = z.exp()
-            if outside is not None:
-                z.masked_fill_(outside, 0.0)
-            c, e = grad_logp[rows].unsqueeze(1), grad_entropy[rows].unsqueeze(1)
-            dz = z.add_(entropy[rows].unsqueeze(1)).mul_(e).add_(c).mul_(p).neg_()
-            dz.scatter_add_(1, targets[rows].unsqueeze(1), c)
-            dz = _scaled(dz, _rows_of(ctx.temperature, rows)).to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = dz @ weight
-            if d_weight is not None:
-                d_weight += dz.t() @ hidden[rows]
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+        logits, targets, *stats = ctx.saved_tensors
+        out = logits if ctx.inplace else logits.new_empty(logits.shape)
+        c, e = (
+            grad_logp.contiguous(),
+            grad_entropy.contiguous(),
+        )  # autograd hands a sum's gradient out as an expanded number
+        gradient_triton(logits, targets, ctx.temperature, Stats(*stats), c, e, out)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return out, None, None, None
 
 
-def _chunks(n: int, vocab: int, chunk_bytes: int):
-    step = max(1, chunk_bytes // (4 * vocab))
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
-def _rows_of(temperature, rows: slice):
-    return temperature[rows] if isinstance(temperature, torch.Tensor) else temperature
-
-
-def _chunk_logits(hidden, weight, temperature, kept: Kept | None, rows: slice):
-    """Scaled logits of some rows, [n, V], a fresh tensor; and where the kept set excludes them."""
-    z = F.linear(hidden[rows], weight)
-    z = _scaled(z, _rows_of(temperature, rows))
-    if kept is None:
-        return z, None
-    outside = ~kept.mask(rows.start, rows.stop, len(weight))
-    return z.masked_fill_(outside, float("-inf")), outside
+def rows_together(logits: Tensor) -> Tensor:
+    """The same matrix with the logits of a row side by side."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()

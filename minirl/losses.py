@@ -1,12 +1,10 @@
 """One policy loss. An algorithm is a row of options: see PRESETS, at the end.
 
     loss = Σ_t w_t [ ω_t·S_t + β·K_t − α·H_t ]
-    c_t  = ∂loss/∂ℓ_t = w_t [ −ω_t·A_t·g_t + β·κ_t ]          e_t = ∂loss/∂H_t = −α·w_t
 
-ℓ, ℓo, ℓr, ℓb are the log-probs of the sampled tokens under the policy, the policy before the update, the reference and
-the sampler. A surrogate returns its value S beside its gain g, a KL its value K beside its slope κ: the gradient at a
-clip's edge, beyond the exponent's guard and of a sequence ratio is what is written here, not what autograd makes of min
-and clamp. A micro-batch is only a memory knob: denominators are those of the whole optimizer step (`Totals`).
+What happens to one token, S, K, their derivatives and the clips, is `minirl.kernels.token_loss`; here is what takes
+whole rows and whole optimizer steps: ratios and importance weights of sequences, the weights w_t, metrics. A
+micro-batch is only a memory knob: denominators are those of the whole optimizer step (`Totals`).
 """
 
 import math
@@ -17,42 +15,16 @@ import torch
 from torch import Tensor
 
 from minirl.errors import InputError
-
-GUARD = 20.0  # exp never sees a log-ratio beyond ±GUARD, and its derivative is 0 there
+from minirl.kernels import TokenLoss, linear_policy_loss, linear_token_logprobs, token_loss
+from minirl.kernels.policy_loss import GUARD, guarded_exp, importance_weight, k3
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(TokenLoss):
     """The options of the policy loss; they are orthogonal."""
 
     ratio_level: Literal["token", "seq_mean", "seq_sum", "none"] = "token"
     """ρ of a token (PPO), from the mean (GSPO) or the sum (RLOO) of its row's log-ratios, or 1 (REINFORCE)."""
-    surrogate: Literal["clip", "is_pg", "sapo"] = "clip"
-    """PPO's clip, a policy gradient with constant weights (REINFORCE, CISPO), or SAPO's soft gate."""
-    eps_low: float = 0.2
-    """clip: no gradient where A < 0 and ρ < 1 − eps_low; inf turns it off."""
-    eps_high: float = 0.2
-    """clip: no gradient where A > 0 and ρ > 1 + eps_high; inf turns it off."""
-    dual_clip: float | None = None
-    """clip: no gradient where A < 0 and ρ > dual_clip (usually 3)."""
-    w_min: float = 0.0
-    """is_pg: the smallest weight."""
-    w_max: float = math.inf
-    """is_pg: the largest weight, an absolute number (CISPO: 5)."""
-    tau_pos: float = 1.0
-    """sapo: temperature of the gate where A > 0."""
-    tau_neg: float = 1.05
-    """sapo: temperature of the gate elsewhere."""
-    kl: Literal["none", "k2", "k3", "k3_is"] = "none"
-    """Estimator of the KL to the reference; k3_is weighs k3 with the token ratio, so it is unbiased off policy too."""
-    kl_coef: float = 0.0
-    """β, the weight of the KL to the reference."""
-    kl_clamp: float | None = None
-    """The KL of one token counts at most this much, without gradient beyond."""
-    kl_old_coef: float = 0.0
-    """Weight of KL(π_old‖π_θ), the penalty form of PPO."""
-    entropy_coef: float = 0.0
-    """α, the weight of the entropy bonus."""
     aggregation: Literal["seq_mean", "token_mean", "seq_sum_const", "seq_sum", "group_token_mean"] = "token_mean"
     """Mean of row means (GRPO), mean over tokens (DAPO, PPO), mean of row sums over const_length (Dr. GRPO),
     mean of row sums (REINFORCE), or mean of the groups' token means (DAPO's formula read literally)."""
@@ -61,10 +33,6 @@ class PolicyLoss:
     importance: Literal["none", "token_truncate", "token_mask", "seq_truncate", "seq_mask", "geo_mask"] = "none"
     """Where sampler and trainer disagree, weigh with u = exp(ℓo − ℓb) of a token, a row or a row's geometric mean:
     truncated at importance_cap, or 0 outside [importance_floor, importance_cap]."""
-    importance_cap: float = 2.0
-    """The largest importance weight."""
-    importance_floor: float = 0.0
-    """The mask modes: the smallest importance weight."""
     opsm_delta: float | None = None
     """Off-policy sequence mask: tokens with A < 0 drop out of rows that drifted by more than this (nats a token)."""
     entropy_quantile: float | None = None
@@ -160,13 +128,7 @@ def _group_tokens(group_ids, totals: Totals) -> Tensor:  # [B]
     return totals.group_tokens[torch.searchsorted(totals.group_ids, group_ids)]
 
 
-# ---- the tables: ratio, surrogate, KL --------------------------------------------------------------------------------
-
-
-def guarded_exp(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(clamp(x, ±20)) and its derivative, which is 0 outside the guard."""
-    y = x.clamp(-GUARD, GUARD).exp()
-    return y, y.masked_fill(x.abs() > GUARD, 0)
+# ---- log-ratios of rows ----------------------------------------------------------------------------------------------
 
 
 def _row_sum(x, keep):  # [B, T]: every entry holds the sum of its row
@@ -177,66 +139,12 @@ def _row_mean(x, keep):
     return _row_sum(x, keep) / keep.sum(1, keepdim=True).clamp(min=1)
 
 
-def _never(x):
-    return torch.zeros_like(x, dtype=torch.bool)
-
-
 LEVELS = {  # (log-ratio of the tokens, mask) -> log-ratio
     "token": lambda lr, keep: lr,
     "seq_mean": _row_mean,
     "seq_sum": _row_sum,
     "none": lambda lr, keep: torch.zeros_like(lr),
 }
-
-
-def clip(ratio, slope, A, logp, o: PolicyLoss):
-    """S = −min(ρA, clip(ρ, 1 − ε_lo, 1 + ε_hi)A), then min(S, −cA) where A < 0; g = ρ where nothing is cut.
-
-    1707.06347 eq. 7; 1912.09729 eq. 5 for the dual clip c.
-    """
-    ceiling = math.inf if o.dual_clip is None else o.dual_clip
-    high = (A > 0) & (ratio > 1 + o.eps_high)
-    low = (A < 0) & (ratio < 1 - o.eps_low)
-    dual = (A < 0) & (ratio > ceiling)
-    held = ratio.masked_fill(high, 1 + o.eps_high).masked_fill(low, 1 - o.eps_low).masked_fill(dual, ceiling)
-    return -A * held, slope.masked_fill(high | low | dual, 0), (high, low, dual)
-
-
-def is_pg(ratio, slope, A, logp, o: PolicyLoss):
-    """S = −sg[clamp(ρ, w_min, w_max)]·A·ℓ; g is that weight (2506.13585 eq. 4). Its flags: the weight was clamped."""
-    weight = ratio.clamp(o.w_min, o.w_max)
-    return -weight * A * logp, weight, (ratio > o.w_max, ratio < o.w_min, _never(A))
-
-
-def sapo(ratio, slope, A, logp, o: PolicyLoss):
-    """S = −(4/τ)·σ(τ(ρ − 1))·A; g = 4σ(1 − σ)ρ, with τ = tau_pos where A > 0, else tau_neg (2511.20347)."""
-    tau = torch.full_like(A, o.tau_neg).masked_fill(A > 0, o.tau_pos)
-    x = tau * (ratio - 1)
-    return -4 / tau * x.sigmoid() * A, 4 * x.sigmoid() * (-x).sigmoid() * slope, (_never(A), _never(A), _never(A))
-
-
-SURROGATES = {"clip": clip, "is_pg": is_pg, "sapo": sapo}  # (ρ, ∂ρ/∂ℓ, A, ℓ, options) -> S, g, (cut high, low, dual)
-
-
-def k2(d, token_lr):
-    """d²/2 with slope d = ℓ − ℓr: on policy its expected gradient is that of KL(π_θ‖π_ref)."""
-    return d**2 / 2, d
-
-
-def k3(d, token_lr=None):
-    """e^{−d} + d − 1 with slope 1 − e^{−d} (2402.03300 eq. 4); expm1 keeps the digits that the plain form loses."""
-    return (-d).clamp(-GUARD, GUARD).expm1() + d, 1 - guarded_exp(-d)[1]
-
-
-def k3_is(d, token_lr):
-    """ρ·k3 with slope ρ·d, ρ being the unclipped token ratio: the exact gradient of KL(π_θ‖π_ref) (2512.02556 §3.1)."""
-    K, kappa = k3(d)
-    ratio, slope = guarded_exp(token_lr)
-    guarded = (d.abs() > GUARD) | (token_lr.abs() > GUARD)
-    return ratio * K, torch.where(guarded, slope * K + ratio * kappa, ratio * d)
-
-
-KLS = {"k2": k2, "k3": k3, "k3_is": k3_is}  # (d = ℓ − ℓr, ℓ − ℓo) -> K, κ
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -278,77 +186,147 @@ def policy_loss(
     totals=None: this batch is the whole optimizer step. Otherwise it is one of its micro-batches, and their losses
     and gradients add up; `combine_metrics` adds up the metrics.
     """
-    others = {"old_logp": old_logp, "advantages": advantages, "mask": mask, "group_ids": group_ids}
-    _check(options, logp, ref_logp, rollout_logp, entropy, totals, **others)
-    o, keep, dtype = options, mask.bool(), torch.promote_types(logp.dtype, torch.float32)
+    tensors = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp, "entropy": entropy}
+    b, w = _batch(options, advantages, mask, group_ids, totals, logp=logp, **tensors)
+    terms, metrics = _terms(b, w, options)
+
+    def slope(by, x, x0):  # worth 0, and its gradient is `by`
+        return (by * (torch.where(b.keep, x.to(by.dtype), 0) - x0)).sum()
+
+    loss = metrics["loss/total"] + slope(terms.c, logp, b.logp)
+    if options.entropy_coef:
+        loss = loss + slope(terms.e, entropy, b.entropy)
+    return loss, metrics
+
+
+def head_policy_loss(
+    hidden,
+    weight,
+    targets,
+    present,
+    old_logp,
+    ref_logp,
+    advantages,
+    mask,
+    options,
+    *,
+    rollout_logp=None,
+    group_ids=None,
+    totals=None,
+    temperature=1.0,
+    kept=None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss` from hidden states [M, D] and the head's weight [V, D], without logits of all tokens at once.
+
+    targets [M] and `kept` belong to the tokens that are `present` [B, T], row by row; the rest is as in `policy_loss`.
+    One sweep over the head makes loss and gradient; a second one comes before it where the loss of a token depends on
+    the log-probs of its row. Metrics are means over the tokens that can have a gradient: no other is computed.
+    """
+
+    def grid(x):
+        return x.new_zeros(present.shape).masked_scatter(present, x)
+
+    def flat(x):
+        return None if x is None else x[present]
+
+    o, logp, entropy, head = options, None, None, {"temperature": temperature, "kept": kept}
+    if _waits_for_rows(o, old_logp):
+        with torch.no_grad():
+            logp, entropy = map(grid, linear_token_logprobs(hidden, weight, targets, **head))
+    tensors = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    b, w = _batch(o, advantages, mask, group_ids, totals, logp=logp, entropy=entropy, dtype=dtype, **tensors)
+    inputs = {"advantages": b.A, "weights": w, "old_logp": b.old, "ref_logp": b.ref, **_of_rows(b, o)}
+    inputs = {name: flat(x) for name, x in inputs.items()}
+    loss, logp, entropy = linear_policy_loss(hidden, weight, targets, options=o, **inputs, **head)
+    with torch.no_grad():
+        keep = with_gradient(b.keep & present, b.A, o)
+        totals = b.totals if b.totals.scored is not None else b.totals.scoring(int(keep.sum()))
+        logp, entropy = grid(logp), grid(entropy)
+        b = replace(b, keep=keep, totals=totals, logp=logp, entropy=entropy, old=logp if b.old is None else b.old)
+        return loss, _terms(b, w, o)[1]
+
+
+def with_gradient(mask, advantages, o: PolicyLoss) -> Tensor:
+    """bool [B, T]: the counted tokens whose gradient is not zero for certain; advantages are [B] or [B, T]."""
+    A = advantages if advantages.dim() == 2 else advantages[:, None]
+    return mask.bool() & (A != 0) if o.follows_advantage else mask.bool()
+
+
+def _waits_for_rows(o: PolicyLoss, old_logp) -> bool:
+    """Whether the loss of a token depends on the policy's log-probs of other tokens."""
+    if o.opsm_delta is not None or o.entropy_quantile is not None:
+        return True
+    if old_logp is None:  # every ratio is 1; the sampler's weights are taken against the policy itself
+        return o.importance.startswith(("seq", "geo"))
+    return o.ratio_level.startswith("seq")
+
+
+def _batch(o: PolicyLoss, advantages, mask, group_ids, totals, logp, old_logp, entropy, dtype=None, **others):
+    """Checked tensors [B, T], 0 under the mask and without gradient; and the weights w [B, T]."""
+    keep = mask.bool()
+    tensors = {"logp": logp, "old_logp": old_logp, "entropy": entropy, **others}
+    _check(o, keep, advantages, group_ids, totals, **tensors)
+    dtype = dtype or torch.promote_types(logp.dtype, torch.float32)
     totals = Totals.of(keep, group_ids, entropy, o.entropy_quantile) if totals is None else totals
-    A = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(logp)
-    old_logp = logp if old_logp is None else old_logp
-    constants = [A, logp, old_logp, ref_logp, rollout_logp, entropy]
+    A = advantages if advantages.dim() == 2 else advantages[:, None].expand(keep.shape)
 
     def fill(x):
-        return torch.where(keep, x.to(dtype), 0)
+        return None if x is None else torch.where(keep, x.detach().to(dtype), 0)
 
-    b = _Batch(keep, totals, *[None if x is None else fill(x.detach()) for x in constants])
-    token_lr = b.logp - b.old
-    lr = LEVELS[o.ratio_level](token_lr, keep)
-    ratio, slope = guarded_exp(lr)
-    S, g, cut = SURROGATES[o.surrogate](ratio, slope, b.A, b.logp, o)
-    omega, omega_metrics = _omega(b, o)
-    K, kappa = _kl(b, token_lr, o)
-    w = aggregation_weights(keep, o, totals, group_ids, dtype)
-
-    parts = {"loss/policy": (w * omega * S).sum(), "loss/kl": (w * K).sum(), "loss/entropy": w.new_zeros(())}
-    c = w * (kappa - omega * b.A * g)
-    slopes = (c * (fill(logp) - b.logp)).sum()  # worth 0, and its gradient is c
-    if o.entropy_coef:
-        e = -o.entropy_coef * w
-        parts["loss/entropy"] = (e * b.entropy).sum()
-        slopes = slopes + (e * (fill(entropy) - b.entropy)).sum()
-    total = sum(parts.values())
-    metrics = parts | {"loss/total": total} | _ratio_metrics(b, lr, ratio, cut) | _kl_metrics(b, token_lr)
-    return total + slopes, _derive(metrics | omega_metrics)
+    old_logp = logp if old_logp is None else old_logp
+    constants = (A, logp, old_logp, others["ref_logp"], others["rollout_logp"], entropy)
+    return _Batch(keep, totals, *map(fill, constants)), aggregation_weights(keep, o, totals, group_ids, dtype)
 
 
-def _check(o: PolicyLoss, logp, ref_logp, rollout_logp, entropy, totals, **others):
-    full, rows = logp.shape, logp.shape[:1]
+def _of_rows(b: _Batch, o: PolicyLoss) -> dict[str, Tensor | None]:
+    """What `token_loss` takes beside the log-probs: ratios and weights of rows, as far as they are known."""
+    if b.logp is None and (b.old is None or o.importance.startswith("token")):
+        return {"rollout_logp": b.rollout}
+    inputs = {"omega": _omega(b, o)[0]}
+    return inputs if b.logp is None else inputs | {"log_ratio": LEVELS[o.ratio_level](b.logp - b.old, b.keep)}
+
+
+def _terms(b: _Batch, w, o: PolicyLoss):
+    """Every token's terms, and the metrics."""
+    omega, metrics = _omega(b, o)
+    lr = LEVELS[o.ratio_level](b.logp - b.old, b.keep)
+    t = token_loss(o, b.logp, b.entropy, b.A, w, old_logp=b.old, ref_logp=b.ref, log_ratio=lr, omega=omega)
+    parts = {"loss/policy": t.policy.sum(), "loss/kl": t.kl.sum(), "loss/entropy": t.entropy.sum()}
+    parts["loss/total"] = sum(parts.values())
+    metrics = parts | _ratio_metrics(b, lr, t.ratio, t.cut) | _kl_metrics(b, b.logp - b.old) | metrics
+    return t, _derive(metrics)
+
+
+def _check(o: PolicyLoss, keep, advantages, group_ids, totals, logp, entropy, **others):
+    full, rows = keep.shape, keep.shape[:1]
     fits = {"advantages": (full, rows), "group_ids": (rows,)}
-    for name, x in (others | {"ref_logp": ref_logp, "rollout_logp": rollout_logp, "entropy": entropy}).items():
+    given = {"advantages": advantages, "group_ids": group_ids, "logp": logp, "entropy": entropy, **others}
+    for name, x in given.items():
         if x is not None and x.shape not in fits.get(name, (full,)):
-            raise InputError(f"policy_loss: {name} is {list(x.shape)}, logp [B, T] is {list(full)}; make them fit")
+            raise InputError(f"policy_loss: {name} is {list(x.shape)}, mask [B, T] is {list(full)}; make them fit")
     step = totals is None or not totals.tokens or totals.entropy_floor is not None
+    ref, rollout, known = others["ref_logp"], others["rollout_logp"], entropy is not None or logp is None
     for fine, need in (
-        (ref_logp is not None or o.kl == "none", f"kl={o.kl!r} needs ref_logp; pass it or set kl='none'"),
-        (rollout_logp is not None or o.importance == "none", "importance needs rollout_logp; pass it or set 'none'"),
-        (entropy is not None or not o.entropy_coef, "entropy_coef needs entropy; pass it or set 0"),
-        (entropy is not None or o.entropy_quantile is None, "entropy_quantile needs entropy; pass it or set None"),
+        (ref is not None or o.kl == "none", f"kl={o.kl!r} needs ref_logp; pass it or set kl='none'"),
+        (rollout is not None or o.importance == "none", "importance needs rollout_logp; pass it or set 'none'"),
+        (known or not o.entropy_coef, "entropy_coef needs entropy; pass it or set 0"),
+        (known or o.entropy_quantile is None, "entropy_quantile needs entropy; pass it or set None"),
         (step or o.entropy_quantile is None, "entropy_quantile is one of the whole step; pass it to Totals.of"),
     ):
         if not fine:
             raise InputError(f"policy_loss: {need}")
 
 
-def _kl(b: _Batch, token_lr, o: PolicyLoss):
-    """β·K and β·κ to the reference, plus those of KL(π_old‖π_θ), whose k3 is ρ − 1 − log ρ on samples of π_old."""
-    K = kappa = torch.zeros_like(b.logp)
-    if o.kl != "none":
-        K, kappa = KLS[o.kl](b.logp - b.ref, token_lr)
-        if o.kl_clamp is not None:
-            over = o.kl_clamp < K
-            K, kappa = K.clamp(max=o.kl_clamp), kappa.masked_fill(over, 0)
-    K_old, slope = k3(-token_lr)
-    return o.kl_coef * K + o.kl_old_coef * K_old, o.kl_coef * kappa - o.kl_old_coef * slope
-
-
 def _omega(b: _Batch, o: PolicyLoss):
     """ω = importance weight × off-policy sequence mask × top-entropy mask, a constant factor of S alone; metrics."""
-    omega, metrics = torch.ones_like(b.logp), {}
+    omega, metrics = torch.ones_like(b.A), {}
     if b.rollout is not None:
         lr, (level, _, mode) = b.old - b.rollout, o.importance.partition("_")
         u, _ = guarded_exp(LEVELS[{"seq": "seq_sum", "geo": "seq_mean"}.get(level, "token")](lr, b.keep))
-        outside = (mode == "mask") & ((u < o.importance_floor) | (u > o.importance_cap))
+        weight, outside = importance_weight(u, mode, o)
         if o.importance != "none":
-            omega = u.clamp(max=o.importance_cap).masked_fill(outside, 0)
+            omega = weight
         metrics = _mismatch_metrics(b, lr, u, outside)
     if o.opsm_delta is not None:
         source = b.old if b.rollout is None else b.rollout

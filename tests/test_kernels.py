@@ -125,14 +125,15 @@ def one_chunk(rows: int, vocab: int) -> int:
 @pytest.mark.parametrize("temperature", ["1", "0.6", "per row"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_linear_form_is_the_definition_in_value_and_gradient(vocab, temperature, masked):
-    hidden, weight, targets = random_case(11, vocab)
-    t = {"1": 1.0, "0.6": 0.6, "per row": torch.linspace(0.3, 2, 11)}[temperature]
-    mask = random_mask(11, vocab, targets) if masked else None
+    hidden, weight, targets = random_case(50, vocab)
+    t = {"1": 1.0, "0.6": 0.6, "per row": torch.linspace(0.3, 2, 50)}[temperature]
+    mask = random_mask(50, vocab, targets) if masked else None
     kept = kept_of(mask) if masked else None
     expected = backward(lambda h, w: token_logprobs(h @ w.t(), targets, t, mask), [hidden, weight])
-    for rows in (1, 4, 11):
+    for rows in (16, 20, 50):
         ours = backward(
-            lambda h, w, n=rows: linear_token_logprobs(h, w, targets, t, kept, one_chunk(n, vocab)), [hidden, weight]
+            lambda h, w, n=rows: linear_token_logprobs(h, w, targets, t, kept, workspace=one_chunk(n, vocab)),
+            [hidden, weight],
         )
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
@@ -141,18 +142,20 @@ def test_the_linear_form_passes_gradcheck():
     hidden, weight, targets = random_case(4, 7, width=3)
     kept, t = kept_of(random_mask(4, 7, targets)), torch.linspace(0.4, 1.5, 4, dtype=torch.float64)
     inputs = (hidden.requires_grad_(True), weight.requires_grad_(True))
-    assert torch.autograd.gradcheck(lambda h, w: linear_token_logprobs(h, w, targets, t, kept, one_chunk(3, 7)), inputs)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_token_logprobs(h, w, targets, t, kept, workspace=one_chunk(16, 7)), inputs
+    )
 
 
 @settings(max_examples=30)
-@given(rows=st.integers(1, 12), chunk=st.integers(1, 13), seed=st.integers(0, 1000))
+@given(rows=st.integers(1, 80), chunk=st.integers(16, 90), seed=st.integers(0, 1000))
 def test_chunks_change_nothing(rows, chunk, seed):
     hidden, weight, targets = random_case(rows, 37, seed=seed)
     kept = kept_of(random_mask(rows, 37, targets, seed))
 
     def in_chunks_of(n):
         return backward(
-            lambda h, w: linear_token_logprobs(h, w, targets, 0.8, kept, one_chunk(n, 37)), [hidden, weight]
+            lambda h, w: linear_token_logprobs(h, w, targets, 0.8, kept, workspace=one_chunk(n, 37)), [hidden, weight]
         )
 
     torch.testing.assert_close(in_chunks_of(chunk), in_chunks_of(rows), rtol=1e-10, atol=1e-12)
@@ -209,7 +212,8 @@ def test_its_error_is_not_above_that_of_plain_torch_in_the_same_dtype(dtype, mas
         truth = backward(lambda h, w, m=mask, y=targets: token_logprobs(h @ w.t(), y, 0.7, m), exact)
         plain = backward(lambda h, w, m=mask, y=targets: token_logprobs(h @ w.t(), y, 0.7, m), [hidden, weight])
         ours = backward(
-            lambda h, w, k=kept, y=targets: linear_token_logprobs(h, w, y, 0.7, k, one_chunk(8, 517)), [hidden, weight]
+            lambda h, w, k=kept, y=targets: linear_token_logprobs(h, w, y, 0.7, k, workspace=one_chunk(16, 517)),
+            [hidden, weight],
         )
         errors = [
             [
@@ -233,7 +237,7 @@ def both_forms(logits: torch.Tensor, targets: torch.Tensor) -> list[list[torch.T
     eye = torch.eye(logits.shape[1], dtype=logits.dtype)
     return [
         backward(lambda z: token_logprobs(z, targets), [logits]),
-        backward(lambda z: linear_token_logprobs(z, eye, targets, chunk_bytes=one_chunk(2, len(eye))), [logits]),
+        backward(lambda z: linear_token_logprobs(z, eye, targets, workspace=one_chunk(16, len(eye))), [logits]),
     ]
 
 
@@ -321,11 +325,11 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_whole_of_the_logits_is_never_held(masked):
-    rows, vocab, width = 96, 1031, 8
+    rows, vocab, width = 160, 1031, 8
     hidden, weight, targets = random_case(rows, vocab, width, torch.float32)
     mask = random_mask(rows, vocab, targets)
     kept = kept_of(mask) if masked else None
-    chunk = one_chunk(10, vocab)
+    chunk = one_chunk(16, vocab)
 
     def largest(function) -> int:
         with Largest() as seen:
@@ -336,4 +340,4 @@ def test_the_whole_of_the_logits_is_never_held(masked):
     assert largest(lambda h, w: token_logprobs(h @ w.t(), targets)) >= whole  # the measure sees what it should
     # The places of a chunk's kept tokens are 8 bytes each, so lists that keep nearly everything count twice.
     bound = max(2 * chunk if masked else chunk, 4 * vocab * width)
-    assert largest(lambda h, w: linear_token_logprobs(h, w, targets, 0.9, kept, chunk)) <= bound < whole / 4
+    assert largest(lambda h, w: linear_token_logprobs(h, w, targets, 0.9, kept, workspace=chunk)) <= bound < whole / 4

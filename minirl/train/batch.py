@@ -85,10 +85,14 @@ class MicroBatch:
         """[M] -> [B, T], 0 where there is no token."""
         return torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(self.mask, x)
 
+    def hidden(self, model: Transformer) -> torch.Tensor:
+        """What the head reads to predict each response token, [M, D]."""
+        return model(self.layout.tokens, self.layout).index_select(0, self.predict)
+
     def logprobs(self, model: Transformer, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob of every response token and entropy of its distribution, [B, T] each; with gradients where they are
         on."""
-        hidden = model(self.layout.tokens, self.layout).index_select(0, self.predict)
+        hidden = self.hidden(model)
         logp, entropy = linear_token_logprobs(hidden, model.head_weight, self.targets, temperature, self.kept)
         return self.unflatten(logp), self.unflatten(entropy)
 

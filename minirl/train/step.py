@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minirl.losses import PolicyLoss, Totals, combine_metrics, policy_loss
+from minirl.losses import PolicyLoss, Totals, combine_metrics, head_policy_loss, with_gradient
 from minirl.model import Transformer
 from minirl.train.batch import MicroBatch, Row, micro_batches
 
@@ -48,37 +48,33 @@ def accumulate(
     count in the denominators of the loss, not in those of the metrics.
     """
     groups = torch.tensor([row.group for row in batch.rows], device=batch.mask.device)
-    active = _with_gradient(batch, options)
     entropy = _entropies(model, batch, budget, temperature) if options.entropy_quantile is not None else None
     totals = Totals.of(batch.mask, groups, entropy, options.entropy_quantile)
-    totals = totals.scoring(int(batch.mask[torch.tensor(active, dtype=torch.long)].sum()))
+    trained = with_gradient(batch.mask, batch.advantages, options)
+    totals = totals.scoring(int(trained.sum()))
     parts = []
-    for indices in micro_batches(batch.rows, active, budget):
+    for indices in micro_batches(batch.rows, trained.any(1).nonzero().squeeze(1).tolist(), budget):
         part = batch.select(indices)
-        logp, entropy = MicroBatch(part.rows, model.device).logprobs(model, temperature)
-        loss, metrics = policy_loss(
-            logp,
+        micro = MicroBatch(part.rows, model.device)
+        loss, metrics = head_policy_loss(
+            micro.hidden(model),
+            model.head_weight,
+            micro.targets,
+            micro.mask,
             part.old_logp,
             part.ref_logp,
             part.advantages,
             part.mask,
             options,
-            entropy=entropy,
             rollout_logp=part.rollout_logp,
             group_ids=groups[torch.tensor(indices, device=groups.device)],
             totals=totals,
+            temperature=temperature,
+            kept=micro.kept,
         )
         loss.backward()
         parts.append(metrics)
     return combine_metrics(parts) | ({"trained_tokens": totals.scored} if parts else {})
-
-
-def _with_gradient(batch: Batch, o: PolicyLoss) -> list[int]:
-    counted = batch.mask.any(1)
-    if o.kl == "none" and not o.kl_old_coef and not o.entropy_coef:
-        advantages = batch.advantages.view(len(batch.rows), -1)
-        counted = counted & (advantages != 0).any(1)
-    return counted.nonzero().squeeze(1).tolist()
 
 
 @torch.no_grad()

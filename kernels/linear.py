@@ -1,0 +1,328 @@
+"""Log-probs and the policy loss from hidden states: the head's product and everything behind it, in chunks of rows.
+
+The logits of a chunk are made, read for their statistics, overwritten with their gradient and multiplied back at once,
+so the [N, V] matrix never exists and nothing is computed twice: 6·N·V·D operations for loss and gradient, where
+recomputation takes 8. Rows whose coefficients are exactly zero (masked, clipped, no advantage and no KL) leave before
+the products: exact, unlike filtering by size.
+
+Shapes: N rows, V vocabulary, D width, n rows of a chunk. The two backends differ in who does the sweeps over a chunk of
+logits, Triton's kernels or PyTorch on slices that fit a CPU's cache.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minirl.kernels.backend import Backend, use_triton
+from minirl.kernels.logprobs import Stats, check_rows, gradient_triton, stats_triton
+from minirl.kernels.policy_loss import TokenLoss, check_tokens, scale_, token_loss, token_loss_triton
+
+WORKSPACE = {"cpu": 128 << 20, "cuda": 768 << 20}  # bytes of a chunk of logits and of its gradient
+SLICE = 1 << 20  # logits that PyTorch sweeps at a time
+MIN_ROWS = 16  # a CPU's product of fewer rows adds in another order: results would depend on the chunk
+
+
+class Kept(NamedTuple):
+    """The tokens that truncated sampling kept, a list a row: row i holds `ids[offsets[i] : offsets[i + 1]]`; an empty
+    list means all."""
+
+    ids: Tensor  # [K] int
+    offsets: Tensor  # [N + 1] int
+
+    def outside(self, rows: Tensor, vocab: int) -> Tensor:
+        """bool [len(rows), V], True where a token could not be drawn."""
+        start, count = self.offsets[rows].long(), (self.offsets[rows + 1] - self.offsets[rows]).long()
+        row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), count)
+        within = torch.arange(len(row), device=rows.device) - (count.cumsum(0) - count)[row]
+        out = torch.ones(len(rows), vocab, dtype=torch.bool, device=rows.device)
+        out[row, self.ids[start[row] + within].long()] = False
+        out[count == 0] = False
+        return out
+
+
+class Head(NamedTuple):
+    """softcap(hidden @ weight.T + bias), and how to work on it."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None  # logits become cap·tanh(logits/cap)
+    dtype: torch.dtype  # of the logits
+    temperature: float | Tensor
+    kept: Kept | None
+    workspace: int
+    triton: bool
+
+    def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The numbers of the rows, in chunks of about one size."""
+        cost = self.dtype.itemsize + (self.weight.dtype.itemsize if self.dtype != self.weight.dtype else 0)
+        most = max(self.workspace // (cost * len(self.weight)), MIN_ROWS)
+        return rows.chunk(-(-len(rows) // most)) if len(rows) else ()
+
+    def logits(self, hidden: Tensor, rows: Tensor, buffer: Tensor | None) -> Tensor:
+        """Of some rows, [n, V], in the memory of `buffer` where that has room."""
+        h, n = hidden[rows], len(rows)
+        if n < MIN_ROWS and h.device.type == "cpu":
+            h = torch.nn.functional.pad(h, (0, 0, 0, MIN_ROWS - n))
+        if buffer is None or len(buffer) < len(h):
+            buffer = h.new_empty(len(h), len(self.weight), dtype=self.dtype)
+        product(h, self.weight.t(), z := buffer[: len(h)])
+        z = z[:n]
+        if self.bias is not None:
+            z += self.bias
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z if self.kept is None else z.masked_fill_(self.kept.outside(rows, len(self.weight)), float("-inf"))
+
+    def of(self, rows: Tensor) -> float | Tensor:
+        return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
+
+    def stats(self, z: Tensor, targets: Tensor, rows: Tensor) -> Stats:
+        return (stats_triton if self.triton else stats_torch)(z, targets[rows], self.of(rows))
+
+    def gradient(
+        self, z: Tensor, targets: Tensor, rows: Tensor, stats: Stats, c: Tensor, e: Tensor, live: Tensor
+    ) -> Tensor:
+        """∂L/∂z of the live ones among the rows of a chunk, [len(live), V], in the dtype of the weights."""
+        inplace = z.dtype == self.weight.dtype and (len(live) == len(z) or not self.triton)
+        out = z[: len(live)] if inplace else z.new_empty(len(live), z.shape[1], dtype=self.weight.dtype)
+        write = gradient_triton if self.triton else gradient_torch
+        write(z, targets[rows], self.of(rows), stats, c, e, out, None if len(live) == len(z) else live, self.softcap)
+        return out
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
+    """out = beta·out + a @ b, accumulated in fp32 and rounded once, to the dtype of `out`.
+
+    A GPU's matrix units give fp32 for bf16 operands; on a CPU such operands are converted (fp32 out) first.
+    """
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor) -> Stats:
+    """What `stats_triton` computes, of fp64 logits in fp64."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    out = Stats(*(z.new_empty(len(z), dtype=dtype) for _ in Stats._fields))
+    for part in slices(z):
+        d = z[part].to(dtype)
+        largest = d.amax(1, keepdim=True)
+        d = (d - largest).clamp_(min=-1e30)  # 0 · -inf would be NaN
+        target = z[part].gather(1, targets[part].unsqueeze(1)).to(dtype) - largest
+        t = temperature[part].to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+        e = (d / t).exp_() if isinstance(t, Tensor) or t != 1 else d.exp()
+        total = e.sum(1, keepdim=True)
+        out.largest[part], out.log_total[part] = largest.squeeze(1), total.squeeze(1).log()
+        out.logp[part] = (target / t).squeeze(1) - out.log_total[part]
+        out.entropy[part] = out.log_total[part] - (e.mul_(d).sum(1, keepdim=True) / (total * t)).squeeze(1)
+    return out
+
+
+def gradient_torch(z, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None) -> None:
+    """What `gradient_triton` computes. `out` may be the first rows of z: a row is read before it is overwritten."""
+    for part in slices(out):
+        chosen = part if rows is None else rows[part]
+        raw = z[chosen].to(stats.logp.dtype)
+
+        def column(x, chosen=chosen):
+            return x[chosen].unsqueeze(1)
+
+        t = column(temperature).to(raw.dtype) if isinstance(temperature, Tensor) else temperature
+        logp = (raw - column(stats.largest)).div_(t).sub_(column(stats.log_total)).clamp_(min=-1e30)
+        p = logp.exp()
+        if e[chosen].any():
+            p *= logp.add_(column(stats.entropy)).mul_(column(e)).add_(column(c))
+        else:
+            p *= column(c)
+        dz = p.neg_().scatter_add_(1, column(targets), column(c)).div_(t)
+        if softcap is not None:
+            dz *= 1 - (raw / softcap) ** 2
+        silent = ((c[chosen] == 0) & (e[chosen] == 0)).unsqueeze(1)
+        out[part] = dz.masked_fill_(silent, 0) if silent.any() else dz
+
+
+def slices(z: Tensor):
+    step = max(1, SLICE // max(z.shape[1], 1))
+    return (slice(start, min(start + step, len(z))) for start in range(0, len(z), step))
+
+
+# ---- log-probs -------------------------------------------------------------------------------------------------------
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    kept: Kept | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    workspace: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs(hidden @ weight.T + bias, targets, ...)` in chunks of at most `workspace` bytes of logits.
+
+    hidden [N, D], weight [V, D], targets [N] -> (logp [N], entropy [N]). Gradients reach hidden, weight and bias; the
+    backward pass makes the logits again, for rows whose incoming gradient is not zero. logits_dtype, where not given:
+    fp32 on a GPU, because rounding them to bf16 is what parts a trainer from its sampler; that of `hidden` on a CPU.
+    """
+    head = _head(hidden, weight, targets, temperature, kept, bias, softcap, logits_dtype, workspace, backend)
+    return _LinearTokenLogprobs.apply(hidden, weight, bias, targets, head)
+
+
+def _head(hidden, weight, targets, temperature, kept, bias, softcap, dtype, workspace, backend) -> Head:
+    check_rows(hidden.shape[:1], hidden, targets=targets, temperature=temperature)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden is {list(hidden.shape)} {hidden.dtype}, weight is {list(weight.shape)} {weight.dtype}: expected "
+            "[N, D] and [V, D] of one dtype"
+        )
+    if workspace is not None and workspace < 1:
+        raise ValueError(f"workspace = {workspace}: give the bytes of a chunk of logits")
+    triton = use_triton(backend, hidden)
+    dtype = dtype or (torch.float32 if hidden.is_cuda and hidden.dtype != torch.float64 else hidden.dtype)
+    workspace = workspace or WORKSPACE.get(hidden.device.type, WORKSPACE["cuda"])
+    detached = None if bias is None else bias.detach()
+    return Head(weight.detach(), detached, softcap, dtype, temperature, kept, workspace, triton)
+
+
+class _Gradients:
+    """What the chunks add up to: by hidden states, weight and bias, as far as each is wanted."""
+
+    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, ...]):
+        self.hidden, self.head = hidden, head
+        weight, bias = head.weight, head.bias
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.by_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        self.by_weight = torch.empty(weight.shape, dtype=wide, device=weight.device) if wanted[1] else None
+        self.by_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
+        self.empty = True
+
+    def add(self, dz: Tensor, rows: Tensor) -> None:
+        """dz [n, V] of the rows."""
+        if self.by_hidden is not None:
+            self.by_hidden[rows] = dz @ self.head.weight
+        if self.by_weight is not None:
+            product(dz.t(), self.hidden[rows], self.by_weight, beta=0.0 if self.empty else 1.0)
+        if self.by_bias is not None:
+            self.by_bias += dz.sum(0, dtype=self.by_bias.dtype)
+        self.empty = False
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        if self.empty and self.by_weight is not None:
+            self.by_weight.zero_()
+        by_weight = None if self.by_weight is None else self.by_weight.to(self.head.weight.dtype)
+        by_bias = None if self.by_bias is None else self.by_bias.to(self.head.bias.dtype)
+        return self.by_hidden, by_weight, by_bias
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, head: Head):
+        parts, buffer = [], None
+        for rows in head.chunks(torch.arange(len(hidden), device=hidden.device)):
+            buffer = z = head.logits(hidden, rows, buffer)
+            parts.append(head.stats(z, targets, rows))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        stats = (
+            Stats(*map(torch.cat, zip(*parts, strict=True))) if parts else Stats(*hidden.new_empty(4, 0, dtype=dtype))
+        )
+        ctx.save_for_backward(hidden, weight, targets, *stats)
+        ctx.head = head
+        return stats.logp, stats.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, c, e):
+        hidden, _, targets, *stats = ctx.saved_tensors
+        head, sums, buffer = ctx.head, _Gradients(hidden, ctx.head, ctx.needs_input_grad), None
+        for rows in head.chunks(((c != 0) | (e != 0)).nonzero().squeeze(1)):
+            buffer = z = head.logits(hidden, rows, buffer)
+            own = Stats(*(x[rows] for x in stats))
+            every = torch.arange(len(rows), device=rows.device)
+            sums.add(head.gradient(z, targets, rows, own, c[rows], e[rows], every), rows)
+        return *sums.result(), None, None
+
+
+# ---- the policy loss -------------------------------------------------------------------------------------------------
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    options: TokenLoss,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    log_ratio: Tensor | None = None,
+    omega: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    kept: Kept | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    workspace: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_policy_loss` from hidden states: Σ of `token_loss` over the rows, its gradient computed beside it.
+
+    hidden [N, D], weight [V, D], bias [V], the rest [N] -> (loss, logp [N], entropy [N]); gradients reach hidden,
+    weight and bias. A row that can have no gradient (weight 0; advantage 0 where nothing else pulls) is not computed:
+    its logp and entropy are 0. The other arguments are those of `linear_token_logprobs`.
+    """
+    tokens = {"advantages": advantages, "weights": weights, "old_logp": old_logp, "ref_logp": ref_logp}
+    tokens |= {"rollout_logp": rollout_logp, "log_ratio": log_ratio, "omega": omega}
+    check_tokens(options, len(hidden), **tokens)
+    head = _head(hidden, weight, targets, temperature, kept, bias, softcap, logits_dtype, workspace, backend)
+    alive = weights != 0
+    if options.follows_advantage:
+        alive &= advantages != 0
+    alive = alive.nonzero().squeeze(1)
+    tokens = {name: None if x is None else x.detach() for name, x in tokens.items()}
+    return _LinearPolicyLoss.apply(hidden, weight, bias, targets, head, options, tokens, alive)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, head: Head, options: TokenLoss, tokens, alive):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss, logp, entropy = torch.zeros(3, len(hidden), dtype=dtype, device=hidden.device)
+        wanted = ctx.needs_input_grad[:3]
+        sums, buffer = _Gradients(hidden, head, wanted), None
+        for rows in head.chunks(alive):
+            buffer = z = head.logits(hidden, rows, buffer)
+            stats = head.stats(z, targets, rows)
+            own = {name: None if x is None else x[rows] for name, x in tokens.items()}
+            if head.triton:
+                loss[rows], c, e = token_loss_triton(options, stats.logp, stats.entropy, **own)
+            else:
+                terms = token_loss(options, stats.logp, stats.entropy, **own)
+                loss[rows], c, e = terms.loss, terms.c, terms.e
+            logp[rows], entropy[rows] = stats.logp, stats.entropy
+            live = ((c != 0) | (e != 0)).nonzero().squeeze(1) if any(wanted) else alive[:0]
+            if len(live):
+                sums.add(head.gradient(z, targets, rows, stats, c, e, live), rows[live])
+        gradients = sums.result()
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(logp, entropy)
+        return loss.sum(), logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, grad_logp, grad_entropy):
+        gradients = ctx.saved_tensors  # refuses what a first backward pass has scaled already
+        for gradient in gradients:
+            if gradient is not None:
+                scale_(gradient, grad_loss)
+        return *gradients, None, None, None, None, None
