@@ -92,7 +92,7 @@ class EvalConfig:
     stop: tuple[str, ...] = ()
     """Texts that end a completion."""
     reward_timeout: float | None = None
-    """Seconds a completion that the checker may take, in a process that can be killed."""
+    """Seconds a completion that the checker may take, in a process that can be killed; longer is without a score."""
     shown: int = 4
     """Completions to print."""
     seed: int = 0
@@ -178,6 +178,8 @@ def evaluation(c: EvalConfig) -> None:
         ("accuracy", "value", "95 % interval"),
         rows,
     )
+    for line in result.rollout.late_lines(c.reward_timeout).values():
+        display.line(line)
     for i in range(min(c.shown, len(result.correct))):
         j = i * c.samples
         first = result.correct[i][0]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -519,10 +521,10 @@ def test_a_preset_is_its_row_of_the_table():
     assert [name for name in runnable_presets() if preset_defaults(name)["drop_zero_advantage"]] == ["online_rft"]
 
 
-PROMISED = """reward/mean reward/std reward/seven reward/sevens reward/unscored_frac group/signal_frac adv/std entropy
-    kl_ref/k1 kl_ref/k3 kl_old/k3 clip/frac ratio/max mismatch/abs_mean mismatch/abs_max mismatch/k3 mismatch/outside
-    len/mean len/max truncated_frac grad_norm lr skip_step trained_tokens loss/total tokens_per_s/rollout
-    tokens_per_s/train time/rollout time/train memory/peak_gb"""
+PROMISED = """reward/mean reward/std reward/seven reward/sevens reward/unscored_frac late_frac group/signal_frac adv/std
+    entropy kl_ref/k1 kl_ref/k3 kl_old/k3 clip/frac ratio/max mismatch/abs_mean mismatch/abs_max mismatch/k3
+    mismatch/outside len/mean len/max truncated_frac grad_norm lr skip_step trained_tokens loss/total
+    tokens_per_s/rollout tokens_per_s/train time/rollout time/train memory/peak_gb"""
 
 
 def test_a_run_logs_what_is_promised_on_every_step(checkpoint, tmp_path):
@@ -558,14 +560,49 @@ def test_a_run_that_goes_wrong_stops_with_the_last_good_checkpoint(checkpoint, t
 
     def fails_later(prompts, completions, **columns):
         calls.append(completions)
-        return [math.nan if len(calls) > 3 else float("7" in c) for c in completions]
+        return [math.inf if len(calls) > 3 else float("7" in c) for c in completions]
 
     task = replace(TASK, rewards={"fickle": (1.0, fails_later)})
     config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), **SMALL | {"steps": 9}, save_every=1)
-    with pytest.raises(InputError, match="'fickle' gave none of 24 completions a score"):
+    with pytest.raises(InputError, match="'fickle' returned inf for completion 0"):
         train_grpo(config, Quiet(), task)
     assert records(tmp_path / "run")[-1]["step"] == 3
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "model.safetensors").exists()
+
+
+def test_a_later_step_without_any_score_trains_nothing_and_the_run_goes_on(checkpoint, tmp_path):
+    """Not even the KL moves the policy then; the evaluation after it has no score either."""
+    steps = []
+
+    def passing(prompts, completions, **columns):
+        steps.append(len(completions))
+        return [math.nan if steps.count(24) == 2 else float("7" in c) for c in completions]
+
+    task, display = replace(TASK, rewards={"passing": (1.0, passing)}, correct=passing), Quiet()
+    loss = PolicyLoss(kl="k3", kl_coef=0.1)
+    config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), loss=loss, **SMALL | {"steps": 3})
+    train_grpo(replace(config, save_every=1, eval_every=2), display, task)
+    metrics = records(tmp_path / "run")
+    assert [record.get("skip_step") for record in metrics] == [None, 0, 1, 0]
+    assert [record.get("reward/unscored_frac") for record in metrics] == [None, 0, 1, 0]
+    assert [record.get("eval/unscored_frac") for record in metrics] == [0, None, 1, 0]
+    (line,) = [line for line in display.lines if "trains nothing" in line]
+    assert line.startswith("step 2 trains nothing: reward 'passing' gave none of 24 completions a score")
+
+
+def test_a_completion_that_takes_a_reward_too_long_has_no_score_and_is_named_once(checkpoint, tmp_path):
+    def hangs(prompts, completions, **columns):
+        time.sleep(60 * ("7" in completions[0]))
+        return [float(len(c)) for c in completions]
+
+    task, display = replace(TASK, rewards={"slow": (1.0, hangs)}), Quiet()
+    sizes = SMALL | {"steps": 3, "prompts": 1, "group": 8}
+    train_grpo(GRPOConfig(str(checkpoint), out=str(tmp_path / "run"), **sizes, reward_timeout=0.1), display, task)
+    late = [record["late_frac"] for record in records(tmp_path / "run")[1:]]
+    assert late == [record["reward/unscored_frac"] for record in records(tmp_path / "run")[1:]]
+    assert sum(share > 0 for share in late) > 1
+    (line,) = [line for line in display.lines if "took longer" in line]
+    assert re.fullmatch(r"reward 'slow' took longer than 0.1 s for \d of 8 completions: such have no score", line)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -74,7 +74,8 @@ class GRPOConfig:
     rewards: tuple[str, ...] = ()
     """Further rewards beside the task's: name=weight or file.py:function=weight."""
     reward_timeout: float | None = None
-    """Seconds a completion that a reward function may take, in a process that can be killed; None calls it directly."""
+    """Seconds a completion that a reward function may take, in a process that can be killed; one that takes longer has
+    no score. None calls it directly."""
     steps: int = 100
     """Rollouts."""
     prompts: int = 16
@@ -195,6 +196,7 @@ class GRPO:
 
     def __init__(self, config: GRPOConfig, run: Run, display: Display, task: Task | None = None):
         self.config, self.run, self.display = config, run, display
+        self.late: set[str] = set()  # the rewards that have been named for taking too long
         self.task = task or parse_task(config.task)
         if not self.task.train:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
@@ -264,6 +266,11 @@ class GRPO:
 
         rollout = sample(self.sampler, self.tokenizer, [self.task.train[i] for i in chosen], params, progress)
         rollout.score(self.rewards, c.reward_timeout)
+        self.name_late(rollout)
+        if step == 0:  # later it may be a passing failure, which must not cost the run
+            rollout.require_score()
+        elif rollout.unscored:
+            self.display.line(f"step {step + 1} trains nothing: {rollout.unscored}")
         if c.overlong_cache:
             rollout.rewards += torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
         if c.truncation == "penalty":
@@ -293,6 +300,8 @@ class GRPO:
         if c.kl_in_reward:
             rewards = kl_in_sequence_reward(rewards, old, ref, mask, c.kl_in_reward)
         rollout.advantages = OUTCOME[c.advantage](rewards, rollout.group_ids.to(device)).float()
+        if rollout.unscored:  # neither KL nor entropy alone shall move the policy
+            mask &= False
         if c.drop_zero_advantage:
             mask &= (rollout.advantages != 0)[:, None]
         return Batch(rows, rollout.advantages, mask, old, ref, sampled)
@@ -326,7 +335,14 @@ class GRPO:
             "adv/max": adv.max().item(),
         }
 
-    def evaluate(self) -> dict[str, float]:
+    def name_late(self, rollout: Rollout) -> None:
+        """Once for each reward; how many completions there are of them is logged as late_frac."""
+        for name, line in rollout.late_lines(self.config.reward_timeout).items():
+            if name not in self.late:
+                self.late.add(name)
+                self.display.line(line)
+
+    def evaluate(self, require_score: bool = False) -> dict[str, float]:
         c = self.config
 
         def progress(done: int, total: int) -> None:
@@ -334,7 +350,10 @@ class GRPO:
 
         params = replace(self.params, n=c.eval_samples, seed=(c.seed << 32) + (1 << 31))
         examples = self.task.heldout[: c.eval_prompts]
-        result = evaluate(self.sampler, self.tokenizer, self.task, params, examples, True, c.reward_timeout, progress)
+        result = evaluate(
+            self.sampler, self.tokenizer, self.task, params, examples, True, c.reward_timeout, progress, require_score
+        )
+        self.name_late(result.rollout)
         return result.metrics
 
 
@@ -368,7 +387,7 @@ def train_grpo(config: GRPOConfig, display: Display | None = None, task: Task | 
     trainer = GRPO(config, run, display, task)
     say_if_finished(run, config.steps, display)
     if run.start == 0:
-        before = trainer.evaluate()
+        before = trainer.evaluate(require_score=True)
         display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
     display.progress("step", run.start, config.steps)
     with interruptible(display) as stop_requested:
