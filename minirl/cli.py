@@ -304,7 +304,7 @@ def _first_sentence(box: str) -> str:
 
 def _defaults(kind: type, args: Sequence[str]):
     """Defaults that depend on other options: those of a preset, and those of the run that is resumed."""
-    if "--resume" in args and kind in (GRPOConfig, SFTConfig):
+    if any(arg.partition("=")[0] == "--resume" for arg in args) and kind in (GRPOConfig, SFTConfig):
         out = Path(_value(args, "--out") or kind.out)
         if not (out / "config.json").exists():
             raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
@@ -332,6 +332,8 @@ def _from_json(kind: type, content: dict, out: str):
     known = {f.name: f for f in fields(kind)}
     values = {}
     for name, value in content.items():
+        if name == "data_hash":  # no option
+            continue
         if name not in known:
             raise InputError(
                 f"{out}/config.json: the key {name!r} is not one of this command's: was this another command's run?"

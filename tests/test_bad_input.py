@@ -399,6 +399,7 @@ def test_out_that_holds_what_is_left_of_a_run_is_not_mixed_with_another(left, co
 @pytest.mark.parametrize("command", ["grpo", "sft"])
 def test_nothing_to_resume(command, complaint):
     assert "run holds no run to resume" in complaint(command, "--resume", "--out", "run")
+    assert "run holds no run to resume" in complaint(command, "--resume=True", "--out=run")
     Path("run").mkdir()
     assert "run holds no run to resume" in complaint(command, "--resume", "--out", "run")
 
@@ -408,6 +409,19 @@ def test_a_changed_config_is_refused_with_the_difference(complaint):
     said = complaint("grpo", "--resume", "--out", "run", "--lr", "0.5", "--loss.eps-high", "0.3")
     assert "loss.eps_high: 0.2 -> 0.3" in said
     assert "lr: 1e-06 -> 0.5" in said
+
+
+@pytest.mark.parametrize("command", ["grpo", "sft"])
+def test_a_changed_data_file_is_refused(command, complaint):
+    line = '{"prompt": "%d+2=", "answer": "3", "completion": "3"}\n'
+    Path("data.jsonl").write_text("".join(line % i for i in range(4)))
+    args = grpo("--steps", "1", task="data.jsonl") if command == "grpo" else sft("--steps", "1")
+    getattr(cli, f"train_{command}")(cli.parse(command, args[1:]))
+    Path("data.jsonl").write_text("".join(line % i for i in range(5)))
+    assert "the data of the run in run has changed" in complaint(command, "--resume", "--out", "run")
+    said = complaint(command, "--resume", "--out", "run", "--lr", "0.5")
+    assert "lr: " in said
+    assert "hash" not in said
 
 
 @pytest.mark.parametrize(

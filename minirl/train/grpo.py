@@ -9,7 +9,7 @@ DeepSeekMath 2402.03300, Alg. 1. Which member of the family runs is a row of opt
 
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +32,7 @@ from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
     Display,
     Run,
+    identity,
     interruptible,
     peak_memory_gb,
     pick_device,
@@ -131,7 +132,8 @@ class GRPOConfig:
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     resume: bool = False
-    """Continue the run in `out`."""
+    """Continue the run in `out`; slots, micro_batch_tokens, recompute, device, save_every and shown
+    may differ, as they change no result."""
 
     def __post_init__(self):
         refuse_below_one(self, "steps", "prompts", "group", "epochs", "mini_batches", "max_tokens", "slots")
@@ -194,10 +196,9 @@ def runnable_presets() -> list[str]:
 class GRPO:
     """Everything that a run holds, and one method for each stage of a step."""
 
-    def __init__(self, config: GRPOConfig, run: Run, display: Display, task: Task | None = None):
-        self.config, self.run, self.display = config, run, display
+    def __init__(self, config: GRPOConfig, run: Run, display: Display, task: Task):
+        self.config, self.run, self.display, self.task = config, run, display, task
         self.late: set[str] = set()  # the rewards that have been named for taking too long
-        self.task = task or parse_task(config.task)
         if not self.task.train:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
         self.rewards = task_rewards(self.task)
@@ -382,8 +383,8 @@ def step_line(step: int, steps: int, m: dict) -> str:
 def train_grpo(config: GRPOConfig, display: Display | None = None, task: Task | None = None) -> Path:
     """Run the whole of `minirl grpo`; returns the folder of the trained model. `task` overrides config.task."""
     display = display or Display()
-    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
-    run = Run(config.out, identity, config.resume)
+    task = task or parse_task(config.task)
+    run = Run(config.out, identity(config, [task.train, task.heldout]), config.resume)
     trainer = GRPO(config, run, display, task)
     say_if_finished(run, config.steps, display)
     if run.start == 0:

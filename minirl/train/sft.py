@@ -8,7 +8,7 @@ It is the policy loss with advantage 1, no ratio, and a mean over tokens.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
     Display,
     Run,
+    identity,
     interruptible,
     peak_memory_gb,
     pick_device,
@@ -74,7 +75,8 @@ class SFTConfig:
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     resume: bool = False
-    """Continue the run in `out`."""
+    """Continue the run in `out`; micro_batch_tokens, recompute, device and save_every
+    may differ, as they change no result."""
 
     def __post_init__(self):
         refuse_below_one(self, "steps", "batch", "micro_batch_tokens", "save_every")
@@ -160,7 +162,7 @@ def sft_step(model: Transformer, optimizer: AdamW, rows: Sequence[Row], lr: floa
 def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl sft`; returns the folder of the trained model."""
     examples = read_demonstrations(config.data)
-    run = Run(config.out, _identity(config), config.resume)
+    run = Run(config.out, identity(config, examples), config.resume)
     device = pick_device(config.device)
     source = run.checkpoint or config.model
     model = Transformer.from_pretrained(source, pick_dtype(config.dtype, device), device)
@@ -168,11 +170,6 @@ def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
     tokenizer = Tokenizer.from_pretrained(source)
     rows = demonstration_rows(tokenizer, examples, model.config.max_positions)
     return fit(model, tokenizer, rows, config, run, display or Display())
-
-
-def _identity(config) -> dict:
-    """The part of a config that decides the result, as it is written to the run folder."""
-    return {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
 
 
 def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, display: Display) -> Path:
