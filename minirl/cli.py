@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +32,14 @@ from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
 from minirl.tokenizer import Tokenizer
 from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
-from minirl.train.run import pick_device, pick_dtype
+from minirl.train.run import (
+    pick_device,
+    pick_dtype,
+    refuse_below_one,
+    refuse_negative,
+    refuse_not_positive,
+    refuse_unknown_choices,
+)
 from minirl.train.sft import SFTConfig, train_sft
 
 
@@ -65,10 +73,16 @@ class GenerateConfig:
     """Completions at a time."""
     json: bool = False
     """Print one JSON object a completion, with tokens and log-probs."""
-    dtype: str = "auto"
-    """float32, bfloat16 or auto."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in."""
     device: str = "auto"
     """cpu, cuda or auto."""
+
+    def __post_init__(self):
+        refuse_unknown_choices(self)
+        refuse_below_one(self, "slots")
+        if not self.prompts:
+            raise InputError("--prompts is empty: give at least one")
 
 
 @dataclass(frozen=True)
@@ -101,10 +115,17 @@ class EvalConfig:
     """Completions at a time."""
     json: bool = False
     """Print the numbers as one JSON object."""
-    dtype: str = "auto"
-    """float32, bfloat16 or auto."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in."""
     device: str = "auto"
     """cpu, cuda or auto."""
+
+    def __post_init__(self):
+        refuse_unknown_choices(self)
+        refuse_below_one(self, "prompts", "samples", "slots")
+        refuse_negative(self, "shown")
+        if self.reward_timeout is not None:
+            refuse_not_positive(self, "reward_timeout")
 
 
 @dataclass(frozen=True)
@@ -116,8 +137,6 @@ class ReportConfig:
 
 
 def _load(model: str, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"dtype {dtype!r} is unknown: choose from auto, float32, bfloat16")
     where = pick_device(device)
     return Transformer.from_pretrained(model, pick_dtype(dtype, where), where), Tokenizer.from_pretrained(model)
 

@@ -513,6 +513,20 @@ def test_presets_that_need_more_are_not_offered():
         preset_defaults("ppo")
 
 
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [(GRPOConfig, {"schedule": "lol"}), (GRPOConfig, {"advantage": "best"}), (SFTConfig, {"dtype": "float16"})],
+)
+def test_python_is_told_the_choices_as_the_command_line_is(kind, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=rf"^{name} = '{value}' is unknown: choose from \w+, "):
+        kind("model", "data", **wrong)
+
+
+def test_one_completion_a_prompt_is_enough_where_none_are_compared():
+    assert GRPOConfig("model", group=1, **preset_defaults("online_rft")).group == 1
+
+
 def test_a_preset_is_its_row_of_the_table():
     defaults = preset_defaults("dr_grpo", 512)
     assert defaults["advantage"] == "grpo_mean"

@@ -38,7 +38,9 @@ from minirl.train.run import (
     pick_device,
     pick_dtype,
     refuse_below_one,
+    refuse_negative,
     refuse_not_positive,
+    refuse_unknown_choices,
     say_if_finished,
 )
 from minirl.train.sft import order, take
@@ -139,12 +141,20 @@ class GRPOConfig:
         refuse_below_one(self, "steps", "prompts", "group", "epochs", "mini_batches", "max_tokens", "slots")
         refuse_below_one(self, "micro_batch_tokens", "eval_prompts", "eval_samples", "save_every")
         refuse_not_positive(self, "lr", "clip_norm", "temperature")
+        if self.reward_timeout is not None:
+            refuse_not_positive(self, "reward_timeout")
+        refuse_negative(self, "kl_in_reward", "weight_decay", "truncation_penalty")
+        refuse_negative(self, "warmup", "eval_every", "shown", "seed")
+        refuse_unknown_choices(self)
+        if self.group == 1 and self.advantage != "correct_only":
+            raise InputError(
+                f"group = 1: advantage {self.advantage!r} compares the completions of a prompt, so one trains nothing: "
+                "ask for 2 at least"
+            )
         if self.mini_batches > self.prompts:
             raise InputError(f"mini_batches = {self.mini_batches}: there are only {self.prompts} prompts to share out")
         if not 0 <= self.overlong_cache <= self.max_tokens:
             raise InputError(f"overlong_cache = {self.overlong_cache}: it must be from 0 to max_tokens")
-        if self.seed < 0:
-            raise InputError(f"seed = {self.seed}: it must not be negative")
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"preset {self.preset!r} is unknown: choose from {', '.join(runnable_presets())}")
         _ = self.sampling  # refuses what cannot be sampled with

@@ -19,8 +19,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -247,6 +248,20 @@ def refuse_not_positive(config, *names: str) -> None:
     for name in names:
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"{name} = {getattr(config, name)}: it must be positive and finite")
+
+
+def refuse_negative(config, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"{name} = {getattr(config, name)}: it must be finite and not negative")
+
+
+def refuse_unknown_choices(config) -> None:
+    """Of the fields that are a Literal; the command line looks itself, Python does not."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
+            raise InputError(f"{f.name} = {value!r} is unknown: choose from {', '.join(get_args(f.type))}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -30,7 +30,9 @@ from minirl.train.run import (
     pick_device,
     pick_dtype,
     refuse_below_one,
+    refuse_negative,
     refuse_not_positive,
+    refuse_unknown_choices,
     say_if_finished,
 )
 from minirl.train.step import Batch, accumulate, response_mask
@@ -81,8 +83,8 @@ class SFTConfig:
     def __post_init__(self):
         refuse_below_one(self, "steps", "batch", "micro_batch_tokens", "save_every")
         refuse_not_positive(self, "lr", "clip_norm")
-        if self.seed < 0:
-            raise InputError(f"seed = {self.seed}: it must not be negative")
+        refuse_negative(self, "warmup", "weight_decay", "seed")
+        refuse_unknown_choices(self)
 
 
 def read_demonstrations(path: str | Path) -> list[dict]:
