@@ -293,7 +293,9 @@ def parse(name: str, args: Sequence[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(f"{_first_sentence(complaint.getvalue())}: see minirl {name} --help") from None
+        text = _first_sentence(complaint.getvalue()).removeprefix("value error: ")
+        ours = re.match(r"Error parsing \w+: (.*)", text)  # from a config's __post_init__
+        raise InputError(ours[1] if ours else f"{text}: see minirl {name} --help") from None
     if unknown:
         hint = did_you_mean(unknown[0], _options(kind))
         raise InputError(f"minirl {name} has no option {unknown[0]!r}{hint}: see minirl {name} --help")
@@ -309,14 +311,15 @@ def _options(kind: type, prefix: str = "--") -> list[str]:
 
 
 def _first_sentence(box: str) -> str:
-    """tyro's complaint is a box with a title; its content up to the rule, on one line."""
+    """tyro's complaint is a box with a title, drawn in ASCII where stdout is; its content, on one line."""
     lines = [line.strip(" │") for line in box.splitlines()]
     title = lines[0].strip("╭─╮ ") if lines else "bad arguments"
     content = []
     for line in lines[1:]:
-        if re.fullmatch(r"[─╰╯ ]*", line):
+        if not re.fullmatch(r"[-─╰╯ ]*", line):
+            content.append(line)
+        elif content:
             break
-        content.append(line)
     text = " ".join(content) or title
     return f"{title.lower()}: {text.removesuffix('.')}" if title.lower() not in text.lower() else text.removesuffix(".")
 

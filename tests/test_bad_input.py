@@ -1,6 +1,7 @@
 """Whatever a user gets wrong ends in one sentence on stderr, exit code 2 and no half-written folder."""
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -393,6 +394,16 @@ def test_a_command_that_cannot_be(command, complaint):
         args += ["--task", TASK]
     said = complaint(*args)
     assert all(word in said for word in OPTIONS[command]), said
+    assert "value error" not in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])  # what tyro draws its boxes with
+def test_a_refusal_of_ours_stands_alone(encoding, complaint, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert complaint("demo", "--seeds", "-1") == "minirl: seeds = (-1,): give at least one, each once, none negative\n"
+    assert complaint("grpo", "--model", "m", "--loss.dual-clip", "0.5").startswith("minirl: PolicyLoss: dual_clip must")
+    for wrong in ("--schedule lol", "--steps many", "--steps"):
+        assert "--- " not in complaint("grpo", "--model", "m", *wrong.split())
 
 
 # --- folders of runs -------------------------------------------------------------------------------------------------

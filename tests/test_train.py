@@ -335,7 +335,10 @@ def test_a_step_in_which_all_agree_changes_nothing_and_says_so(make):
     assert trainer.optimizer.steps == 0
     assert metrics["skip_step"] == 1
     assert metrics["group/signal_frac"] == 0
-    assert "signal 0.00" in step_line(1, 2, metrics)
+    line = step_line(1, 2, metrics)
+    assert "kl –  entropy –  signal 0.00  clip –  mismatch –  len " in line
+    assert "+– tok/s" in line
+    assert "nan" not in line
 
 
 def test_a_completion_that_cannot_be_scored_is_in_no_mean(make):

@@ -380,13 +380,18 @@ def _extra_reward(spec: str) -> tuple[str, tuple[float, object]]:
 
 def step_line(step: int, steps: int, m: dict) -> str:
     """What matters, first things first."""
-    held = f"  held-out {m['eval/mean']:.3f} (greedy {m['eval/greedy']:.3f})" if "eval/mean" in m else ""
-    kl, entropy = m.get("kl_ref/k3", m.get("kl_old/k3", math.nan)), m.get("entropy", math.nan)
+
+    def shown(name: str, digits: str) -> str:  # what was not computed, or of nothing, is no number
+        return "–" if math.isnan(m.get(name, math.nan)) else format(m[name], digits)
+
+    held = f"  held-out {shown('eval/mean', '.3f')} (greedy {shown('eval/greedy', '.3f')})" if "eval/mean" in m else ""
+    kl = "kl_ref/k3" if "kl_ref/k3" in m else "kl_old/k3"
     return (
-        f"step {step}/{steps}  reward {m['reward/mean']:.3f}{held}  kl {kl:.4f}  entropy {entropy:.3f}  "
-        f"signal {m['group/signal_frac']:.2f}  clip {m.get('clip/frac', 0.0):.3f}  "
-        f"mismatch {m.get('mismatch/abs_mean', math.nan):.1e}  len {m['len/mean']:.1f}  "
-        f"{m['tokens_per_s/rollout']:.0f}+{m['tokens_per_s/train']:.0f} tok/s  {m['memory/peak_gb']:.1f} GB"
+        f"step {step}/{steps}  reward {shown('reward/mean', '.3f')}{held}  kl {shown(kl, '.4f')}  "
+        f"entropy {shown('entropy', '.3f')}  signal {m['group/signal_frac']:.2f}  clip {shown('clip/frac', '.3f')}  "
+        f"mismatch {shown('mismatch/abs_mean', '.1e')}  len {m['len/mean']:.1f}  "
+        f"{shown('tokens_per_s/rollout', '.0f')}+{shown('tokens_per_s/train', '.0f')} tok/s  "
+        f"{m['memory/peak_gb']:.1f} GB"
     )
 
 
