@@ -4,6 +4,7 @@ Whatever a user can get wrong ends in one sentence on stderr and exit code 2; Ct
 """
 
 import contextlib
+import errno
 import io
 import json
 import re
@@ -24,17 +25,14 @@ from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.files import read_json
 from minirl.losses import PolicyLoss
-from minirl.model import Transformer
 from minirl.report import plot, read_metrics, report
 from minirl.rewards.registry import did_you_mean
 from minirl.rollout import without_stop
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
-from minirl.tokenizer import Tokenizer
 from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
 from minirl.train.run import (
-    pick_device,
-    pick_dtype,
+    load,
     refuse_below_one,
     refuse_negative,
     refuse_not_positive,
@@ -136,13 +134,8 @@ class ReportConfig:
     """Folder of the run."""
 
 
-def _load(model: str, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
-    where = pick_device(device)
-    return Transformer.from_pretrained(model, pick_dtype(dtype, where), where), Tokenizer.from_pretrained(model)
-
-
 def generate(c: GenerateConfig) -> None:
-    model, tokenizer = _load(c.model, c.dtype, c.device)
+    model, tokenizer = load(c.model, c.dtype, c.device)
     params = SamplingParams(
         c.n, c.temperature, c.top_k, c.top_p, c.min_p, c.max_tokens, tokenizer.stop_ids, c.stop, c.seed
     )
@@ -164,7 +157,7 @@ def generate(c: GenerateConfig) -> None:
 
 def evaluation(c: EvalConfig) -> None:
     task = parse_task(c.task)
-    model, tokenizer = _load(c.model, c.dtype, c.device)
+    model, tokenizer = load(c.model, c.dtype, c.device)
     params = SamplingParams(
         c.samples,
         c.temperature,
@@ -377,13 +370,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _dispatch(args)
     except InputError as error:
         _fail(str(error))
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if _is_out_of_memory(error):
+            _fail(_out_of_memory(args[0]))
+        if not isinstance(error, OSError):
+            raise
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
         _fail(f"the system refused ({what}): check path, permissions and free space; earlier checkpoints are intact")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        _fail("out of memory: lower --slots or --micro-batch-tokens, or give --recompute")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -401,8 +394,19 @@ def _dispatch(args: list[str]) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """On a CPU torch has no class of its own for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """On a CPU torch has no class of its own for it, and other words on other systems."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
+    return known or any(text in str(error) for text in words)
+
+
+def _out_of_memory(command: str) -> str:
+    options = _options(COMMANDS[command][0])
+    lower = " or ".join(flag for flag in ("--slots", "--micro-batch-tokens") if flag in options)
+    recompute = ", or give --recompute (a run goes on with --resume)" if "--recompute" in options else ""
+    return f"out of memory: {f'lower {lower}{recompute}' if lower else 'free some'}"
 
 
 def _fail(sentence: str) -> None:

@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_checkpoint
+from tiny import ALPHABET, tiny_checkpoint
 
 from minirl import cli, display
+from minirl.model import Transformer
+from minirl.tokenizer import Tokenizer
 from minirl.train import run as run_module
 
 TASK = "arithmetic:op=sum,digits=1,chat=false"
@@ -192,6 +194,23 @@ def test_every_command_names_what_is_wrong_with_a_checkpoint(command, complaint)
     name, *rest = command.split()
     said = complaint(name, "--model", "model", *rest)
     assert "NaN" in said or "not finite" in said
+
+
+@pytest.mark.parametrize("command", ["generate --prompts 1+2=", f"eval --task {TASK}", "sft --data data.jsonl"])
+def test_a_stop_token_that_cannot_be_drawn(command, complaint):
+    Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}')
+    file = Path("model/generation_config.json")
+    file.write_text(json.dumps({"eos_token_id": [2, 19]}))
+    name, *rest = command.split()
+    said = complaint(name, "--model", "model", *rest)
+    assert "stop token 19 (eos_token_id) is outside the model's vocabulary of 19" in said
+    assert "stop token 19" in complaint(*grpo())
+
+
+def test_a_tokenizer_that_knows_more_than_its_model(complaint):
+    Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n{"prompt": "1+2=", "completion": "!"}')
+    Tokenizer.from_chars(ALPHABET + "!").save_pretrained("model")
+    assert "example 1 holds token 19, outside the model's vocabulary of 19" in complaint(*sft())
 
 
 # --- tasks and data --------------------------------------------------------------------------------------------------
@@ -534,15 +553,35 @@ def test_memory_that_is_not_there(complaint, monkeypatch):
     def greedy(*args, **kwargs):
         torch.empty(1 << 50)
 
-    monkeypatch.setattr(cli.Transformer, "from_pretrained", greedy)
-    assert "out of memory" in complaint(*grpo())
+    monkeypatch.setattr(Transformer, "from_pretrained", greedy)
+    Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}')
+    assert "lower --slots or --micro-batch-tokens, or give --recompute" in complaint(*grpo())
+    assert "lower --micro-batch-tokens, or give --recompute" in complaint(*sft())
+    assert complaint("eval", "--model", "model") == "minirl: out of memory: lower --slots\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_every_way_of_the_system_to_say_that_memory_is_short(error, complaint, monkeypatch):
+    def greedy(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Transformer, "from_pretrained", greedy)
+    assert complaint(*grpo()).startswith("minirl: out of memory: lower --slots")
 
 
 def test_a_bug_of_ours_is_not_hidden(folder, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a shape does not fit")
 
-    monkeypatch.setattr(cli.Transformer, "from_pretrained", broken)
+    monkeypatch.setattr(Transformer, "from_pretrained", broken)
     with pytest.raises(RuntimeError, match="a shape does not fit"):
         cli.main(grpo())
 

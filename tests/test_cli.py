@@ -16,6 +16,7 @@ from tiny import tiny_checkpoint
 
 from minirl import cli
 from minirl.losses import PRESETS, PolicyLoss
+from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
 from minirl.train.grpo import GRPOConfig, preset_defaults, runnable_presets
 from minirl.train.run import Run
@@ -295,7 +296,7 @@ def test_ctrl_c_ends_with_130_and_without_a_word(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Transformer, "from_pretrained", interrupted)
+    monkeypatch.setattr(Transformer, "from_pretrained", interrupted)
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "--model", "m", "--prompts", "1"])
     assert stop.value.code == 130

@@ -26,7 +26,6 @@ from minirl.rewards.rules import overlong_penalty
 from minirl.rollout import Rollout, sample, task_rewards
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
-from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, score
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
@@ -34,9 +33,8 @@ from minirl.train.run import (
     Run,
     identity,
     interruptible,
+    load,
     peak_memory_gb,
-    pick_device,
-    pick_dtype,
     refuse_below_one,
     refuse_negative,
     refuse_not_positive,
@@ -216,15 +214,12 @@ class GRPO:
             if name in self.rewards:
                 raise InputError(f"reward {name!r} is given twice, by the task or by --rewards: leave one away")
             self.rewards[name] = reward
-        device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, device)
-        source = run.checkpoint or config.model
-        self.model = Transformer.from_pretrained(source, dtype, device)
+        self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
         self.model.checkpointing = config.recompute
-        self.tokenizer = Tokenizer.from_pretrained(source)
         self.reference = None
         if config.loss.kl != "none" or config.kl_in_reward:
-            self.reference = Transformer.from_pretrained(config.model, dtype, device).requires_grad_(False)
+            self.reference, _ = load(config.model, config.dtype, config.device)
+            self.reference.requires_grad_(False)
         self.optimizer = AdamW(self.model, weight_decay=config.weight_decay)
         if run.checkpoint:
             run.restore(self.optimizer)

@@ -264,6 +264,20 @@ def refuse_unknown_choices(config) -> None:
             raise InputError(f"{f.name} = {value!r} is unknown: choose from {', '.join(get_args(f.type))}")
 
 
+def load(source: str | Path, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
+    """A checkpoint's model and tokenizer, which must belong together."""
+    where = pick_device(device)
+    model = Transformer.from_pretrained(source, pick_dtype(dtype, where), where)
+    tokenizer = Tokenizer.from_pretrained(source)
+    for stop in tokenizer.stop_ids:
+        if stop >= model.config.vocab_size:
+            raise InputError(
+                f"{source}: stop token {stop} (eos_token_id) is outside the model's vocabulary of "
+                f"{model.config.vocab_size}, so nothing would ever stop: correct generation_config.json or config.json"
+            )
+    return model, tokenizer
+
+
 def pick_device(name: str) -> torch.device:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"device {name!r} is unknown: choose from auto, cpu, cuda")

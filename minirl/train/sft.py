@@ -26,9 +26,8 @@ from minirl.train.run import (
     Run,
     identity,
     interruptible,
+    load,
     peak_memory_gb,
-    pick_device,
-    pick_dtype,
     refuse_below_one,
     refuse_negative,
     refuse_not_positive,
@@ -139,6 +138,15 @@ def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_lengt
     return rows
 
 
+def _refuse_unknown_tokens(rows: Sequence[Row], vocab: int) -> None:
+    for i, row in enumerate(rows):
+        largest = max(*row.prompt, *row.response)
+        if largest >= vocab:
+            raise InputError(
+                f"example {i} holds token {largest}, outside the model's vocabulary of {vocab}: is this its tokenizer?"
+            )
+
+
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The examples' order in an epoch, a function of the seed alone."""
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -165,12 +173,10 @@ def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl sft`; returns the folder of the trained model."""
     examples = read_demonstrations(config.data)
     run = Run(config.out, identity(config, examples), config.resume)
-    device = pick_device(config.device)
-    source = run.checkpoint or config.model
-    model = Transformer.from_pretrained(source, pick_dtype(config.dtype, device), device)
+    model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
     model.checkpointing = config.recompute
-    tokenizer = Tokenizer.from_pretrained(source)
     rows = demonstration_rows(tokenizer, examples, model.config.max_positions)
+    _refuse_unknown_tokens(rows, model.config.vocab_size)
     return fit(model, tokenizer, rows, config, run, display or Display())
 
 
