@@ -196,6 +196,18 @@ def test_every_command_names_what_is_wrong_with_a_checkpoint(command, complaint)
     assert "NaN" in said or "not finite" in said
 
 
+def test_a_path_with_one_slash_is_no_hub_id_where_its_first_folder_is_here(complaint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = complaint("generate", "--model", "models/smollm2", "--prompts", "1")
+    assert "models/smollm2 does not exist" in said
+    assert "make it as examples/gguf_to_hf.py says" in said
+    assert "needs huggingface_hub" in complaint("generate", "--model", "runs/sums", "--prompts", "1")
+    Path("runs").mkdir()
+    assert "runs/sums does not exist: check the path\n" in complaint(
+        "generate", "--model", "runs/sums", "--prompts", "1"
+    )
+
+
 @pytest.mark.parametrize("command", ["generate --prompts 1+2=", f"eval --task {TASK}", "sft --data data.jsonl"])
 def test_a_stop_token_that_cannot_be_drawn(command, complaint):
     Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}')
