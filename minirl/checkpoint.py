@@ -38,9 +38,9 @@ def resolve(path: str | Path) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"{folder} is a file: give the directory that holds config.json")
-    below = folder.parts[0] if folder.parts else ""
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")) or below == "models" or Path(below).is_dir():
-        made = ", or make it as examples/gguf_to_hf.py says" if below == "models" else ""
+    first = folder.parts[0] if folder.parts else ""
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")) or first == "models" or Path(first).is_dir():
+        made = ", or make it as examples/gguf_to_hf.py says" if first == "models" else ""
         raise InputError(f"model directory {path} does not exist: check the path{made}")
     try:
         from huggingface_hub import snapshot_download

@@ -27,7 +27,7 @@ from minirl.files import read_json
 from minirl.losses import PolicyLoss
 from minirl.report import plot, read_metrics, report
 from minirl.rewards.registry import did_you_mean
-from minirl.rollout import without_stop
+from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
 from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
@@ -64,7 +64,7 @@ class GenerateConfig:
     min_p: float = 0.0
     """Keep tokens with at least this share of the largest probability."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion."""
+    """Texts that end a completion; what is printed ends before them."""
     seed: int = 0
     """Same seed, same completions."""
     slots: int = 64
@@ -102,7 +102,7 @@ class EvalConfig:
     top_p: float = 1.0
     """Keep the most likely tokens up to this mass."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion."""
+    """Texts that end a completion; the checker sees what comes before them."""
     reward_timeout: float | None = None
     """Seconds a completion that the checker may take, in a process that can be killed; longer is without a score."""
     shown: int = 4
@@ -147,7 +147,7 @@ def generate(c: GenerateConfig) -> None:
         )
     for prompt, group in zip(c.prompts, groups, strict=True):
         for completion in group:
-            text = tokenizer.decode(without_stop(completion, params))
+            text = completion_text(tokenizer, completion, params)
             if c.json:
                 record = {"prompt": prompt, "text": text, "finish_reason": completion.finish_reason}
                 print(json.dumps(record | {"tokens": completion.tokens, "logprobs": completion.logprobs}))

@@ -22,7 +22,7 @@ class Rollout:
     examples: list[dict]  # P
     prompts: list[list[int]]  # P token lists
     completions: list[Completion]  # B
-    texts: list[str]  # B, without special tokens
+    texts: list[str]  # B, without special tokens and stop texts
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [B]; NaN = could not be scored
     parts: dict[str, list[float]] = field(default_factory=dict)  # each reward function's unweighted values
     late: dict[str, set[int]] = field(default_factory=dict)  # by reward, the rows that took longer than its timeout
@@ -126,14 +126,16 @@ def sample(
     prompts = [tokenizer.prompt_ids(example["prompt"]) for example in examples]
     groups = sampler.generate(prompts, params, progress)
     completions = [completion for group in groups for completion in group]
-    texts = [tokenizer.decode(without_stop(c, params)) for c in completions]
+    texts = [completion_text(tokenizer, c, params) for c in completions]
     return Rollout(list(examples), prompts, completions, texts)
 
 
-def without_stop(completion: Completion, params: SamplingParams) -> list[int]:
-    """The tokens a reader sees: a stop token belongs to the action, not to the text."""
+def completion_text(tokenizer: Tokenizer, completion: Completion, params: SamplingParams) -> str:
+    """What a reader, a reward and an evaluation see: neither the stop token nor a stop text, nor what its last token
+    holds beyond it. All that belongs to the actions, so the tokens keep it."""
     tokens = completion.tokens
-    return tokens[:-1] if tokens and tokens[-1] in params.stop_ids else tokens
+    text = tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in params.stop_ids else tokens)
+    return text[: min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)]
 
 
 def task_rewards(task: Task) -> dict:

@@ -20,8 +20,8 @@ from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss, policy_loss
 from minirl.model import Transformer
 from minirl.rewards.rules import overlong_penalty
-from minirl.rollout import Rollout
-from minirl.sampler import Completion
+from minirl.rollout import Rollout, completion_text
+from minirl.sampler import Completion, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
 from minirl.train import grpo as grpo_module
@@ -370,6 +370,33 @@ def written(monkeypatch, trainer: GRPO) -> Rollout:
 
 
 LENGTHS = [2, 3, 6, 6, 2, 5]
+
+
+def test_a_stop_text_is_trained_on_and_rewards_do_not_see_it(make):
+    trainer = make(stop=("7", "1"), max_tokens=20)
+    rollout = trainer.collect(0)
+    batch = trainer.batch(rollout)
+    whole = [trainer.tokenizer.decode(c.tokens) for c in rollout.completions]
+    for stop in ("7", "1"):
+        assert any(text.endswith(stop) for text in whole)
+        assert not any(stop in text for text in rollout.texts)
+    assert all(
+        seen == text.removesuffix("1").removesuffix("7") for text, seen in zip(whole, rollout.texts, strict=True)
+    )
+    assert rollout.rewards.tolist() == [0] * 24
+    assert batch.mask.sum(1).tolist() == rollout.lengths
+    assert [row.response for row in batch.rows] == [c.tokens for c in rollout.completions]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"), [("ab", "ab"), ("a;b", "a"), (";", ""), ("a.;b", "a"), ("a;.", "a"), ("a\n\nb.", "a"), ("", "")]
+)
+def test_a_text_ends_before_the_first_stop_text(text, seen):
+    """Also where a token holds more than the stop text."""
+    tokenizer = Tokenizer.from_chars("ab;.\n")
+    completion = Completion([*tokenizer.encode(text), tokenizer.eos_id])
+    params = SamplingParams(stop=(".", "\n\n", ";"), stop_ids=tokenizer.stop_ids)
+    assert completion_text(tokenizer, completion, params) == seen
 
 
 def test_a_cut_completion_keeps_its_reward(make, monkeypatch):

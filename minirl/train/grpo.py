@@ -98,7 +98,7 @@ class GRPOConfig:
     min_p: float = 0.0
     """Truncated sampling; what was kept is replayed in training."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion, beside the checkpoint's stop tokens."""
+    """Texts that end a completion, beside the checkpoint's stop tokens; rewards see what comes before them."""
     slots: int = 64
     """Completions sampled at a time: a memory knob that changes no completion."""
     micro_batch_tokens: int = 4096
