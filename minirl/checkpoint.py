@@ -31,14 +31,17 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def resolve(path: str | Path) -> Path:
-    """A local directory as it is; anything else is taken for a hub id and fetched with huggingface_hub."""
+    """A local directory as it is; what is written like a hub id, and not below a folder that is here, is fetched with
+    huggingface_hub."""
     folder = Path(path)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise InputError(f"{folder} is a file: give the directory that holds config.json")
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise InputError(f"model directory {path} does not exist: check the path")
+    first = folder.parts[0] if folder.parts else ""
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")) or first == "models" or Path(first).is_dir():
+        made = ", or make it as examples/gguf_to_hf.py says" if first == "models" else ""
+        raise InputError(f"model directory {path} does not exist: check the path{made}")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -4,6 +4,7 @@ Whatever a user can get wrong ends in one sentence on stderr and exit code 2; Ct
 """
 
 import contextlib
+import errno
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,15 +25,19 @@ from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.files import read_json
 from minirl.losses import PolicyLoss
-from minirl.model import Transformer
 from minirl.report import plot, read_metrics, report
 from minirl.rewards.registry import did_you_mean
-from minirl.rollout import without_stop
+from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
-from minirl.tokenizer import Tokenizer
 from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
-from minirl.train.run import pick_device, pick_dtype
+from minirl.train.run import (
+    load,
+    refuse_below_one,
+    refuse_negative,
+    refuse_not_positive,
+    refuse_unknown_choices,
+)
 from minirl.train.sft import SFTConfig, train_sft
 
 
@@ -58,17 +64,23 @@ class GenerateConfig:
     min_p: float = 0.0
     """Keep tokens with at least this share of the largest probability."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion."""
+    """Texts that end a completion; what is printed ends before them."""
     seed: int = 0
     """Same seed, same completions."""
     slots: int = 64
     """Completions at a time."""
     json: bool = False
     """Print one JSON object a completion, with tokens and log-probs."""
-    dtype: str = "auto"
-    """float32, bfloat16 or auto."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in."""
     device: str = "auto"
     """cpu, cuda or auto."""
+
+    def __post_init__(self):
+        refuse_unknown_choices(self)
+        refuse_below_one(self, "slots")
+        if not self.prompts:
+            raise InputError("--prompts is empty: give at least one")
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,9 @@ class EvalConfig:
     top_p: float = 1.0
     """Keep the most likely tokens up to this mass."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion."""
+    """Texts that end a completion; the checker sees what comes before them."""
     reward_timeout: float | None = None
-    """Seconds a completion that the checker may take, in a process that can be killed."""
+    """Seconds a completion that the checker may take, in a process that can be killed; longer is without a score."""
     shown: int = 4
     """Completions to print."""
     seed: int = 0
@@ -101,10 +113,17 @@ class EvalConfig:
     """Completions at a time."""
     json: bool = False
     """Print the numbers as one JSON object."""
-    dtype: str = "auto"
-    """float32, bfloat16 or auto."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in."""
     device: str = "auto"
     """cpu, cuda or auto."""
+
+    def __post_init__(self):
+        refuse_unknown_choices(self)
+        refuse_below_one(self, "prompts", "samples", "slots")
+        refuse_negative(self, "shown")
+        if self.reward_timeout is not None:
+            refuse_not_positive(self, "reward_timeout")
 
 
 @dataclass(frozen=True)
@@ -115,15 +134,8 @@ class ReportConfig:
     """Folder of the run."""
 
 
-def _load(model: str, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"dtype {dtype!r} is unknown: choose from auto, float32, bfloat16")
-    where = pick_device(device)
-    return Transformer.from_pretrained(model, pick_dtype(dtype, where), where), Tokenizer.from_pretrained(model)
-
-
 def generate(c: GenerateConfig) -> None:
-    model, tokenizer = _load(c.model, c.dtype, c.device)
+    model, tokenizer = load(c.model, c.dtype, c.device)
     params = SamplingParams(
         c.n, c.temperature, c.top_k, c.top_p, c.min_p, c.max_tokens, tokenizer.stop_ids, c.stop, c.seed
     )
@@ -135,7 +147,7 @@ def generate(c: GenerateConfig) -> None:
         )
     for prompt, group in zip(c.prompts, groups, strict=True):
         for completion in group:
-            text = tokenizer.decode(without_stop(completion, params))
+            text = completion_text(tokenizer, completion, params)
             if c.json:
                 record = {"prompt": prompt, "text": text, "finish_reason": completion.finish_reason}
                 print(json.dumps(record | {"tokens": completion.tokens, "logprobs": completion.logprobs}))
@@ -145,7 +157,7 @@ def generate(c: GenerateConfig) -> None:
 
 def evaluation(c: EvalConfig) -> None:
     task = parse_task(c.task)
-    model, tokenizer = _load(c.model, c.dtype, c.device)
+    model, tokenizer = load(c.model, c.dtype, c.device)
     params = SamplingParams(
         c.samples,
         c.temperature,
@@ -178,6 +190,8 @@ def evaluation(c: EvalConfig) -> None:
         ("accuracy", "value", "95 % interval"),
         rows,
     )
+    for line in result.rollout.late_lines(c.reward_timeout).values():
+        display.line(line)
     for i in range(min(c.shown, len(result.correct))):
         j = i * c.samples
         first = result.correct[i][0]
@@ -272,7 +286,9 @@ def parse(name: str, args: Sequence[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(f"{_first_sentence(complaint.getvalue())}: see minirl {name} --help") from None
+        text = _first_sentence(complaint.getvalue()).removeprefix("value error: ")
+        ours = re.match(r"Error parsing \w+: (.*)", text)  # from a config's __post_init__
+        raise InputError(ours[1] if ours else f"{text}: see minirl {name} --help") from None
     if unknown:
         hint = did_you_mean(unknown[0], _options(kind))
         raise InputError(f"minirl {name} has no option {unknown[0]!r}{hint}: see minirl {name} --help")
@@ -288,21 +304,22 @@ def _options(kind: type, prefix: str = "--") -> list[str]:
 
 
 def _first_sentence(box: str) -> str:
-    """tyro's complaint is a box with a title; its content up to the rule, on one line."""
+    """tyro's complaint is a box with a title, drawn in ASCII where stdout is; its content, on one line."""
     lines = [line.strip(" │") for line in box.splitlines()]
     title = lines[0].strip("╭─╮ ") if lines else "bad arguments"
     content = []
     for line in lines[1:]:
-        if re.fullmatch(r"[─╰╯ ]*", line):
+        if not re.fullmatch(r"[-─╰╯ ]*", line):
+            content.append(line)
+        elif content:
             break
-        content.append(line)
     text = " ".join(content) or title
     return f"{title.lower()}: {text.removesuffix('.')}" if title.lower() not in text.lower() else text.removesuffix(".")
 
 
 def _defaults(kind: type, args: Sequence[str]):
     """Defaults that depend on other options: those of a preset, and those of the run that is resumed."""
-    if "--resume" in args and kind in (GRPOConfig, SFTConfig):
+    if any(arg.partition("=")[0] == "--resume" for arg in args) and kind in (GRPOConfig, SFTConfig):
         out = Path(_value(args, "--out") or kind.out)
         if not (out / "config.json").exists():
             raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
@@ -330,6 +347,8 @@ def _from_json(kind: type, content: dict, out: str):
     known = {f.name: f for f in fields(kind)}
     values = {}
     for name, value in content.items():
+        if name == "data_hash":  # no option
+            continue
         if name not in known:
             raise InputError(
                 f"{out}/config.json: the key {name!r} is not one of this command's: was this another command's run?"
@@ -351,13 +370,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _dispatch(args)
     except InputError as error:
         _fail(str(error))
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if _is_out_of_memory(error):
+            _fail(_out_of_memory(args[0]))
+        if not isinstance(error, OSError):
+            raise
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
         _fail(f"the system refused ({what}): check path, permissions and free space; earlier checkpoints are intact")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        _fail("out of memory: lower --slots or --micro-batch-tokens, or give --recompute")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -375,8 +394,19 @@ def _dispatch(args: list[str]) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """On a CPU torch has no class of its own for it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """On a CPU torch has no class of its own for it, and other words on other systems."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
+    return known or any(text in str(error) for text in words)
+
+
+def _out_of_memory(command: str) -> str:
+    options = _options(COMMANDS[command][0])
+    lower = " or ".join(flag for flag in ("--slots", "--micro-batch-tokens") if flag in options)
+    recompute = ", or give --recompute (a run goes on with --resume)" if "--recompute" in options else ""
+    return f"out of memory: {f'lower {lower}{recompute}' if lower else 'free some'}"
 
 
 def _fail(sentence: str) -> None:

@@ -31,14 +31,21 @@ def evaluate(
     greedy: bool = True,
     timeout: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    require_score: bool = True,
 ) -> Evaluation:
     """Accuracy of `task.correct` on examples (default: all held-out ones) from k = params.n samples each, and
-    greedy."""
+    greedy.
+
+    What has no score, also because it took longer than `timeout` seconds, is left out; with no score at all the
+    accuracies are NaN, or an InputError where one is required.
+    """
     examples = task.heldout if examples is None else examples
     if not examples:
         raise InputError(f"task {task.name!r} has no held-out examples to evaluate on: ask for some")
     rollout = sample(sampler, tokenizer, examples, params, progress)
     correct = _correct(rollout, task, timeout)
+    if require_score:
+        rollout.require_score()
     k = params.n
     values = {"mean": [mean_at_k(row) for row in correct]}
     if k > 1:
@@ -50,9 +57,9 @@ def evaluate(
         single = sample(sampler, tokenizer, examples, replace(params, n=1, temperature=0.0))
         values["greedy"] = _correct(single, task, timeout)[:, 0].tolist()
     lengths = rollout.lengths
-    metrics = {f"eval/{name}": float(np.nanmean(v)) for name, v in values.items()}
+    metrics = {f"eval/{name}": mean_at_k(v) for name, v in values.items()}
     metrics |= {"eval/prompts": len(examples), "eval/samples": k, "eval/temperature": params.temperature}
-    metrics |= {"eval/len_mean": sum(lengths) / len(lengths)}
+    metrics |= {"eval/len_mean": sum(lengths) / len(lengths), "eval/unscored_frac": float(np.isnan(correct).mean())}
     return Evaluation(metrics, {f"eval/{name}": bootstrap_ci(v) for name, v in values.items()}, rollout, correct)
 
 

@@ -22,9 +22,10 @@ class Rollout:
     examples: list[dict]  # P
     prompts: list[list[int]]  # P token lists
     completions: list[Completion]  # B
-    texts: list[str]  # B, without special tokens
+    texts: list[str]  # B, without special tokens and stop texts
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [B]; NaN = could not be scored
     parts: dict[str, list[float]] = field(default_factory=dict)  # each reward function's unweighted values
+    late: dict[str, set[int]] = field(default_factory=dict)  # by reward, the rows that took longer than its timeout
     advantages: torch.Tensor | None = None  # [B]
 
     @property
@@ -46,15 +47,43 @@ class Rollout:
         return columns | {"completion_ids": [c.tokens for c in self.completions]}
 
     def score(self, rewards: dict, timeout: float | None = None) -> None:
+        """A completion that takes a reward longer than `timeout` seconds has no score."""
         prompts = [e["prompt"] for e in self.examples for _ in range(self.group_size)]
-        total, self.parts = score(rewards, prompts, self.texts, self.columns(), timeout)
+        self.late = {}
+
+        def too_late(name: str, row: int) -> None:
+            self.late.setdefault(name, set()).add(row)
+
+        total, self.parts = score(rewards, prompts, self.texts, self.columns(), timeout, too_late)
         self.rewards = torch.tensor(total, dtype=torch.float64)
-        if self.rewards.isnan().all():
-            empty = [name for name, values in self.parts.items() if all(math.isnan(v) for v in values)]
-            which = f"reward {empty[0]!r} gave" if empty else "the rewards gave"
-            raise InputError(
-                f"{which} none of {len(total)} completions a score (all None or NaN): is the answer column filled?"
-            )
+
+    def late_lines(self, timeout: float) -> dict[str, str]:
+        """A sentence for each reward that took too long."""
+        total = len(self.completions)
+        return {
+            name: f"reward {name!r} took longer than {timeout:g} s for {len(rows)} of {total} completions: "
+            "such have no score"
+            for name, rows in self.late.items()
+        }
+
+    @property
+    def late_rows(self) -> set[int]:
+        return set().union(*self.late.values())
+
+    @property
+    def unscored(self) -> str:
+        """Why there is not one score; empty where there is."""
+        if not self.rewards.isnan().all():
+            return ""
+        empty = [name for name, values in self.parts.items() if all(math.isnan(v) for v in values)]
+        which = f"reward {empty[0]!r} gave" if empty else "the rewards gave"
+        late = len(self.late_rows)
+        why = f"{late} took too long, is the timeout long enough?" if late else "is the answer column filled?"
+        return f"{which} none of {len(self.rewards)} completions a score (all None or NaN): {why}"
+
+    def require_score(self) -> None:
+        if self.unscored:
+            raise InputError(self.unscored)
 
     def metrics(self) -> dict[str, float]:
         """What the rollout alone tells: rewards, lengths, groups with a signal."""
@@ -78,6 +107,7 @@ class Rollout:
             "len/max": lengths.max().item(),
             "len/p95": lengths.quantile(0.95).item(),
             "truncated_frac": sum(truncated) / len(truncated),
+            "late_frac": len(self.late_rows) / len(self.rewards),
         }
         for name, values in self.parts.items():
             known = [v for v in values if v == v]
@@ -96,14 +126,16 @@ def sample(
     prompts = [tokenizer.prompt_ids(example["prompt"]) for example in examples]
     groups = sampler.generate(prompts, params, progress)
     completions = [completion for group in groups for completion in group]
-    texts = [tokenizer.decode(without_stop(c, params)) for c in completions]
+    texts = [completion_text(tokenizer, c, params) for c in completions]
     return Rollout(list(examples), prompts, completions, texts)
 
 
-def without_stop(completion: Completion, params: SamplingParams) -> list[int]:
-    """The tokens a reader sees: a stop token belongs to the action, not to the text."""
+def completion_text(tokenizer: Tokenizer, completion: Completion, params: SamplingParams) -> str:
+    """What a reader, a reward and an evaluation see: neither the stop token nor a stop text, nor what its last token
+    holds beyond it. All that belongs to the actions, so the tokens keep it."""
     tokens = completion.tokens
-    return tokens[:-1] if tokens and tokens[-1] in params.stop_ids else tokens
+    text = tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in params.stop_ids else tokens)
+    return text[: min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)]
 
 
 def task_rewards(task: Task) -> dict:

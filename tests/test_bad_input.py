@@ -1,6 +1,7 @@
 """Whatever a user gets wrong ends in one sentence on stderr, exit code 2 and no half-written folder."""
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -16,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_checkpoint
+from tiny import ALPHABET, tiny_checkpoint
 
 from minirl import cli, display
+from minirl.model import Transformer
+from minirl.tokenizer import Tokenizer
 from minirl.train import run as run_module
 
 TASK = "arithmetic:op=sum,digits=1,chat=false"
@@ -193,6 +196,35 @@ def test_every_command_names_what_is_wrong_with_a_checkpoint(command, complaint)
     assert "NaN" in said or "not finite" in said
 
 
+def test_a_path_with_one_slash_is_no_hub_id_where_its_first_folder_is_here(complaint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = complaint("generate", "--model", "models/smollm2", "--prompts", "1")
+    assert "models/smollm2 does not exist" in said
+    assert "make it as examples/gguf_to_hf.py says" in said
+    assert "needs huggingface_hub" in complaint("generate", "--model", "runs/sums", "--prompts", "1")
+    Path("runs").mkdir()
+    assert "runs/sums does not exist: check the path\n" in complaint(
+        "generate", "--model", "runs/sums", "--prompts", "1"
+    )
+
+
+@pytest.mark.parametrize("command", ["generate --prompts 1+2=", f"eval --task {TASK}", "sft --data data.jsonl"])
+def test_a_stop_token_that_cannot_be_drawn(command, complaint):
+    Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}')
+    file = Path("model/generation_config.json")
+    file.write_text(json.dumps({"eos_token_id": [2, 19]}))
+    name, *rest = command.split()
+    said = complaint(name, "--model", "model", *rest)
+    assert "stop token 19 (eos_token_id) is outside the model's vocabulary of 19" in said
+    assert "stop token 19" in complaint(*grpo())
+
+
+def test_a_tokenizer_that_knows_more_than_its_model(complaint):
+    Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n{"prompt": "1+2=", "completion": "!"}')
+    Tokenizer.from_chars(ALPHABET + "!").save_pretrained("model")
+    assert "example 1 holds token 19, outside the model's vocabulary of 19" in complaint(*sft())
+
+
 # --- tasks and data --------------------------------------------------------------------------------------------------
 
 TASKS = {
@@ -311,8 +343,9 @@ def test_a_reward_file_that_cannot_be_imported(complaint):
 
 
 def test_a_reward_that_hangs_is_killed_and_named(complaint):
-    said = complaint(*grpo("--rewards", "rewards.py:hangs=1", "--reward-timeout", "1"))
-    assert "'rewards.py:hangs' took longer than 1 s at completion 0" in said
+    said = complaint(*grpo("--rewards", "rewards.py:hangs=1", "--reward-timeout", "0.2"))
+    assert "'rewards.py:hangs' gave none of 4 completions a score" in said
+    assert "4 took too long" in said
 
 
 def test_the_good_reward_of_the_file_runs(folder, capsys):
@@ -354,15 +387,33 @@ OPTIONS = {
     "grpo --model model --loss.kl k1": ["'k1'", "k3"],
     "grpo --model model --loss.aggregation seq_sum_const": ["const_length"],
     "grpo --model model --loss.dual-clip 0.5": ["dual_clip must be > 1"],
-    "grpo --model model --reward-timeout 0": ["timeout", "positive"],
+    "grpo --model model --reward-timeout 0": ["reward_timeout = 0.0", "positive"],
+    "grpo --model model --reward-timeout nan": ["reward_timeout = nan", "positive"],
+    "grpo --model model --kl-in-reward nan": ["kl_in_reward = nan", "negative"],
+    "grpo --model model --kl-in-reward -0.1": ["kl_in_reward = -0.1", "negative"],
+    "grpo --model model --weight-decay -1": ["weight_decay = -1.0", "negative"],
+    "grpo --model model --truncation-penalty inf": ["truncation_penalty = inf", "finite"],
+    "grpo --model model --warmup -1": ["warmup = -1", "negative"],
+    "grpo --model model --eval-every -1": ["eval_every = -1", "negative"],
+    "grpo --model model --shown -1": ["shown = -1", "negative"],
+    "grpo --model model --seed -1": ["seed = -1", "negative"],
+    "grpo --model model --group 1": ["group = 1", "'grpo' compares", "2 at least"],
     "sft --model model --data data.jsonl --batch 0": ["batch = 0", "at least 1"],
     "sft --model model --data data.jsonl --lr -1": ["lr = -1.0", "positive"],
+    "sft --model model --data data.jsonl --weight-decay nan": ["weight_decay = nan", "negative"],
+    "sft --model model --data data.jsonl --warmup -5": ["warmup = -5", "negative"],
+    "generate --model model --prompts": ["--prompts is empty"],
     "generate --model model --prompts 1+2= --n 0": ["n = 0", "from 1"],
     "generate --model model --prompts 1+2= --slots 0": ["slots = 0"],
     "generate --model model --prompts 1+2= --dtype half": ["'half'", "bfloat16"],
     "generate --model model --prompts one": ["no token for 'o'"],
     f"generate --model model --prompts {'1' * 32}": ["prompt 0 has 32 tokens", "context holds 32"],
-    f"eval --model model --task {TASK} --prompts 0": ["no held-out examples"],
+    "eval --model model --prompts 0": ["prompts = 0", "at least 1"],
+    "eval --model model --prompts -5": ["prompts = -5", "at least 1"],
+    "eval --model model --samples 0": ["samples = 0", "at least 1"],
+    "eval --model model --max-tokens -1": ["max_tokens = -1", "from 1"],
+    "eval --model model --shown -1": ["shown = -1", "negative"],
+    "eval --model model --reward-timeout -1": ["reward_timeout = -1.0", "positive"],
     "report --run nowhere": ["nowhere/metrics.jsonl", "folder of a run"],
 }
 
@@ -374,6 +425,16 @@ def test_a_command_that_cannot_be(command, complaint):
         args += ["--task", TASK]
     said = complaint(*args)
     assert all(word in said for word in OPTIONS[command]), said
+    assert "value error" not in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])  # what tyro draws its boxes with
+def test_a_refusal_of_ours_stands_alone(encoding, complaint, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert complaint("demo", "--seeds", "-1") == "minirl: seeds = (-1,): give at least one, each once, none negative\n"
+    assert complaint("grpo", "--model", "m", "--loss.dual-clip", "0.5").startswith("minirl: PolicyLoss: dual_clip must")
+    for wrong in ("--schedule lol", "--steps many", "--steps"):
+        assert "--- " not in complaint("grpo", "--model", "m", *wrong.split())
 
 
 # --- folders of runs -------------------------------------------------------------------------------------------------
@@ -398,6 +459,7 @@ def test_out_that_holds_what_is_left_of_a_run_is_not_mixed_with_another(left, co
 @pytest.mark.parametrize("command", ["grpo", "sft"])
 def test_nothing_to_resume(command, complaint):
     assert "run holds no run to resume" in complaint(command, "--resume", "--out", "run")
+    assert "run holds no run to resume" in complaint(command, "--resume=True", "--out=run")
     Path("run").mkdir()
     assert "run holds no run to resume" in complaint(command, "--resume", "--out", "run")
 
@@ -407,6 +469,19 @@ def test_a_changed_config_is_refused_with_the_difference(complaint):
     said = complaint("grpo", "--resume", "--out", "run", "--lr", "0.5", "--loss.eps-high", "0.3")
     assert "loss.eps_high: 0.2 -> 0.3" in said
     assert "lr: 1e-06 -> 0.5" in said
+
+
+@pytest.mark.parametrize("command", ["grpo", "sft"])
+def test_a_changed_data_file_is_refused(command, complaint):
+    line = '{"prompt": "%d+2=", "answer": "3", "completion": "3"}\n'
+    Path("data.jsonl").write_text("".join(line % i for i in range(4)))
+    args = grpo("--steps", "1", task="data.jsonl") if command == "grpo" else sft("--steps", "1")
+    getattr(cli, f"train_{command}")(cli.parse(command, args[1:]))
+    Path("data.jsonl").write_text("".join(line % i for i in range(5)))
+    assert "the data of the run in run has changed" in complaint(command, "--resume", "--out", "run")
+    said = complaint(command, "--resume", "--out", "run", "--lr", "0.5")
+    assert "lr: " in said
+    assert "hash" not in said
 
 
 @pytest.mark.parametrize(
@@ -490,15 +565,35 @@ def test_memory_that_is_not_there(complaint, monkeypatch):
     def greedy(*args, **kwargs):
         torch.empty(1 << 50)
 
-    monkeypatch.setattr(cli.Transformer, "from_pretrained", greedy)
-    assert "out of memory" in complaint(*grpo())
+    monkeypatch.setattr(Transformer, "from_pretrained", greedy)
+    Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}')
+    assert "lower --slots or --micro-batch-tokens, or give --recompute" in complaint(*grpo())
+    assert "lower --micro-batch-tokens, or give --recompute" in complaint(*sft())
+    assert complaint("eval", "--model", "model") == "minirl: out of memory: lower --slots\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_every_way_of_the_system_to_say_that_memory_is_short(error, complaint, monkeypatch):
+    def greedy(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Transformer, "from_pretrained", greedy)
+    assert complaint(*grpo()).startswith("minirl: out of memory: lower --slots")
 
 
 def test_a_bug_of_ours_is_not_hidden(folder, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a shape does not fit")
 
-    monkeypatch.setattr(cli.Transformer, "from_pretrained", broken)
+    monkeypatch.setattr(Transformer, "from_pretrained", broken)
     with pytest.raises(RuntimeError, match="a shape does not fit"):
         cli.main(grpo())
 

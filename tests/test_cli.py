@@ -16,6 +16,7 @@ from tiny import tiny_checkpoint
 
 from minirl import cli
 from minirl.losses import PRESETS, PolicyLoss
+from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
 from minirl.train.grpo import GRPOConfig, preset_defaults, runnable_presets
 from minirl.train.run import Run
@@ -185,8 +186,11 @@ def test_temperature_zero_says_the_same_with_every_seed(model, capsys):
 def test_a_stop_text_ends_a_completion(model, capsys):
     args = f"generate --model {model} --prompts 1+2= --max-tokens 20 --n 8 --json --stop 7 --seed 3".split()
     found = records(output(capsys, *args))
-    assert any("7" in record["text"] for record in found)
-    assert all(record["text"].partition("7")[2] == "" for record in found)
+    tokenizer = Tokenizer.from_pretrained(model)
+    ended = [record for record in found if tokenizer.decode(record["tokens"]).endswith("7")]
+    assert ended
+    assert all(tokenizer.decode(record["tokens"]) == record["text"] + "7" for record in ended)
+    assert all("7" not in record["text"] for record in found)
 
 
 def test_a_chat_template_is_used_unless_raw(model, capsys, tmp_path):
@@ -295,7 +299,7 @@ def test_ctrl_c_ends_with_130_and_without_a_word(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Transformer, "from_pretrained", interrupted)
+    monkeypatch.setattr(Transformer, "from_pretrained", interrupted)
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "--model", "m", "--prompts", "1"])
     assert stop.value.code == 130

@@ -100,11 +100,16 @@ def test_what_cannot_be_scored_is_left_out_and_half_right_is_not_right():
     assert result.metrics["eval/maj@4"] == pytest.approx((0.5 + 0 + 0) / 3)
     assert result.metrics["eval/greedy"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert np.isnan(result.correct[2]).all()
+    assert result.metrics["eval/unscored_frac"] == 6 / 16
 
 
-def test_nothing_scored_at_all_is_an_error():
+def test_nothing_scored_at_all_is_an_error_unless_it_may_be():
+    task = replace(TASK, correct=lambda prompts, completions, **columns: [None] * len(completions))
     with pytest.raises(InputError, match="'correct' gave none of 16 completions a score"):
-        measured(task=replace(TASK, correct=lambda prompts, completions, **columns: [None] * len(completions)))
+        measured(task=task)
+    result = measured(task=task, require_score=False)
+    assert all(np.isnan(result.metrics[name]) for name in result.intervals)
+    assert result.metrics["eval/unscored_frac"] == 1
 
 
 def test_no_examples_is_an_error():

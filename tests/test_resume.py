@@ -163,6 +163,23 @@ def test_a_killed_run_resumes_to_the_same_bits(kind, dtype, where, lab, tmp_path
 
 
 @KINDS
+def test_what_changes_no_result_may_change_on_resume_and_is_remembered(kind, lab, tmp_path):
+    out, reference = tmp_path / "run", lab.reference(kind, "float32")
+    code, _ = lab.run([*lab.args(kind), "--out", str(out)], (signal.SIGKILL, STEP, 3 * UPDATES[kind]))
+    assert code == -signal.SIGKILL
+    knobs = {"micro_batch_tokens": 9, "recompute": True, "save_every": 1, "device": "cpu"}
+    knobs |= {"slots": 3, "shown": 1} if kind == "grpo" else {}
+    flags = [f"--{name.replace('_', '-')} {'' if value is True else value}" for name, value in knobs.items()]
+    code, said = lab.run([kind, "--resume", "--out", str(out), *" ".join(flags).split()])
+    assert code == 0, said
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (reference, out))
+    assert after == before | knobs != before
+    assert [folder.name for folder in sorted((out / "checkpoints").iterdir())] == ["step-000005", "step-000006"]
+    wanted, got = (load_file(folder / "model/model.safetensors") for folder in (reference, out))
+    assert all(torch.allclose(got[name], wanted[name], atol=1e-5) for name in wanted)
+
+
+@KINDS
 def test_a_run_killed_at_any_time_resumes_to_the_same_bits(kind, lab, tmp_path):
     """By the clock: at a moment after the first checkpoint, and again after the resumption."""
     out = tmp_path / "run"

@@ -483,6 +483,9 @@ def test_a_reward_that_hangs_is_an_error_that_names_the_completion():
 
 
 def test_a_reward_that_hangs_leaves_one_completion_unscorable_on_request():
+    late = []
+    assert score_one(hang_on_b, timeout=0.3, on_timeout=lambda *where: late.append(where))[1]["mine"][0] == 1.0
+    assert late == [("mine", 1)]
     total, parts = score_one(hang_on_b, timeout=0.3, on_timeout="nan")
     assert total[::2] == [1.0, 1.0] and math.isnan(total[1]) and math.isnan(parts["mine"][1])
 

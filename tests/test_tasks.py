@@ -142,6 +142,16 @@ def test_a_template_with_other_fields_is_refused(template):
         load_task("arithmetic", template=template)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["{a:zz} {b}", "{a:.2} {b}", "{a:>999999999} {b}", "{a:{b}} {b}", "{a} {b!r:d}", "{a:c} {b}", "{a} {b} {op:d}"],
+)
+def test_a_template_that_cannot_be_filled_is_refused_before_it_is(spec):
+    with pytest.raises(InputError, match=r"template .* is malformed"):
+        load_task("arithmetic", template=spec, digits=20)
+    assert load_task("arithmetic", template="{a:>03} {b:x}", digits=20).train
+
+
 def test_a_mix_needs_the_operation_in_its_template():
     with pytest.raises(InputError, match=r"\{op\}"):
         load_task("arithmetic", op="mix", template="{a} {b}")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +20,8 @@ from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss, policy_loss
 from minirl.model import Transformer
 from minirl.rewards.rules import overlong_penalty
-from minirl.rollout import Rollout
-from minirl.sampler import Completion
+from minirl.rollout import Rollout, completion_text
+from minirl.sampler import Completion, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
 from minirl.train import grpo as grpo_module
@@ -333,7 +335,10 @@ def test_a_step_in_which_all_agree_changes_nothing_and_says_so(make):
     assert trainer.optimizer.steps == 0
     assert metrics["skip_step"] == 1
     assert metrics["group/signal_frac"] == 0
-    assert "signal 0.00" in step_line(1, 2, metrics)
+    line = step_line(1, 2, metrics)
+    assert "kl –  entropy –  signal 0.00  clip –  mismatch –  len " in line
+    assert "+– tok/s" in line
+    assert "nan" not in line
 
 
 def test_a_completion_that_cannot_be_scored_is_in_no_mean(make):
@@ -365,6 +370,33 @@ def written(monkeypatch, trainer: GRPO) -> Rollout:
 
 
 LENGTHS = [2, 3, 6, 6, 2, 5]
+
+
+def test_a_stop_text_is_trained_on_and_rewards_do_not_see_it(make):
+    trainer = make(stop=("7", "1"), max_tokens=20)
+    rollout = trainer.collect(0)
+    batch = trainer.batch(rollout)
+    whole = [trainer.tokenizer.decode(c.tokens) for c in rollout.completions]
+    for stop in ("7", "1"):
+        assert any(text.endswith(stop) for text in whole)
+        assert not any(stop in text for text in rollout.texts)
+    assert all(
+        seen == text.removesuffix("1").removesuffix("7") for text, seen in zip(whole, rollout.texts, strict=True)
+    )
+    assert rollout.rewards.tolist() == [0] * 24
+    assert batch.mask.sum(1).tolist() == rollout.lengths
+    assert [row.response for row in batch.rows] == [c.tokens for c in rollout.completions]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"), [("ab", "ab"), ("a;b", "a"), (";", ""), ("a.;b", "a"), ("a;.", "a"), ("a\n\nb.", "a"), ("", "")]
+)
+def test_a_text_ends_before_the_first_stop_text(text, seen):
+    """Also where a token holds more than the stop text."""
+    tokenizer = Tokenizer.from_chars("ab;.\n")
+    completion = Completion([*tokenizer.encode(text), tokenizer.eos_id])
+    params = SamplingParams(stop=(".", "\n\n", ";"), stop_ids=tokenizer.stop_ids)
+    assert completion_text(tokenizer, completion, params) == seen
 
 
 def test_a_cut_completion_keeps_its_reward(make, monkeypatch):
@@ -511,6 +543,20 @@ def test_presets_that_need_more_are_not_offered():
         preset_defaults("ppo")
 
 
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [(GRPOConfig, {"schedule": "lol"}), (GRPOConfig, {"advantage": "best"}), (SFTConfig, {"dtype": "float16"})],
+)
+def test_python_is_told_the_choices_as_the_command_line_is(kind, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=rf"^{name} = '{value}' is unknown: choose from \w+, "):
+        kind("model", "data", **wrong)
+
+
+def test_one_completion_a_prompt_is_enough_where_none_are_compared():
+    assert GRPOConfig("model", group=1, **preset_defaults("online_rft")).group == 1
+
+
 def test_a_preset_is_its_row_of_the_table():
     defaults = preset_defaults("dr_grpo", 512)
     assert defaults["advantage"] == "grpo_mean"
@@ -519,10 +565,10 @@ def test_a_preset_is_its_row_of_the_table():
     assert [name for name in runnable_presets() if preset_defaults(name)["drop_zero_advantage"]] == ["online_rft"]
 
 
-PROMISED = """reward/mean reward/std reward/seven reward/sevens reward/unscored_frac group/signal_frac adv/std entropy
-    kl_ref/k1 kl_ref/k3 kl_old/k3 clip/frac ratio/max mismatch/abs_mean mismatch/abs_max mismatch/k3 mismatch/outside
-    len/mean len/max truncated_frac grad_norm lr skip_step trained_tokens loss/total tokens_per_s/rollout
-    tokens_per_s/train time/rollout time/train memory/peak_gb"""
+PROMISED = """reward/mean reward/std reward/seven reward/sevens reward/unscored_frac late_frac group/signal_frac adv/std
+    entropy kl_ref/k1 kl_ref/k3 kl_old/k3 clip/frac ratio/max mismatch/abs_mean mismatch/abs_max mismatch/k3
+    mismatch/outside len/mean len/max truncated_frac grad_norm lr skip_step trained_tokens loss/total
+    tokens_per_s/rollout tokens_per_s/train time/rollout time/train memory/peak_gb"""
 
 
 def test_a_run_logs_what_is_promised_on_every_step(checkpoint, tmp_path):
@@ -558,14 +604,49 @@ def test_a_run_that_goes_wrong_stops_with_the_last_good_checkpoint(checkpoint, t
 
     def fails_later(prompts, completions, **columns):
         calls.append(completions)
-        return [math.nan if len(calls) > 3 else float("7" in c) for c in completions]
+        return [math.inf if len(calls) > 3 else float("7" in c) for c in completions]
 
     task = replace(TASK, rewards={"fickle": (1.0, fails_later)})
     config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), **SMALL | {"steps": 9}, save_every=1)
-    with pytest.raises(InputError, match="'fickle' gave none of 24 completions a score"):
+    with pytest.raises(InputError, match="'fickle' returned inf for completion 0"):
         train_grpo(config, Quiet(), task)
     assert records(tmp_path / "run")[-1]["step"] == 3
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "model.safetensors").exists()
+
+
+def test_a_later_step_without_any_score_trains_nothing_and_the_run_goes_on(checkpoint, tmp_path):
+    """Not even the KL moves the policy then; the evaluation after it has no score either."""
+    steps = []
+
+    def passing(prompts, completions, **columns):
+        steps.append(len(completions))
+        return [math.nan if steps.count(24) == 2 else float("7" in c) for c in completions]
+
+    task, display = replace(TASK, rewards={"passing": (1.0, passing)}, correct=passing), Quiet()
+    loss = PolicyLoss(kl="k3", kl_coef=0.1)
+    config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), loss=loss, **SMALL | {"steps": 3})
+    train_grpo(replace(config, save_every=1, eval_every=2), display, task)
+    metrics = records(tmp_path / "run")
+    assert [record.get("skip_step") for record in metrics] == [None, 0, 1, 0]
+    assert [record.get("reward/unscored_frac") for record in metrics] == [None, 0, 1, 0]
+    assert [record.get("eval/unscored_frac") for record in metrics] == [0, None, 1, 0]
+    (line,) = [line for line in display.lines if "trains nothing" in line]
+    assert line.startswith("step 2 trains nothing: reward 'passing' gave none of 24 completions a score")
+
+
+def test_a_completion_that_takes_a_reward_too_long_has_no_score_and_is_named_once(checkpoint, tmp_path):
+    def hangs(prompts, completions, **columns):
+        time.sleep(60 * ("7" in completions[0]))
+        return [float(len(c)) for c in completions]
+
+    task, display = replace(TASK, rewards={"slow": (1.0, hangs)}), Quiet()
+    sizes = SMALL | {"steps": 3, "prompts": 1, "group": 8}
+    train_grpo(GRPOConfig(str(checkpoint), out=str(tmp_path / "run"), **sizes, reward_timeout=0.1), display, task)
+    late = [record["late_frac"] for record in records(tmp_path / "run")[1:]]
+    assert late == [record["reward/unscored_frac"] for record in records(tmp_path / "run")[1:]]
+    assert sum(share > 0 for share in late) > 1
+    (line,) = [line for line in display.lines if "took longer" in line]
+    assert re.fullmatch(r"reward 'slow' took longer than 0.1 s for \d of 8 completions: such have no score", line)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -3,7 +3,7 @@
 import math
 import numbers
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from minirl.errors import InputError
 from minirl.rewards.rules import Reward
@@ -16,17 +16,18 @@ def score(
     completions: Sequence[str],
     columns: Mapping[str, Sequence],
     timeout: float | None = None,
-    on_timeout: str = "error",
+    on_timeout: str | Callable[[str, int], object] = "error",
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The weighted sum of the rewards for each completion, and the unweighted values of each reward by its name.
 
     A completion that one of the rewards cannot score has the total NaN. With `timeout` each completion is scored by
     itself in a child process, at most that many seconds each; one that takes longer is an error, or unscorable with
-    on_timeout="nan". InputError names the reward and the completion when a reward raises or returns anything but one
-    finite number, NaN or None a completion.
+    on_timeout="nan", and also with a function, which is told the reward's name and the completion's index. InputError
+    names the reward and the completion when a reward raises or returns anything but one finite number, NaN or None a
+    completion.
     """
-    if on_timeout not in ("error", "nan"):
-        raise InputError(f"score: on_timeout must be 'error' or 'nan', not {on_timeout!r}.")
+    if on_timeout not in ("error", "nan") and not callable(on_timeout):
+        raise InputError(f"score: on_timeout must be 'error', 'nan' or a function, not {on_timeout!r}.")
     if timeout is not None and not timeout > 0:
         raise InputError(f"score: timeout must be a positive number of seconds, not {timeout!r}.")
     if not rewards:
@@ -74,14 +75,16 @@ def _call(name: str, function: Reward, batch) -> list:
     return _as_list(name, values, len(batch["completions"]))
 
 
-def _call_each(name: str, function: Reward, batch, timeout: float, on_timeout: str) -> list:
+def _call_each(name: str, function: Reward, batch, timeout: float, on_timeout: str | Callable) -> list:
     rows = [(_row(batch, i),) for i in range(len(batch["completions"]))]
     outcomes = map_with_timeout(lambda row: function(**row), rows, timeout)
     values = []
     for i, outcome in enumerate(outcomes):
         where = f"at completion {i} ({_short(batch['completions'][i])})"
-        if isinstance(outcome, TimeoutError) and on_timeout == "nan":
+        if isinstance(outcome, TimeoutError) and on_timeout != "error":
             outcome = [None]
+            if callable(on_timeout):
+                on_timeout(name, i)
         elif isinstance(outcome, TimeoutError):
             message = f"reward {name!r} took longer than {timeout:g} s {where}: speed it up or raise the timeout."
             raise InputError(message) from outcome

@@ -3,6 +3,7 @@
 import math
 import operator
 import random
+import re
 import string
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,10 +54,10 @@ def arithmetic(
     completion.
     """
     ops = _operations(op)
-    _check_template(template, op)
     check_sizes("arithmetic", train_size, heldout_size)
     if not 1 <= digits <= 100:
         raise InputError(f"arithmetic: digits must lie in 1..100, not {digits}.")
+    _check_template(template, op, 10**digits - 1)
 
     def example(name: str, a: int, b: int) -> dict:
         operation = OPERATIONS[name]
@@ -126,12 +127,17 @@ def _operations(op: str) -> list[str]:
     return [op]
 
 
-def _check_template(template: str | None, op: str) -> None:
+def _check_template(template: str | None, op: str, largest: int) -> None:
     if template is None:
         return
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    except ValueError as error:
+        parts = [(field, spec) for _, field, spec, _ in string.Formatter().parse(template) if field is not None]
+        if any(re.search(r"\d{4}|{", spec) for _, spec in parts):
+            raise ValueError("a width is a number of three digits at most")
+        fields = {field for field, _ in parts}
+        if fields <= {"a", "b", "op"}:
+            template.format(a=largest, b=largest, op="+")
+    except (ValueError, OverflowError) as error:
         raise InputError(f"arithmetic: the template {template!r} is malformed ({error}).") from error
     needed = {"a", "b", "op"} if op == "mix" else {"a", "b"}
     if not needed <= fields or not fields <= {"a", "b", "op"}:

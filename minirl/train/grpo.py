@@ -9,7 +9,7 @@ DeepSeekMath 2402.03300, Alg. 1. Which member of the family runs is a row of opt
 
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,18 +26,19 @@ from minirl.rewards.rules import overlong_penalty
 from minirl.rollout import Rollout, sample, task_rewards
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
-from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, score
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
     Display,
     Run,
+    identity,
     interruptible,
+    load,
     peak_memory_gb,
-    pick_device,
-    pick_dtype,
     refuse_below_one,
+    refuse_negative,
     refuse_not_positive,
+    refuse_unknown_choices,
     say_if_finished,
 )
 from minirl.train.sft import order, take
@@ -74,7 +75,8 @@ class GRPOConfig:
     rewards: tuple[str, ...] = ()
     """Further rewards beside the task's: name=weight or file.py:function=weight."""
     reward_timeout: float | None = None
-    """Seconds a completion that a reward function may take, in a process that can be killed; None calls it directly."""
+    """Seconds a completion that a reward function may take, in a process that can be killed; one that takes longer has
+    no score. None calls it directly."""
     steps: int = 100
     """Rollouts."""
     prompts: int = 16
@@ -96,7 +98,7 @@ class GRPOConfig:
     min_p: float = 0.0
     """Truncated sampling; what was kept is replayed in training."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion, beside the checkpoint's stop tokens."""
+    """Texts that end a completion, beside the checkpoint's stop tokens; rewards see what comes before them."""
     slots: int = 64
     """Completions sampled at a time: a memory knob that changes no completion."""
     micro_batch_tokens: int = 4096
@@ -130,18 +132,27 @@ class GRPOConfig:
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     resume: bool = False
-    """Continue the run in `out`."""
+    """Continue the run in `out`; slots, micro_batch_tokens, recompute, device, save_every and shown
+    may differ, as they change no result."""
 
     def __post_init__(self):
         refuse_below_one(self, "steps", "prompts", "group", "epochs", "mini_batches", "max_tokens", "slots")
         refuse_below_one(self, "micro_batch_tokens", "eval_prompts", "eval_samples", "save_every")
         refuse_not_positive(self, "lr", "clip_norm", "temperature")
+        if self.reward_timeout is not None:
+            refuse_not_positive(self, "reward_timeout")
+        refuse_negative(self, "kl_in_reward", "weight_decay", "truncation_penalty")
+        refuse_negative(self, "warmup", "eval_every", "shown", "seed")
+        refuse_unknown_choices(self)
+        if self.group == 1 and self.advantage != "correct_only":
+            raise InputError(
+                f"group = 1: advantage {self.advantage!r} compares the completions of a prompt, so one trains nothing: "
+                "ask for 2 at least"
+            )
         if self.mini_batches > self.prompts:
             raise InputError(f"mini_batches = {self.mini_batches}: there are only {self.prompts} prompts to share out")
         if not 0 <= self.overlong_cache <= self.max_tokens:
             raise InputError(f"overlong_cache = {self.overlong_cache}: it must be from 0 to max_tokens")
-        if self.seed < 0:
-            raise InputError(f"seed = {self.seed}: it must not be negative")
         if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"preset {self.preset!r} is unknown: choose from {', '.join(runnable_presets())}")
         _ = self.sampling  # refuses what cannot be sampled with
@@ -193,9 +204,9 @@ def runnable_presets() -> list[str]:
 class GRPO:
     """Everything that a run holds, and one method for each stage of a step."""
 
-    def __init__(self, config: GRPOConfig, run: Run, display: Display, task: Task | None = None):
-        self.config, self.run, self.display = config, run, display
-        self.task = task or parse_task(config.task)
+    def __init__(self, config: GRPOConfig, run: Run, display: Display, task: Task):
+        self.config, self.run, self.display, self.task = config, run, display, task
+        self.late: set[str] = set()  # the rewards that have been named for taking too long
         if not self.task.train:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
         self.rewards = task_rewards(self.task)
@@ -203,15 +214,12 @@ class GRPO:
             if name in self.rewards:
                 raise InputError(f"reward {name!r} is given twice, by the task or by --rewards: leave one away")
             self.rewards[name] = reward
-        device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, device)
-        source = run.checkpoint or config.model
-        self.model = Transformer.from_pretrained(source, dtype, device)
+        self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
         self.model.checkpointing = config.recompute
-        self.tokenizer = Tokenizer.from_pretrained(source)
         self.reference = None
         if config.loss.kl != "none" or config.kl_in_reward:
-            self.reference = Transformer.from_pretrained(config.model, dtype, device).requires_grad_(False)
+            self.reference, _ = load(config.model, config.dtype, config.device)
+            self.reference.requires_grad_(False)
         self.optimizer = AdamW(self.model, weight_decay=config.weight_decay)
         if run.checkpoint:
             run.restore(self.optimizer)
@@ -264,6 +272,11 @@ class GRPO:
 
         rollout = sample(self.sampler, self.tokenizer, [self.task.train[i] for i in chosen], params, progress)
         rollout.score(self.rewards, c.reward_timeout)
+        self.name_late(rollout)
+        if step == 0:  # later it may be a passing failure, which must not cost the run
+            rollout.require_score()
+        elif rollout.unscored:
+            self.display.line(f"step {step + 1} trains nothing: {rollout.unscored}")
         if c.overlong_cache:
             rollout.rewards += torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
         if c.truncation == "penalty":
@@ -293,6 +306,8 @@ class GRPO:
         if c.kl_in_reward:
             rewards = kl_in_sequence_reward(rewards, old, ref, mask, c.kl_in_reward)
         rollout.advantages = OUTCOME[c.advantage](rewards, rollout.group_ids.to(device)).float()
+        if rollout.unscored:  # neither KL nor entropy alone shall move the policy
+            mask &= False
         if c.drop_zero_advantage:
             mask &= (rollout.advantages != 0)[:, None]
         return Batch(rows, rollout.advantages, mask, old, ref, sampled)
@@ -326,7 +341,14 @@ class GRPO:
             "adv/max": adv.max().item(),
         }
 
-    def evaluate(self) -> dict[str, float]:
+    def name_late(self, rollout: Rollout) -> None:
+        """Once for each reward; how many completions there are of them is logged as late_frac."""
+        for name, line in rollout.late_lines(self.config.reward_timeout).items():
+            if name not in self.late:
+                self.late.add(name)
+                self.display.line(line)
+
+    def evaluate(self, require_score: bool = False) -> dict[str, float]:
         c = self.config
 
         def progress(done: int, total: int) -> None:
@@ -334,7 +356,10 @@ class GRPO:
 
         params = replace(self.params, n=c.eval_samples, seed=(c.seed << 32) + (1 << 31))
         examples = self.task.heldout[: c.eval_prompts]
-        result = evaluate(self.sampler, self.tokenizer, self.task, params, examples, True, c.reward_timeout, progress)
+        result = evaluate(
+            self.sampler, self.tokenizer, self.task, params, examples, True, c.reward_timeout, progress, require_score
+        )
+        self.name_late(result.rollout)
         return result.metrics
 
 
@@ -350,25 +375,30 @@ def _extra_reward(spec: str) -> tuple[str, tuple[float, object]]:
 
 def step_line(step: int, steps: int, m: dict) -> str:
     """What matters, first things first."""
-    held = f"  held-out {m['eval/mean']:.3f} (greedy {m['eval/greedy']:.3f})" if "eval/mean" in m else ""
-    kl, entropy = m.get("kl_ref/k3", m.get("kl_old/k3", math.nan)), m.get("entropy", math.nan)
+
+    def shown(name: str, digits: str) -> str:  # what was not computed, or of nothing, is no number
+        return "–" if math.isnan(m.get(name, math.nan)) else format(m[name], digits)
+
+    held = f"  held-out {shown('eval/mean', '.3f')} (greedy {shown('eval/greedy', '.3f')})" if "eval/mean" in m else ""
+    kl = "kl_ref/k3" if "kl_ref/k3" in m else "kl_old/k3"
     return (
-        f"step {step}/{steps}  reward {m['reward/mean']:.3f}{held}  kl {kl:.4f}  entropy {entropy:.3f}  "
-        f"signal {m['group/signal_frac']:.2f}  clip {m.get('clip/frac', 0.0):.3f}  "
-        f"mismatch {m.get('mismatch/abs_mean', math.nan):.1e}  len {m['len/mean']:.1f}  "
-        f"{m['tokens_per_s/rollout']:.0f}+{m['tokens_per_s/train']:.0f} tok/s  {m['memory/peak_gb']:.1f} GB"
+        f"step {step}/{steps}  reward {shown('reward/mean', '.3f')}{held}  kl {shown(kl, '.4f')}  "
+        f"entropy {shown('entropy', '.3f')}  signal {m['group/signal_frac']:.2f}  clip {shown('clip/frac', '.3f')}  "
+        f"mismatch {shown('mismatch/abs_mean', '.1e')}  len {m['len/mean']:.1f}  "
+        f"{shown('tokens_per_s/rollout', '.0f')}+{shown('tokens_per_s/train', '.0f')} tok/s  "
+        f"{m['memory/peak_gb']:.1f} GB"
     )
 
 
 def train_grpo(config: GRPOConfig, display: Display | None = None, task: Task | None = None) -> Path:
     """Run the whole of `minirl grpo`; returns the folder of the trained model. `task` overrides config.task."""
     display = display or Display()
-    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
-    run = Run(config.out, identity, config.resume)
+    task = task or parse_task(config.task)
+    run = Run(config.out, identity(config, [task.train, task.heldout]), config.resume)
     trainer = GRPO(config, run, display, task)
     say_if_finished(run, config.steps, display)
     if run.start == 0:
-        before = trainer.evaluate()
+        before = trainer.evaluate(require_score=True)
         display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
     display.progress("step", run.start, config.steps)
     with interruptible(display) as stop_requested:

@@ -8,6 +8,7 @@ that were logged after it are dropped on resume, so that a killed and resumed ru
 not. The folder begins with the first line that is logged: a run that fails before it leaves none.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -31,12 +34,20 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
+KNOBS = ("slots", "micro_batch_tokens", "recompute", "device", "save_every", "shown")  # may change on resume
 WRITTEN = ("config.json", *LOGS, "model", "checkpoints/step")  # atomically, from beside the place
 TIMED = (
     "time/",
     "memory/",
     "tokens_per_s/",
 )  # metrics that are measured, not computed: the only ones that differ between equal runs
+
+
+def identity(config, examples: list) -> dict:
+    """What config.json holds: the config, and a hash of the examples, as files may change under their names."""
+    content = json.dumps(examples, skipkeys=True, default=lambda value: type(value).__name__)
+    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    return {k: v for k, v in asdict(config).items() if k not in ("out", "resume")} | {"data_hash": digest}
 
 
 class Display:
@@ -57,6 +68,7 @@ class Run:
         self.config = json.loads(json.dumps(config))  # as it will be read back
         self.checkpoint: Path | None = None
         self.start = 0
+        self.begun = False
         _refuse_unwritable(self.out)
         if resume:
             self._resume()
@@ -93,8 +105,9 @@ class Run:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _begin(self) -> None:
-        if not (self.out / "config.json").exists():
+        if not self.begun:  # also on resume, which may bring other knobs
             write_json(self.out / "config.json", self.config)
+            self.begun = True
 
     def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW) -> Path:
         """Write the checkpoint after `step` updates, and drop the oldest beyond `keep`."""
@@ -159,10 +172,13 @@ def _remove_half_written(path: Path) -> None:
 
 
 def _refuse_changes(old: dict, new: dict, file: Path) -> None:
+    """Whatever decides the result must be as it was."""
     old, new = _flat(old), _flat(new)
-    changed = [k for k in old.keys() | new.keys() if old.get(k) != new.get(k)]
+    changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}.difference(KNOBS)
+    if changed == {"data_hash"}:
+        raise InputError(f"the data of the run in {file.parent} has changed since it was started: restore its files")
     if changed:
-        shown = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(changed))
+        shown = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(changed - {"data_hash"}))
         raise InputError(f"the run in {file.parent} was started with another config ({shown}): resume it unchanged")
 
 
@@ -232,6 +248,34 @@ def refuse_not_positive(config, *names: str) -> None:
     for name in names:
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"{name} = {getattr(config, name)}: it must be positive and finite")
+
+
+def refuse_negative(config, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"{name} = {getattr(config, name)}: it must be finite and not negative")
+
+
+def refuse_unknown_choices(config) -> None:
+    """Of the fields that are a Literal; the command line looks itself, Python does not."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
+            raise InputError(f"{f.name} = {value!r} is unknown: choose from {', '.join(get_args(f.type))}")
+
+
+def load(source: str | Path, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
+    """A checkpoint's model and tokenizer, which must belong together."""
+    where = pick_device(device)
+    model = Transformer.from_pretrained(source, pick_dtype(dtype, where), where)
+    tokenizer = Tokenizer.from_pretrained(source)
+    for stop in tokenizer.stop_ids:
+        if stop >= model.config.vocab_size:
+            raise InputError(
+                f"{source}: stop token {stop} (eos_token_id) is outside the model's vocabulary of "
+                f"{model.config.vocab_size}, so nothing would ever stop: correct generation_config.json or config.json"
+            )
+    return model, tokenizer
 
 
 def pick_device(name: str) -> torch.device:

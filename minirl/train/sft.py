@@ -8,7 +8,7 @@ It is the policy loss with advantage 1, no ratio, and a mean over tokens.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +24,14 @@ from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
     Display,
     Run,
+    identity,
     interruptible,
+    load,
     peak_memory_gb,
-    pick_device,
-    pick_dtype,
     refuse_below_one,
+    refuse_negative,
     refuse_not_positive,
+    refuse_unknown_choices,
     say_if_finished,
 )
 from minirl.train.step import Batch, accumulate, response_mask
@@ -74,13 +76,14 @@ class SFTConfig:
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     resume: bool = False
-    """Continue the run in `out`."""
+    """Continue the run in `out`; micro_batch_tokens, recompute, device and save_every
+    may differ, as they change no result."""
 
     def __post_init__(self):
         refuse_below_one(self, "steps", "batch", "micro_batch_tokens", "save_every")
         refuse_not_positive(self, "lr", "clip_norm")
-        if self.seed < 0:
-            raise InputError(f"seed = {self.seed}: it must not be negative")
+        refuse_negative(self, "warmup", "weight_decay", "seed")
+        refuse_unknown_choices(self)
 
 
 def read_demonstrations(path: str | Path) -> list[dict]:
@@ -135,6 +138,15 @@ def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_lengt
     return rows
 
 
+def _refuse_unknown_tokens(rows: Sequence[Row], vocab: int) -> None:
+    for i, row in enumerate(rows):
+        largest = max(*row.prompt, *row.response)
+        if largest >= vocab:
+            raise InputError(
+                f"example {i} holds token {largest}, outside the model's vocabulary of {vocab}: is this its tokenizer?"
+            )
+
+
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The examples' order in an epoch, a function of the seed alone."""
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -160,19 +172,12 @@ def sft_step(model: Transformer, optimizer: AdamW, rows: Sequence[Row], lr: floa
 def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl sft`; returns the folder of the trained model."""
     examples = read_demonstrations(config.data)
-    run = Run(config.out, _identity(config), config.resume)
-    device = pick_device(config.device)
-    source = run.checkpoint or config.model
-    model = Transformer.from_pretrained(source, pick_dtype(config.dtype, device), device)
+    run = Run(config.out, identity(config, examples), config.resume)
+    model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
     model.checkpointing = config.recompute
-    tokenizer = Tokenizer.from_pretrained(source)
     rows = demonstration_rows(tokenizer, examples, model.config.max_positions)
+    _refuse_unknown_tokens(rows, model.config.vocab_size)
     return fit(model, tokenizer, rows, config, run, display or Display())
-
-
-def _identity(config) -> dict:
-    """The part of a config that decides the result, as it is written to the run folder."""
-    return {k: v for k, v in asdict(config).items() if k not in ("out", "resume")}
 
 
 def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, display: Display) -> Path:
