@@ -16,7 +16,8 @@ from minirl.kernels import backend as run
 from minirl.kernels.backend import Backend, tl, triton, use_triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
-BLOCK, WARPS = 4096, 8  # of a row sweep: 16 logits a thread, two 16-byte loads of bf16
+BLOCK = 4096  # logits of a tile, 16 a thread
+LANE = tl.constexpr(8)  # logits that a thread reads side by side, one 16-byte load of bf16
 
 # ---- the definition --------------------------------------------------------------------------------------------------
 
@@ -71,24 +72,35 @@ def check_rows(rows: torch.Size, matrix: Tensor, **vectors) -> None:
 
 @triton.jit
 def row_stats(row, vocab, inv_t, BLOCK: tl.constexpr):
-    """One read of a row z -> max z, log Σ e^{(z − max)/T} and the entropy; `row` points to its first logit."""
-    largest = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    weighted = tl.zeros([], tl.float32)  # Σ e^{(z − max)/T}·(z − max)
-    for start in range(0, vocab, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = tl.load(row + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-        new = tl.maximum(largest, tl.max(z, 0))
-        # A row may begin with tiles of -inf: -inf minus -inf is no shift.
+    """One read of a row z -> max z, log Σ e^{(z − max)/T} and the entropy; `row` points to its first logit.
+
+    Each lane keeps sums of its own over the eight logits that it reads at a time, so that no thread waits for another
+    before the row's end; the next tile is on its way while one is summed.
+    """
+    k = inv_t * LOG2E
+    offset = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    largest = tl.full([BLOCK // LANE], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK // LANE], tl.float32)  # Σ e^{(z − max)/T}
+    weighted = tl.zeros([BLOCK // LANE], tl.float32)  # Σ e^{(z − max)/T}·(z − max)
+    tile = tl.load(row + offset, mask=offset < vocab, other=float("-inf"))
+    for start in range(BLOCK, vocab + BLOCK, BLOCK):
+        z = tile.to(tl.float32)
+        tile = tl.load(row + start + offset, mask=start + offset < vocab, other=float("-inf"))
+        new = tl.maximum(largest, tl.max(z, 1))
+        # What has only seen -inf has no maximum to shift by.
         shift = tl.where(largest == float("-inf"), 0.0, largest - new)
-        d = z - tl.where(new == float("-inf"), 0.0, new)
-        e = tl.exp2(d * (inv_t * LOG2E))
-        decay = tl.exp2(shift * (inv_t * LOG2E))
-        weighted = decay * (weighted + total * shift) + tl.sum(tl.where(e > 0, e * d, 0.0), 0)
-        total = decay * total + tl.sum(e, 0)
+        d = z - tl.where(new == float("-inf"), 0.0, new)[:, None]
+        e = tl.exp2(d * k)
+        decay = tl.exp2(shift * k)
+        weighted = decay * (weighted + total * shift) + tl.sum(tl.where(e > 0, e * d, 0.0), 1)
+        total = decay * total + tl.sum(e, 1)
         largest = new
-    log_total = tl.log(total)
-    return largest, log_total, log_total - inv_t * weighted / total
+    top = tl.max(largest, 0)
+    shift = tl.where(largest == float("-inf"), 0.0, largest - top)
+    decay = tl.exp2(shift * k)
+    sum_e = tl.sum(decay * total, 0)
+    log_total = tl.log(sum_e)
+    return top, log_total, log_total - inv_t * tl.sum(decay * (weighted + total * shift), 0) / sum_e
 
 
 @triton.jit
@@ -98,24 +110,27 @@ def row_gradient(
 ):  # fmt: skip
     """out_j = (1/T)[c·(1[j = target] − p_j) − e·p_j(log p_j + H)]; a row with c = e = 0 is zeroed without being read.
 
-    Logits that are softcap·tanh(x/softcap) get the gradient by x, with the factor 1 − (z/softcap)².
-
-    REVERSE sweeps from the row's end, which a forward sweep just before has left in the cache.
+    Logits that are softcap·tanh(x/softcap) get the gradient by x, with the factor 1 − (z/softcap)². REVERSE sweeps from
+    the row's end, which a forward sweep just before has left in the cache.
     """
     silent = (c == 0) & (e == 0)
+    readable = tl.where(silent, 0, vocab)
+    offset = tl.arange(0, BLOCK)
     tiles = tl.cdiv(vocab, BLOCK)
-    for i in range(0, tiles):
-        start = (tiles - 1 - i if REVERSE else i) * BLOCK
-        column = start + tl.arange(0, BLOCK)
-        inside = column < vocab
-        z = tl.load(row + column, mask=inside & (not silent), other=float("-inf")).to(tl.float32)
+    column = (tiles - 1 if REVERSE else 0) * BLOCK + offset
+    tile = tl.load(row + column, mask=column < readable, other=float("-inf"))
+    for _ in range(0, tiles):
+        here = column
+        z = tile.to(tl.float32)
+        column += -BLOCK if REVERSE else BLOCK
+        tile = tl.load(row + column, mask=(column >= 0) & (column < readable), other=float("-inf"))
         logp = (z - largest) * inv_t - log_total
         p = tl.exp2(logp * LOG2E)
-        g = tl.where(column == target, c, 0.0) - tl.where(p == 0, 0.0, p * (c + e * (logp + entropy)))
+        g = tl.where(here == target, c, 0.0) - tl.where(p == 0, 0.0, p * (c + e * (logp + entropy)))
         if softcap is not None:
             capped = tl.where(z == float("-inf"), 0.0, z) / softcap
             g *= 1.0 - capped * capped
-        tl.store(out + column, tl.where(silent, 0.0, g * inv_t).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + here, tl.where(silent, 0.0, g * inv_t).to(out.dtype.element_ty), mask=here < vocab)
 
 
 @triton.jit
@@ -169,6 +184,12 @@ class Stats(NamedTuple):
     log_total: Tensor
 
 
+def tiling(vocab: int, most: int = BLOCK) -> dict[str, int]:
+    """Logits of a tile, and the warps that give each thread 16 of them: two 16-byte loads of bf16."""
+    block = max(256, min(most, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}
+
+
 def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> Stats:
     """One read of logits [N, V], whose rows may have any stride."""
     out = Stats(*(logits.new_empty(len(logits), dtype=torch.float32) for _ in Stats._fields))
@@ -176,7 +197,7 @@ def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor) -
         per_row = isinstance(temperature, Tensor)
         t = temperature if per_row else float(temperature)
         args = (logits, logits.stride(0), targets, t, *out, logits.shape[1])
-        run.launch(_stats_kernel, (len(logits),), *args, PER_ROW=per_row, BLOCK=BLOCK, num_warps=WARPS)
+        run.launch(_stats_kernel, (len(logits),), *args, PER_ROW=per_row, **tiling(logits.shape[1]))
     return out
 
 
@@ -188,7 +209,7 @@ def gradient_triton(logits, targets, temperature, stats: Stats, c, e, out: Tenso
         t = temperature if per_row else float(temperature)
         args = (logits, logits.stride(0), rows, out, out.stride(0), targets, t)
         args += (stats.largest, stats.log_total, stats.entropy, c, e, logits.shape[1], softcap)
-        run.launch(_gradient_kernel, (len(out),), *args, PER_ROW=per_row, BLOCK=BLOCK, num_warps=WARPS)
+        run.launch(_gradient_kernel, (len(out),), *args, PER_ROW=per_row, **tiling(logits.shape[1]))
 
 
 class _TokenLogprobs(torch.autograd.Function):

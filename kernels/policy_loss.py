@@ -23,18 +23,19 @@ from minirl.kernels import backend as run
 from minirl.kernels.backend import Backend, tl, triton, use_triton
 from minirl.kernels.logprobs import (
     BLOCK,
-    WARPS,
     check_rows,
     inverse_temperature,
     row_gradient,
     row_stats,
     rows_together,
+    tiling,
     token_at,
     token_logprobs,
 )
 
 GUARD = 20.0  # exp never sees a log-ratio beyond ±GUARD, and its derivative is 0 there
 GUARD_ = tl.constexpr(GUARD)
+FUSED_BLOCK = 16384  # logits of a tile where one program has a multiprocessor to itself, 32 warps
 
 
 @dataclass(frozen=True)
@@ -351,18 +352,30 @@ def _k3(d):
 
 
 @triton.jit
+def _at(pointer, i):
+    return None if pointer is None else tl.load(pointer + i)
+
+
+@triton.jit
+def token_values(t, i):
+    """What the rows i have in `Tokens`, asked for before it is needed."""
+    return (
+        _at(t.advantages, i), _at(t.weights, i), _at(t.old_logp, i), _at(t.ref_logp, i), _at(t.rollout_logp, i),
+        _at(t.log_ratio, i), _at(t.omega, i),
+    )  # fmt: skip
+
+
+@triton.jit
 def token_terms(
-    logp, entropy, t, i, o, RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr
+    logp, entropy, values, o, RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr
 ):
-    """`token_loss` of the rows i: loss, c and e."""
-    A = tl.load(t.advantages + i)
-    w = tl.load(t.weights + i)
-    old = logp
-    if t.old_logp is not None:
-        old = tl.load(t.old_logp + i)
+    """`token_loss`: loss, c and e."""
+    A, w, old, ref, rollout, log_ratio, omega = values
+    if old is None:
+        old = logp
     token_lr = logp - old
-    if t.log_ratio is not None:
-        ratio, slope = _guarded_exp(tl.load(t.log_ratio + i))
+    if log_ratio is not None:
+        ratio, slope = _guarded_exp(log_ratio)
     elif RATIO == "none":
         ratio, slope = _guarded_exp(tl.zeros_like(logp))
     else:
@@ -384,11 +397,10 @@ def token_terms(
         S = -4.0 / tau * _sigmoid(x) * A
         g = 4.0 * _sigmoid(x) * _sigmoid(-x) * slope
 
-    omega = tl.zeros_like(A) + 1.0
-    if t.omega is not None:
-        omega = tl.load(t.omega + i)
-    if t.rollout_logp is not None:
-        u, _ = _guarded_exp(old - tl.load(t.rollout_logp + i))
+    if omega is None:
+        omega = tl.zeros_like(A) + 1.0
+    if rollout is not None:
+        u, _ = _guarded_exp(old - rollout)
         if MASK:
             u = tl.where((u < o.importance_floor) | (u > o.importance_cap), 0.0, u)
         omega *= tl.where(u > o.importance_cap, o.importance_cap, u)
@@ -397,7 +409,7 @@ def token_terms(
     value = o.kl_old_coef * K_old
     kappa = -o.kl_old_coef * slope_old
     if KL != "none":
-        d = logp - tl.load(t.ref_logp + i)
+        d = logp - ref
         if KL == "k2":
             K = d * d * 0.5
             k = d
@@ -419,27 +431,33 @@ def token_terms(
     return tl.where(on, loss, 0.0), tl.where(on, c, 0.0), tl.where(on, e, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _fused_kernel(
-    logits, stride, out, out_stride, targets, temperature, t, o, loss, logp, entropy, vocab,
+    logits, stride, out, out_stride, targets, temperature, t, o, loss, logp, entropy, rows, vocab,
     RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr,
     PER_ROW: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row: statistics in one sweep, the loss, the gradient in a second sweep from the end, out of the cache."""
-    i = tl.program_id(0).to(tl.int64)
-    row = logits + i * stride
-    target = tl.load(targets + i)
-    inv_t = inverse_temperature(temperature, i, PER_ROW)
-    on = tl.load(t.weights + i) != 0
-    largest, log_total, h = row_stats(row, tl.where(on, vocab, 0), inv_t, BLOCK)
-    lp = tl.where(on, (token_at(row, target, vocab) - largest) * inv_t - log_total, 0.0)
-    h = tl.where(on, h, 0.0)
-    value, c, e = token_terms(lp, h, t, i, o, RATIO, SURROGATE, KL, MASK)
-    tl.store(loss + i, value)
-    tl.store(logp + i, lp)
-    tl.store(entropy + i, h)
-    if GRADIENT:
-        row_gradient(row, out + i * out_stride, vocab, target, inv_t, largest, log_total, h, c, e, None, True, BLOCK)
+    """A row after the other: statistics in one sweep, the loss, the gradient in a second sweep, from the end. As many
+    rows are under way as there are programs; few enough, and the second sweep finds them in the cache."""
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        i = tl.cast(index, tl.int64)  # N·V passes 2³¹
+        row = logits + i * stride
+        target = tl.load(targets + i)
+        inv_t = inverse_temperature(temperature, i, PER_ROW)
+        at_target = token_at(row, target, vocab)
+        values = token_values(t, i)
+        on = values[1] != 0
+        largest, log_total, h = row_stats(row, tl.where(on, vocab, 0), inv_t, BLOCK)
+        lp = tl.where(on, (at_target - largest) * inv_t - log_total, 0.0)
+        h = tl.where(on, h, 0.0)
+        value, c, e = token_terms(lp, h, values, o, RATIO, SURROGATE, KL, MASK)
+        tl.store(loss + i, value)
+        tl.store(logp + i, lp)
+        tl.store(entropy + i, h)
+        if GRADIENT:
+            row_gradient(
+                row, out + i * out_stride, vocab, target, inv_t, largest, log_total, h, c, e, None, True, BLOCK
+            )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -451,7 +469,7 @@ def _token_kernel(
     inside = i < rows
     i = tl.where(inside, i, 0)
     value, by_logp, by_entropy = token_terms(
-        tl.load(logp + i), tl.load(entropy + i), t, i, o, RATIO, SURROGATE, KL, MASK
+        tl.load(logp + i), tl.load(entropy + i), token_values(t, i), o, RATIO, SURROGATE, KL, MASK
     )
     tl.store(loss + i, value, mask=inside)
     tl.store(c + i, by_logp, mask=inside)
@@ -473,6 +491,11 @@ def token_loss_triton(options: TokenLoss, logp: Tensor, entropy: Tensor, **token
     return loss, c, e
 
 
+def _programs(logits: Tensor) -> int:
+    """One for each multiprocessor: on an H200 their rows of 152k bf16 logits fill 40 of the 50 MB of cache."""
+    return torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 4
+
+
 class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature, options, tokens, inplace):
@@ -485,9 +508,9 @@ class _FusedPolicyLoss(torch.autograd.Function):
             per_row = isinstance(temperature, Tensor)
             t = temperature if per_row else float(temperature)
             args = (logits, logits.stride(0), out, out.stride(0), targets, t, tokens, knobs(options))
-            args += (loss, logp, entropy, vocab)
-            more = kinds(options) | {"PER_ROW": per_row, "GRADIENT": gradient, "BLOCK": BLOCK, "num_warps": WARPS}
-            run.launch(_fused_kernel, (n,), *args, **more)
+            args += (loss, logp, entropy, n, vocab)
+            more = kinds(options) | {"PER_ROW": per_row, "GRADIENT": gradient} | tiling(vocab, FUSED_BLOCK)
+            run.launch(_fused_kernel, (min(n, _programs(logits)),), *args, **more)
         if gradient:
             if inplace:
                 torch.autograd.graph.increment_version(logits)
