@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minirl.kernels import backend as run
-from minirl.kernels.backend import Backend, tl, triton, use_triton
-from minirl.kernels.logprobs import (
+from . import backend as run
+from .backend import Backend, tl, triton, use_triton
+from .logprobs import (
     BLOCK,
     check_rows,
     inverse_temperature,
