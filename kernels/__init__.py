@@ -2,10 +2,10 @@
 computes, and every function takes backend="auto" | "torch" | "triton": a CPU runs the definition, a GPU the kernel.
 """
 
-from minirl.kernels.linear import Kept, linear_policy_loss, linear_token_logprobs
-from minirl.kernels.logprobs import token_logprobs
-from minirl.kernels.policy_loss import TokenLoss, fused_policy_loss, token_loss
-from minirl.kernels.sampling import draw, kept_mask, keyed_uniform
+from .linear import Kept, linear_policy_loss, linear_token_logprobs
+from .logprobs import token_logprobs
+from .policy_loss import TokenLoss, fused_policy_loss, token_loss
+from .sampling import draw, kept_mask, keyed_uniform
 
 __all__ = [
     "Kept",

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minirl.kernels.backend import Backend, use_triton
-from minirl.kernels.logprobs import Stats, check_rows, gradient_triton, stats_triton
-from minirl.kernels.policy_loss import TokenLoss, check_tokens, scale_, token_loss, token_loss_triton
+from .backend import Backend, use_triton
+from .logprobs import Stats, check_rows, gradient_triton, stats_triton
+from .policy_loss import TokenLoss, check_tokens, scale_, token_loss, token_loss_triton
 
 WORKSPACE = {"cpu": 128 << 20, "cuda": 768 << 20}  # bytes of a chunk of logits and of its gradient
 SLICE = 1 << 20  # logits that PyTorch sweeps at a time

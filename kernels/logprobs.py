@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minirl.kernels import backend as run
-from minirl.kernels.backend import Backend, tl, triton, use_triton
+from . import backend as run
+from .backend import Backend, tl, triton, use_triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK = 4096  # logits of a tile, 16 a thread

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minirl.kernels import backend as run
-from minirl.kernels.backend import Backend, tl, triton, use_triton
-from minirl.kernels.logprobs import (
+from . import backend as run
+from .backend import Backend, tl, triton, use_triton
+from .logprobs import (
     BLOCK,
     check_rows,
     inverse_temperature,
@@ -353,12 +353,15 @@ def _k3(d):
 
 @triton.jit
 def _at(pointer, i):
-    return None if pointer is None else tl.load(pointer + i)
+    if pointer is None:
+        return 0.0
+    else:
+        return tl.load(pointer + i)
 
 
 @triton.jit
 def token_values(t, i):
-    """What the rows i have in `Tokens`, asked for before it is needed."""
+    """What `Tokens` points to for the rows i, asked for before it is needed; 0 where there is nothing."""
     return (
         _at(t.advantages, i), _at(t.weights, i), _at(t.old_logp, i), _at(t.ref_logp, i), _at(t.rollout_logp, i),
         _at(t.log_ratio, i), _at(t.omega, i),
@@ -367,14 +370,14 @@ def token_values(t, i):
 
 @triton.jit
 def token_terms(
-    logp, entropy, values, o, RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr
+    logp, entropy, t, values, o, RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr
 ):
-    """`token_loss`: loss, c and e."""
+    """`token_loss`: loss, c and e. `t` tells which of the values there are."""
     A, w, old, ref, rollout, log_ratio, omega = values
-    if old is None:
+    if t.old_logp is None:
         old = logp
     token_lr = logp - old
-    if log_ratio is not None:
+    if t.log_ratio is not None:
         ratio, slope = _guarded_exp(log_ratio)
     elif RATIO == "none":
         ratio, slope = _guarded_exp(tl.zeros_like(logp))
@@ -397,9 +400,9 @@ def token_terms(
         S = -4.0 / tau * _sigmoid(x) * A
         g = 4.0 * _sigmoid(x) * _sigmoid(-x) * slope
 
-    if omega is None:
+    if t.omega is None:
         omega = tl.zeros_like(A) + 1.0
-    if rollout is not None:
+    if t.rollout_logp is not None:
         u, _ = _guarded_exp(old - rollout)
         if MASK:
             u = tl.where((u < o.importance_floor) | (u > o.importance_cap), 0.0, u)
@@ -450,7 +453,7 @@ def _fused_kernel(
         largest, log_total, h = row_stats(row, tl.where(on, vocab, 0), inv_t, BLOCK)
         lp = tl.where(on, (at_target - largest) * inv_t - log_total, 0.0)
         h = tl.where(on, h, 0.0)
-        value, c, e = token_terms(lp, h, values, o, RATIO, SURROGATE, KL, MASK)
+        value, c, e = token_terms(lp, h, t, values, o, RATIO, SURROGATE, KL, MASK)
         tl.store(loss + i, value)
         tl.store(logp + i, lp)
         tl.store(entropy + i, h)
@@ -469,7 +472,7 @@ def _token_kernel(
     inside = i < rows
     i = tl.where(inside, i, 0)
     value, by_logp, by_entropy = token_terms(
-        tl.load(logp + i), tl.load(entropy + i), token_values(t, i), o, RATIO, SURROGATE, KL, MASK
+        tl.load(logp + i), tl.load(entropy + i), t, token_values(t, i), o, RATIO, SURROGATE, KL, MASK
     )
     tl.store(loss + i, value, mask=inside)
     tl.store(c + i, by_logp, mask=inside)

@@ -292,6 +292,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, D] -> fp32 logits [N, V]."""
+        if hidden.is_cuda and not torch.is_grad_enabled():  # never rounded to bf16, as in `linear_token_logprobs`
+            return torch.mm(hidden, self.head_weight.t(), out_dtype=torch.float32)
         return linear(hidden, self.head_weight).float()
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
