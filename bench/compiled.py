@@ -29,7 +29,7 @@ from minirl.kernels import backend
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 VOCAB = 151_936
-SWEEP = re.compile(r"stats|gradient|fused|partial")  # kernels that read whole rows of logits
+SWEEP = re.compile(r"stats|gradient|fused|sums|floor")  # kernels that read whole rows of logits
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # bytes a thread loads; else 4
 
 
@@ -192,17 +192,18 @@ def _calls(dtype: torch.dtype, rows: int, vocab: int, width: int) -> Iterator[tu
         backend.launch(kernel, (1,), logits.detach(), ones.sum(), logits.numel(), BLOCK=k.logprobs.BLOCK)
 
     yield "token_logprobs", lambda: backward(k.token_logprobs(logits, targets, backend="triton"))
+    yield "clip, k3, entropy", lambda: fused(kl="k3", kl_coef=0.04, entropy_coef=0.01)
+    yield from _draws(logits.detach(), targets)
+    if dtype != torch.bfloat16:
+        return  # the head's logits are fp32 below, whatever its weights
     yield "temperature of each row", lambda: backward(k.token_logprobs(logits, targets, ones, backend="triton"))
     yield "clip", lambda: fused()
-    yield "clip, k3, entropy", lambda: fused(kl="k3", kl_coef=0.04, entropy_coef=0.01)
     yield "linear, clip, k3", lambda: linear(kl="k3", kl_coef=0.04)
     yield "linear, softcap", lambda: linear(softcap=30.0)
     yield "gradient of some rows", some_rows
     yield "incoming gradient", scale
-    if dtype == torch.bfloat16:
-        yield "is_pg, k2", lambda: fused(surrogate="is_pg", kl="k2", kl_coef=0.04)
-        yield "sapo, k3_is, mask", lambda: fused(surrogate="sapo", kl="k3_is", kl_coef=0.04, importance="token_mask")
-    yield from _draws(logits.detach(), targets)
+    yield "is_pg, k2", lambda: fused(surrogate="is_pg", kl="k2", kl_coef=0.04)
+    yield "sapo, k3_is, mask", lambda: fused(surrogate="sapo", kl="k3_is", kl_coef=0.04, importance="token_mask")
 
 
 def _draws(logits, positions) -> Iterator[tuple[str, Callable[[], object]]]:

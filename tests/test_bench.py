@@ -45,9 +45,8 @@ def hold(megabytes: int) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_peak_memory_in_a_child_process_is_what_a_run_allocates():
-    small, large = (measure.in_child(hold, mb) for mb in (20, 200))
-    assert 20 <= small / 2**20 < 30
-    assert 200 <= large / 2**20 < 210
+    small, large = (measure.in_child(hold, mb) / 2**20 for mb in (20, 200))
+    assert abs(small - 20) < 8 and abs(large - 200) < 8
 
 
 def fail() -> None:
@@ -61,7 +60,9 @@ def test_a_child_process_that_fails_is_named():
         measure.in_child(os._exit, 3)
 
 
-@pytest.mark.parametrize("name", ["stats", "logprobs", "policy", "linear_logprobs", "linear_policy", "linear_policy_half"])
+@pytest.mark.parametrize(
+    "name", ["stats", "logprobs", "policy", "linear_logprobs", "linear_policy", "linear_policy_half"]
+)
 def test_every_rival_that_runs_here_agrees_with_float64(name):
     operation = operations.OPERATIONS[name]
     x = operations.make_inputs(operation.kind, SHAPE, CPU, torch.float32, operation.silent)
@@ -88,7 +89,7 @@ def test_half_of_the_sequences_have_no_signal():
     x = operations.make_inputs("head", SHAPE, CPU, torch.float32, silent=True)
     assert (x.advantages == 0).sum() == SHAPE.rows // 2
     gradient = operations.OPERATIONS["linear_policy_half"].rivals["minirl"](x)()["d_hidden"]
-    assert (gradient.abs().sum(1) == 0).sum() == SHAPE.rows // 2
+    assert (gradient[SHAPE.rows // 2 :] == 0).all() and (gradient[: SHAPE.rows // 2] != 0).any()
 
 
 def test_the_limit_is_the_minimal_traffic_at_the_rate_of_a_copy(monkeypatch):
