@@ -97,7 +97,7 @@ def training_step(args) -> dict:
     """On a CPU: peak memory and time of a whole step, each side in a process of its own."""
     from bench.training_step import Size, compare
 
-    size = Size(256, row=128) if args.quick else Size(4096)
+    size = Size(256, width=128, row=128) if args.quick else Size(4096)
     common.progress(f"training step  {size}")
     result = compare(size, 1 if args.quick else 3)
     rows = [

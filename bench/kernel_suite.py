@@ -32,25 +32,28 @@ class Plan(NamedTuple):
     rounds: int
     budget: float  # seconds of timing an operation
     leave_out: dict[str, str]  # rival to reason
+    leave_out_of_sweeps: dict[str, str]
 
 
 def plan(device: torch.device, quick: bool) -> Plan:
     """Real vocabularies on a GPU; on a CPU small shapes, which say how the ways compare there and no more."""
     late = {"compile": "left out by --quick"} if quick else {}
+    swept = {"compile": "not in the sweeps: it would compile for every point"}
     if device.type == "cuda":
         shapes = [Shape(8192, 151_936, 1536, 16), Shape(8192, 128_256, 2048, 16), Shape(8192, 49_152, 576, 16)]
         by_vocab = [Shape(4096, v, 1024, 16) for v in (16_384, 32_768, 65_536, 131_072, 262_144)]
         by_rows = [Shape(n, 151_936, 1024, 16) for n in (512, 1024, 2048, 4096, 8192, 16384)]
         scan = Shape(256 * 1024, 0, 0, 256)
-        return Plan(shapes[:1] if quick else shapes, by_vocab, by_rows, scan, 10 if quick else 30, 5.0, late)
+        return Plan(shapes[:1] if quick else shapes, by_vocab, by_rows, scan, 10 if quick else 30, 5.0, late, swept)
     if quick:
-        by_vocab, by_rows = ([Shape(128, v, 128) for v in (2048, 8192, 32_768)], [])
+        peers = {"Liger": "left out by --quick", "TRL": "left out by --quick"}
+        by_vocab = [Shape(128, v, 128) for v in (2048, 8192, 32_768)]
         by_rows = [Shape(n, 8192, 128) for n in (64, 256, 1024)]
-        return Plan([Shape(256, 16_384, 128)], by_vocab, by_rows, Shape(32 * 128, 0, 0, 32), 5, 1.0, late)
+        return Plan([Shape(256, 16_384, 128)], by_vocab, by_rows, Shape(32 * 128, 0, 0, 32), 5, 1.0, late, late | peers)
     by_vocab = [Shape(256, v, 256) for v in (8192, 16_384, 32_768, 65_536, 131_072)]
     by_rows = [Shape(n, 32_768, 256) for n in (64, 128, 256, 512, 1024)]
     shapes = [Shape(1024, 49_152, 576), Shape(512, 151_936, 896)]
-    return Plan(shapes, by_vocab, by_rows, Shape(256 * 512, 0, 0, 256), 7, 8.0, late)
+    return Plan(shapes, by_vocab, by_rows, Shape(256 * 512, 0, 0, 256), 7, 8.0, late, swept)
 
 
 class Bench:
@@ -100,8 +103,6 @@ class Bench:
         except Exception as error:
             common.progress(f"  {rival} failed: {measure.sentence(error)}")
             return {"reason": measure.sentence(error), "failed": True}, None
-        finally:
-            gc.collect()
 
     def _memory(self, name: str, rival: str, shape: Shape, run) -> int | str:
         """Bytes at the peak above the inputs; where the child process failed, what it said."""
@@ -171,12 +172,11 @@ def run(bench: Bench, only: str | None, save: Callable[[dict], None]) -> dict:
             torch._dynamo.reset()  # every shape is compiled for itself
             result["records"].append(_shown(bench, name, shape, bench.plan.leave_out))
         save(result)
-    leave_out = {"compile": "not in the sweeps: it would compile for every point"}
     for axis in ("by_vocab", "by_rows"):
         for shape in getattr(bench.plan, axis):
             for name in SWEPT:
                 if only in (None, name):
-                    result[axis].append(_shown(bench, name, shape, leave_out, axis))
+                    result[axis].append(_shown(bench, name, shape, bench.plan.leave_out_of_sweeps, axis))
         save(result)
     return result
 

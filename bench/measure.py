@@ -102,12 +102,12 @@ def status(field: str) -> int:
 
 
 def in_child(function: Callable, *args):
-    """function(*args) in a process of its own, forked from one that has imported and computed nothing else.
+    """function(*args) in a process of its own, forked from one that has only imported what is installed.
 
     Its result, or a RuntimeError with what it raised; one that is killed, for its memory say, is a RuntimeError too.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.operations"])
+    context.set_forkserver_preload(["bench.operations", "trl.trainer.utils", "liger_kernel.chunked_loss"])
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_report, args=(theirs, torch.get_num_threads(), function, args))
     child.start()
@@ -125,6 +125,7 @@ def in_child(function: Callable, *args):
 
 def _report(pipe, threads: int, function: Callable, args: tuple) -> None:
     torch.set_num_threads(threads)
+    gc.freeze()  # collecting all that was imported would take longer than what is measured
     try:
         pipe.send((False, function(*args)))
     except Exception as error:

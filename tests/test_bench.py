@@ -94,7 +94,7 @@ def test_half_of_the_sequences_have_no_signal():
 
 def test_the_limit_is_the_minimal_traffic_at_the_rate_of_a_copy(monkeypatch):
     monkeypatch.setattr(measure, "copy_rate", lambda *_: 1e9)
-    plan = kernel_suite.Plan([SHAPE], [], [], SHAPE, 3, 0.0, {"compile": "not here", "TRL": "not here"})
+    plan = kernel_suite.Plan([SHAPE], [], [], SHAPE, 3, 0.0, {"compile": "not here", "TRL": "not here"}, {})
     record = kernel_suite.Bench(CPU, plan).measure("policy", SHAPE, plan.leave_out)
     assert record["minimal_bytes"] == 2 * 64 * 300 * 4
     ours = record["rivals"]["minirl"]
