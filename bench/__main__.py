@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from bench import common
 
@@ -24,7 +25,13 @@ def arguments() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("suite", nargs="?", default="all", choices=[*SUITES, "all"], help="(default: %(default)s)")
+    add(
+        "suite",
+        nargs="?",
+        default="all",
+        choices=("compile", "kernels", "train", "sampler", "all"),
+        help="(default: %(default)s)",
+    )
     add("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
     add("--quick", action="store_true", help="fewer shapes and rounds, no torch.compile; not for publishing")
     add("--only", metavar="NAME", help="of the suite kernels: one operation, checks, or training_step")
@@ -34,13 +41,13 @@ def arguments() -> argparse.Namespace:
 
 
 def kernels(args) -> None:
-    from bench import checks, kernel_suite, plots, targets
+    from bench import kernel_suite, measure, plots, targets
     from minirl.train.run import pick_device
 
     device = pick_device(args.device)
     if device.type == "cpu":
         print("ON A CPU: small shapes in fp32. They say how the ways compare here, and nothing about a GPU.\n")
-    host, plan = common_machine(device), kernel_suite.plan(device, args.quick)
+    host, plan = measure.machine(device), kernel_suite.plan(device, args.quick)
     path = Path(args.out) / "kernels.json"
 
     def save(result: dict) -> None:
@@ -51,7 +58,7 @@ def kernels(args) -> None:
         sys.exit(f"--only {args.only} is unknown: choose from {', '.join(known)}")
     result = kernel_suite.run(kernel_suite.Bench(device, plan), args.only, save)
     if args.only in (None, "checks"):
-        result["checks"] = run_checks(device, checks)
+        result["checks"] = run_checks(device)
     if args.only in (None, "training_step") and device.type == "cpu":
         result["training_step"] = training_step(args)
     reached = targets.judge(result, device.type == "cuda")
@@ -70,15 +77,9 @@ def title_of(records: list[dict], host: dict) -> str:
     return f"{host['device'] if host['slug'] != 'cpu' else host['cpu']}, {dtype}, {', '.join(words)}"
 
 
-def common_machine(device) -> dict:
-    from bench import measure
-
-    return measure.machine(device)
-
-
-def run_checks(device, checks) -> dict:
+def run_checks(device) -> dict:
     """Each property with what was found, or why it was not looked at."""
-    from bench import measure
+    from bench import checks, measure
 
     found = {}
     for name in ("two_runs", "chunk_sizes", "row_orders", "new_compilations", "beyond_32_bits"):
@@ -119,61 +120,84 @@ def compile_suite(args) -> None:
     result = {"machine": measure.machine(torch.device("cpu"))} | compiled.suite(args)
     common.write_json(args, result, Path(args.out) / "compile.json")
     if result["failures"]:
-        raise SystemExit(1)
+        sys.exit(1)
 
 
 def script(name: str, *options: str) -> None:
     """One of the scripts beside this file, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name(name)), *options]
-    done = subprocess.run(command, cwd=common.ROOT)
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *options], cwd=common.ROOT)
     if done.returncode:
-        raise SystemExit(done.returncode)
+        sys.exit(done.returncode)
 
 
 def train(args) -> None:
-    common.need("transformers", "trl")
-    common.need_checkpoint(args.model)
     short = ("--repeats", "1", "--steps", "2") if args.quick else ()
     script("grpo_step_vs_trl.py", args.model, "--device", args.device, "--json", f"{args.out}/grpo_step.json", *short)
 
 
 def sampler(args) -> None:
-    common.need("transformers")
-    common.need_checkpoint(args.model)
     short = ("--repeats", "1") if args.quick else ()
-    script(
-        "sampler_vs_transformers.py", args.model, "--device", args.device, "--json", f"{args.out}/sampler.json", *short
-    )
+    options = ("--device", args.device, "--json", f"{args.out}/sampler.json", *short)
+    script("sampler_vs_transformers.py", args.model, *options)
     if not args.quick:
         script("parity_with_transformers.py", args.model)
 
 
-SUITES: dict[str, Callable] = {"compile": compile_suite, "kernels": kernels, "train": train, "sampler": sampler}
+class Suite(NamedTuple):
+    run: Callable[[argparse.Namespace], None]
+    needs: tuple[str, ...]  # packages that minirl itself does without
+    checkpoint: bool = False
+
+
+SUITES = {
+    "compile": Suite(compile_suite, ("triton",)),
+    "kernels": Suite(kernels, ("matplotlib",)),
+    "train": Suite(train, ("transformers", "trl"), True),
+    "sampler": Suite(sampler, ("transformers",), True),
+}
+
+
+def need(suite: Suite, args) -> None:
+    """End with one sentence where a suite cannot run."""
+    common.need(*suite.needs)
+    if suite.checkpoint:
+        common.need_checkpoint(args.model)
+
+
+def run_all(args) -> None:
+    """Every suite in a process of its own. One that cannot run here is named, and the others go on."""
+    failed = []
+    for name, suite in SUITES.items():
+        started = time.perf_counter()
+        common.progress(f"---- {name}")
+        try:
+            need(suite, args)
+        except SystemExit as stop:
+            common.progress(f"{name} is left out: {stop.code}")
+            continue
+        if subprocess.run([sys.executable, "-m", "bench", name, *sys.argv[1:]], cwd=common.ROOT).returncode:
+            failed.append(name)
+        common.progress(f"---- {name}: {time.perf_counter() - started:.0f} s")
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 def main() -> None:
     args = arguments()
+    if args.suite == "all":
+        sys.argv[1:] = [option for option in sys.argv[1:] if option != "all"]
+        return run_all(args)
+    need(SUITES[args.suite], args)
     import torch
 
     from bench import measure
     from minirl.train.run import pick_device
 
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes beside what is measured
-    slug = measure.device_slug(pick_device(args.device)) + ("-quick" if args.quick else "")
-    args.out = args.out or f"bench/results/{slug}"
+    device = pick_device(args.device)
+    if device.type == "cpu":
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes beside those that are measured
+    args.out = args.out or f"bench/results/{measure.device_slug(device)}{'-quick' if args.quick else ''}"
     torch.manual_seed(0)
-    failed = []
-    for name in SUITES if args.suite == "all" else [args.suite]:
-        common.progress(f"---- {name}")
-        started = time.perf_counter()
-        try:
-            SUITES[name](args)
-        except SystemExit as stop:  # one suite that cannot run does not keep the others from theirs
-            failed.append(name)
-            if isinstance(stop.code, str):
-                common.progress(f"{name}: {stop.code}")
-        common.progress(f"---- {name}: {time.perf_counter() - started:.0f} s")
-    sys.exit(bool(failed) and f"not done: {', '.join(failed)}")
+    SUITES[args.suite].run(args)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def plan(device: torch.device, quick: bool) -> Plan:
         by_vocab = [Shape(4096, v, 1024, 16) for v in (16_384, 32_768, 65_536, 131_072, 262_144)]
         by_rows = [Shape(n, 151_936, 1024, 16) for n in (512, 1024, 2048, 4096, 8192, 16384)]
         scan = Shape(256 * 1024, 0, 0, 256)
-        return Plan(shapes[:1] if quick else shapes, by_vocab, by_rows, scan, 10 if quick else 30, 5.0, late, swept)
+        return Plan(shapes[:1] if quick else shapes, by_vocab, by_rows, scan, 10 if quick else 20, 3.0, late, swept)
     if quick:
         peers = {"Liger": "left out by --quick", "TRL": "left out by --quick"}
         by_vocab = [Shape(128, v, 128) for v in (2048, 8192, 32_768)]

@@ -28,6 +28,8 @@ def draw(records: list[dict], axis: str, title: str, path: Path) -> None:
         for panel, label in zip(column, ("milliseconds", "peak MB above the inputs"), strict=True):
             panel.set(xscale="log", yscale="log", ylabel=label)
             panel.grid(alpha=0.3, which="both", lw=0.5)
+            panel.set_xticks(x, [f"{v:,}" for v in x], rotation=20)
+            panel.set_xticks([], minor=True)
         column[1].set_xlabel(AXES[axis][1])
         column[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
