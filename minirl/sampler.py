@@ -48,7 +48,8 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a completion; the stop token belongs to it."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion; needs a sampler with a tokenizer."""
+    """Texts that end a completion; needs a sampler with a tokenizer. The tokens keep them, `Rollout.texts` are cut before
+    them: a reward that looks for `</answer>` must not have it as a stop text."""
     seed: int = 0
     """Together with the sample's number and the position this determines every draw."""
 
