@@ -2,6 +2,6 @@
 computes."""
 
 from minirl.kernels.logprobs import Kept, linear_token_logprobs, token_logprobs
-from minirl.kernels.sampling import draw, kept_mask, keyed_uniform
+from minirl.kernels.sampling import Draw, keyed_uniform, sample_tokens, truncation_floor
 
-__all__ = ["Kept", "draw", "kept_mask", "keyed_uniform", "linear_token_logprobs", "token_logprobs"]
+__all__ = ["Draw", "Kept", "keyed_uniform", "linear_token_logprobs", "sample_tokens", "token_logprobs", "truncation_floor"]
