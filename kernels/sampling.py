@@ -303,7 +303,7 @@ def _floor_triton(logits: Tensor, temperature: float, top_k: int, top_p: float, 
     floors = torch.empty(B, dtype=torch.float32, device=logits.device)
     scale = math.log2(math.e) / temperature
     args = (logits, logits.stride(0), V, scale, top_k, top_p, drop, floors)
-    backends.launch(_floor_kernel, (B,), *args, TILE=TILE, num_warps=16)
+    backends.launch(_floor_kernel, (B,), *args, TILE=TILE, num_warps=8)
     return floors
 
 
