@@ -2,8 +2,8 @@
 
 One uniform a row, a pure function of (seed, sample, position), and a search in the cumulative sum: a draw costs one
 exponential of the row and depends on nothing else in the batch. Gumbel-max (argmax of z/T + Gumbel noise) and
-`multinomial` draw from the same distribution, but need a random variate for every entry of the vocabulary. Tokens are
-found in two levels: sums of tiles in one sweep over the logits, then inside the one tile that holds the aim, read again.
+`multinomial` draw from the same distribution, but need a random variate for every entry of the vocabulary. The token is
+found in two levels: sums of tiles in one sweep over the logits, then inside the tile that holds the aim, read again.
 
 Truncation is a threshold on the raw logits, the floor [B]: the kept set of a row is {j : logits[j] >= floor}.
 """
@@ -188,8 +188,8 @@ def _pick(logits, temperature, floor, largest, sums, uniform) -> tuple[Tensor, T
     e = _exp_(_scaled(z, temperature) - largest, z, floor).double()
     inside = e.cumsum(-1)
     # Rounding can aim past the tile's end: then it is the tile's last token that moves the sum, which has probability.
-    within = torch.minimum(torch.searchsorted(inside, aim, right=True), torch.searchsorted(inside, inside[:, -1:].contiguous()))
-    within.clamp_(max=BLOCK - 1)  # of a row of NaN
+    last = torch.searchsorted(inside, inside[:, -1:].contiguous()).clamp_(max=BLOCK - 1)  # BLOCK for a row of NaN
+    within = torch.minimum(torch.searchsorted(inside, aim, right=True), last)
     return ids.gather(1, within).squeeze(1), (e.gather(1, within).log() - total.log()).squeeze(1)
 
 
@@ -336,7 +336,8 @@ def _first_past(cumulative, shares, aim, at, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed_key"])
 def _pick_kernel(
-    logits, stride, V, tiles, scale, floors, peaks, sums, shifted, seed_key, samples, positions, tokens, logps, entropies,
+    logits, stride, V, tiles, scale, floors, peaks, sums, shifted,
+    seed_key, samples, positions, tokens, logps, entropies,
     GREEDY: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0), tl.arange(0, TILES)
