@@ -190,9 +190,15 @@ def tiling(vocab: int, most: int = BLOCK) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
+def vectors(rows: Tensor, count: int) -> list[Tensor]:
+    """fp32 numbers, one a row. Each an allocation of its own: Triton compiles anew for what is not aligned, and a part of
+    a larger tensor would be so for some numbers of rows."""
+    return [rows.new_empty(len(rows), dtype=torch.float32) for _ in range(count)]
+
+
 def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> Stats:
     """One read of logits [N, V], whose rows may have any stride."""
-    out = Stats(*(logits.new_empty(len(logits), dtype=torch.float32) for _ in Stats._fields))
+    out = Stats(*vectors(logits, len(Stats._fields)))
     if len(logits):
         per_row = isinstance(temperature, Tensor)
         t = temperature if per_row else float(temperature)

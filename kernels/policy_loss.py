@@ -31,6 +31,7 @@ from .logprobs import (
     tiling,
     token_at,
     token_logprobs,
+    vectors,
 )
 
 GUARD = 20.0  # exp never sees a log-ratio beyond ±GUARD, and its derivative is 0 there
@@ -487,7 +488,7 @@ def kinds(o: TokenLoss) -> dict[str, object]:
 
 def token_loss_triton(options: TokenLoss, logp: Tensor, entropy: Tensor, **tokens) -> tuple[Tensor, Tensor, Tensor]:
     """`token_loss` in one launch: loss, c and e of each row."""
-    loss, c, e = logp.new_empty(3, len(logp), dtype=torch.float32)
+    loss, c, e = vectors(logp, 3)
     block = 256
     args = (logp, entropy, pointers(options, tokens), knobs(options), loss, c, e, len(logp))
     run.launch(_token_kernel, (triton.cdiv(len(logp), block),), *args, **kinds(options), BLOCK=block)
@@ -504,7 +505,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
     def forward(ctx, logits, targets, temperature, options, tokens, inplace):
         logits = rows_together(logits)
         n, vocab = logits.shape
-        loss, logp, entropy = logits.new_empty(3, n, dtype=torch.float32)
+        loss, logp, entropy = vectors(logits, 3)
         gradient = ctx.needs_input_grad[0]
         out = logits if inplace or not gradient else logits.new_empty(n, vocab)
         if n:
@@ -544,7 +545,7 @@ def scale_(x: Tensor, factor: Tensor) -> None:
         torch.autograd.graph.increment_version(x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _scale_kernel(x, factor, size, BLOCK: tl.constexpr):
     f = tl.load(factor)
     if f != 1.0:

@@ -45,10 +45,10 @@ def output(capsys, *args: str) -> str:
 
 def documented(kind: type, prefix: str = "--") -> dict[str, str]:
     """Flag -> the docstring of its field, read from the source."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
     texts = {
         field.target.id: text.value.value
-        for field, text in pairwise(body)
+        for base in reversed([base for base in kind.__mro__ if is_dataclass(base)])
+        for field, text in pairwise(ast.parse(inspect.getsource(base)).body[0].body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
     found = {}
