@@ -158,7 +158,7 @@ def uses(rows: int = 4, vocab: int = VOCAB, width: int = 16) -> dict[str, Callab
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         calls |= {f"{use}, {name}": call for use, call in _calls(dtype, rows, vocab, width)}
-    calls |= {f"scan, {name}": call for name, call in _scans()}
+    calls |= dict(_scans())
     return calls
 
 
@@ -185,7 +185,7 @@ def _calls(dtype: torch.dtype, rows: int, vocab: int, width: int) -> Iterator[tu
     def some_rows():
         stats = k.logprobs.Stats(*torch.ones(4, rows))
         out = logits.new_empty(len(half), vocab)
-        k.logprobs.gradient_triton(logits.detach(), targets, 1.0, stats, ones, ones, out, half)
+        k.logprobs.gradient_triton(logits.detach(), targets, ones, stats, ones, ones, out, half)
 
     def scale():
         kernel = k.policy_loss._scale_kernel  # on a GPU only
@@ -196,11 +196,11 @@ def _calls(dtype: torch.dtype, rows: int, vocab: int, width: int) -> Iterator[tu
     yield from _draws(logits.detach(), targets)
     if dtype != torch.bfloat16:
         return  # the head's logits are fp32 below, whatever its weights
-    yield "temperature of each row", lambda: backward(k.token_logprobs(logits, targets, ones, backend="triton"))
+    yield "temperature of each row", lambda: k.token_logprobs(logits.detach(), targets, ones, backend="triton")
     yield "clip", lambda: fused()
     yield "linear, clip, k3", lambda: linear(kl="k3", kl_coef=0.04)
     yield "linear, softcap", lambda: linear(softcap=30.0)
-    yield "gradient of some rows", some_rows
+    yield "gradient of some rows, a temperature of each", some_rows
     yield "incoming gradient", scale
     yield "is_pg, k2", lambda: fused(surrogate="is_pg", kl="k2", kl_coef=0.04)
     yield "sapo, k3_is, mask", lambda: fused(surrogate="sapo", kl="k3_is", kl_coef=0.04, importance="token_mask")
@@ -209,24 +209,22 @@ def _calls(dtype: torch.dtype, rows: int, vocab: int, width: int) -> Iterator[tu
 def _draws(logits, positions) -> Iterator[tuple[str, Callable[[], object]]]:
     import minirl.kernels as k
 
-    if hasattr(k, "sample_tokens"):
-        ways = {
-            "sampling": {},
-            "sampling, top-k, top-p": {"top_k": 50, "top_p": 0.9},
-            "sampling, min-p": {"min_p": 0.1},
-        }
-        for name, way in ways.items():
-            yield name, lambda way=way: k.sample_tokens(logits, 0, positions, positions, **way, backend="triton")
+    ways = {"top-k, top-p": {"top_k": 50, "top_p": 0.9}}
+    if logits.dtype == torch.bfloat16:
+        ways |= {"plain": {}, "min-p": {"min_p": 0.1}}
+    for name, way in ways.items():
+        yield (
+            f"sampling, {name}",
+            lambda way=way: k.sample_tokens(logits, 0, positions, positions, **way, backend="triton"),
+        )
 
 
 def _scans() -> Iterator[tuple[str, Callable[[], object]]]:
     import minirl.kernels as k
 
     x = torch.zeros(4, 500)
-    if hasattr(k, "suffix_scan"):
-        yield "suffix_scan", lambda: k.suffix_scan(x, x, backend="triton")
-    if hasattr(k, "gae"):
-        yield "gae", lambda: k.gae(x, x, x.bool(), backend="triton")
+    yield "suffix_scan", lambda: k.suffix_scan(x, x, backend="triton")
+    yield "gae", lambda: k.gae(x, x, x.bool(), backend="triton")
 
 
 # ---- the suite -------------------------------------------------------------------------------------------------------

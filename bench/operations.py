@@ -285,8 +285,8 @@ LOGPROBS = {
 
 # ---- policy loss on logits -------------------------------------------------------------------------------------------
 
-KL = kernels.TokenLoss(kl="k3", kl_coef=BETA) if hasattr(kernels, "TokenLoss") else None
-PLAIN = kernels.TokenLoss() if hasattr(kernels, "TokenLoss") else None
+KL = kernels.TokenLoss(kl="k3", kl_coef=BETA)
+PLAIN = kernels.TokenLoss()
 
 
 def _our_policy(x: Inputs, inplace: bool = False) -> Run:
@@ -467,8 +467,6 @@ LINEAR_POLICY = {
 
 
 def _our_draw(x: Inputs, **options) -> Run:
-    if not hasattr(kernels, "sample_tokens"):
-        raise Unavailable("this version has no sample_tokens")
     place = torch.arange(x.shape.rows, device=x.targets.device)
 
     @torch.no_grad()
@@ -490,10 +488,7 @@ def _eager_draw(x: Inputs, top_p: float = 1.0, wrap=lambda f: f) -> Run:
 
 
 def _our_gae(x: Inputs) -> Run:
-    from minirl.advantages import gae
-
-    rewards, values, mask = x.scan
-    return lambda: {"advantages": gae(rewards, values, mask, gamma=0.99, lam=0.95)[0]}
+    return lambda: {"advantages": kernels.gae(*x.scan, gamma=0.99, lam=0.95)[0]}
 
 
 SAMPLE = {
@@ -536,6 +531,9 @@ OPERATIONS = {
 def exact(operation: str, x: Inputs) -> dict:
     """The outputs in float64: of the first rows, and the whole gradient of the weight. {} where there is none."""
     kind = operation.removesuffix("_half")
+    if kind == "gae":
+        rewards, values, mask = x.scan
+        return {"advantages": eager_gae(rewards.double(), values.double(), mask)}
     if kind not in ("stats", "logprobs", "policy", "linear_logprobs", "linear_policy"):
         return {}
     first = x.rows(slice(0, EXACT_ROWS), torch.float64)

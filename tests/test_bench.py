@@ -61,7 +61,7 @@ def test_a_child_process_that_fails_is_named():
 
 
 @pytest.mark.parametrize(
-    "name", ["stats", "logprobs", "policy", "linear_logprobs", "linear_policy", "linear_policy_half"]
+    "name", ["stats", "logprobs", "policy", "linear_logprobs", "linear_policy", "linear_policy_half", "gae"]
 )
 def test_every_rival_that_runs_here_agrees_with_float64(name):
     operation = operations.OPERATIONS[name]
