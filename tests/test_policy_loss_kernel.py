@@ -1,5 +1,5 @@
 """The policy loss in PyTorch and Triton, on log-probs, on logits and from hidden states, against float64 autograd of
-the papers' formulas; and what the fused forms promise: exact zeros, no wasted product, bounded memory, no recompiling."""
+the papers' formulas; and what the fused forms promise: exact zeros, no wasted product, little memory, no recompiling."""
 
 import itertools
 import math
