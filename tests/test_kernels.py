@@ -26,8 +26,8 @@ BACKENDS = ("torch", "triton")
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture
-def seed() -> int:
+@pytest.fixture(name="seed")
+def fresh_seed() -> int:
     """Fresh inputs on every run; pytest prints the number beside a failure, and SEED=… repeats it."""
     number = int(os.environ.get("SEED", secrets.randbelow(1 << 30)))
     print(f"SEED={number}")
@@ -206,11 +206,10 @@ def assert_no_worse_than_torch(ours, plain, exact, targets) -> None:
     + [(151936, torch.float32)],
 )
 def test_the_error_is_not_above_that_of_torch_in_the_same_dtype(vocab, dtype, seed):
-    """Targets: the first token, the last, the first of the last tile, any."""
-    logits = (torch.randn(4, vocab, generator=generator(seed)) * 2).to(DEVICE, dtype)
-    any_token = torch.randint(vocab, (), generator=generator(seed)).item()
-    targets = torch.tensor([0, vocab - 1, (vocab - 1) // 4096 * 4096, any_token], device=DEVICE)
-    temperature = torch.tensor([1.0, 0.6, 1.4, 0.9], device=DEVICE)
+    """Targets: the first token, the last, the first of the last tile."""
+    logits = (torch.randn(3, vocab, generator=generator(seed)) * 2).to(DEVICE, dtype)
+    targets = torch.tensor([0, vocab - 1, (vocab - 1) // 4096 * 4096], device=DEVICE)
+    temperature = torch.tensor([1.0, 0.6, 1.4], device=DEVICE)
     plain, exact = run("torch", logits, targets, temperature), truth(logits, targets, temperature)
     ours = run("triton", logits, targets, temperature)
     assert_no_worse_than_torch(ours, plain, exact, targets)
