@@ -321,15 +321,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
             live = ((c != 0) | (e != 0)).nonzero().squeeze(1) if any(wanted) else alive[:0]
             if len(live):
                 sums.add(head.gradient(z, targets, rows, stats, c, e, live), rows[live])
-        gradients = sums.result()
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = sums.result()
         ctx.mark_non_differentiable(logp, entropy)
         return loss.sum(), logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, grad_logp, grad_entropy):
-        gradients = ctx.saved_tensors  # refuses what a first backward pass has scaled already
+        # Given away, not kept: autograd would copy what it does not own alone, [V, D] in fp32.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("linear_policy_loss: its gradient was handed out in a first backward pass already")
         for gradient in gradients:
             if gradient is not None:
                 scale_(gradient, grad_loss)
