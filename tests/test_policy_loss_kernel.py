@@ -431,7 +431,7 @@ def test_a_second_backward_pass_is_refused(form, factor):
     leaves = [z.clone().requires_grad_(True) for z in model.inputs]
     loss = model.loss(form, TokenLoss(), token_inputs(model.logp, 8), *leaves)[0] * factor
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|handed out in a first backward pass"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|handed out in a first backward pass"):
         loss.backward()
 
 
