@@ -184,8 +184,8 @@ def test_what_is_dropped_and_cut_is_said(model, folder):
     write_lines("pairs.jsonl", lines)
     shown = Silent()
     train_prefer(prefer_config(model, steps=1, max_length=10, eval_share=0.0), shown)
-    wanted = "37 pairs in 37 examples to train on, 0 in 0 held out; 1 responses are too long and cut; "
-    assert shown.lines[0] == wanted + "1 examples dropped, all equal or tied"
+    wanted = "37 pairs in 37 examples to train on, 0 in 0 held out; responses that are too long and cut: 1; "
+    assert shown.lines[0] == wanted + "examples that are dropped, all equal or tied: 1"
     assert not any("eval/" in name for record in read_lines("run/metrics.jsonl") for name in record)
 
 

@@ -143,12 +143,12 @@ def accumulate(model: Transformer, lists: Sequence[Ranked], options: PreferenceL
 def table(
     model: Transformer, lists: Sequence[Ranked], budget: int, progress: Callable[[int, int], None]
 ) -> list[torch.Tensor]:
-    """The log-probs of each list's responses, [K] each."""
+    """The log-probs of each list's responses, [K] each, on the CPU."""
     out: list[torch.Tensor] = [torch.empty(0)] * len(lists)
     done = 0
     for indices in whole_lists(lists, budget):
         logp, _ = log_probs(model, [lists[i] for i in indices])
-        for i, sums in zip(indices, logp.split([len(lists[i].rows) for i in indices]), strict=True):
+        for i, sums in zip(indices, logp.cpu().split([len(lists[i].rows) for i in indices]), strict=True):
             out[i] = sums
         done += len(indices)
         progress(done, len(lists))
@@ -161,8 +161,8 @@ def evaluate(logps: Sequence[torch.Tensor], lists: Sequence[Ranked], options: Pr
     the higher log-prob by itself, without a reference; ties count half."""
     parts, totals = [], totals_of(lists)
     for logp, item in zip(logps, lists, strict=True):
-        lengths = torch.tensor([len(row.response) for row in item.rows], dtype=logp.dtype, device=logp.device)
-        chosen, rejected = logp[torch.tensor(item.pairs, device=logp.device)].unbind(1)
+        lengths = torch.tensor([len(row.response) for row in item.rows], dtype=logp.dtype)
+        chosen, rejected = logp[torch.tensor(item.pairs)].unbind(1)
         likelier = (chosen > rejected).double() + 0.5 * (chosen == rejected)
         metrics = loss_of(logp, lengths, [item], options, totals)[1]
         parts.append(metrics | {"likelier": likelier.sum() / totals.pairs})
@@ -190,6 +190,7 @@ class Prefer:
         if config.loss.has_reference and run.start < config.steps:
             self._compute_reference(self.train + self.held)
         if run.checkpoint:
+            self.model = None  # the reference goes before the policy comes
             self.model, self.tokenizer = load(run.checkpoint, config.dtype, config.device)
         self.model.checkpointing = config.recompute
         self.optimizer = AdamW(self.model, weight_decay=config.weight_decay)
@@ -201,8 +202,8 @@ class Prefer:
         line = f"{train.pairs} pairs in {train.prompts} examples to train on, {held.pairs} in {held.prompts} held out"
         stop = self.tokenizer.stop_ids[0]
         cut = sum(row.response[-1] != stop for item in self.train + self.held for row in item.rows)
-        line += f"; {cut} responses are too long and cut" if cut else ""
-        self.display.line(line + (f"; {dropped} examples dropped, all equal or tied" if dropped else ""))
+        line += f"; responses that are too long and cut: {cut}" if cut else ""
+        self.display.line(line + (f"; examples that are dropped, all equal or tied: {dropped}" if dropped else ""))
 
     def _compute_reference(self, lists: Sequence[Ranked]) -> None:
         for item, sums in zip(lists, self.table(lists, "reference"), strict=True):
