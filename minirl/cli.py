@@ -24,13 +24,14 @@ from minirl.display import RichDisplay, table
 from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.files import read_json
-from minirl.losses import PolicyLoss
 from minirl.report import plot, read_metrics, report
 from minirl.rewards.registry import did_you_mean
 from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
 from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
+from minirl.train.prefer import PreferConfig, train_prefer
+from minirl.train.rft import PairsConfig, RFTConfig, make_pairs, train_rft
 from minirl.train.run import (
     load,
     refuse_below_one,
@@ -209,6 +210,26 @@ def sft(config: SFTConfig) -> None:
     print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
 
 
+def pairs(config: PairsConfig) -> None:
+    with RichDisplay() as display:
+        file = make_pairs(config, display)
+    print(f"pairs: {file}")
+
+
+def rft(config: RFTConfig) -> None:
+    with RichDisplay() as display:
+        model = train_rft(config, display)
+    out = Path(config.out)
+    print(f"kept:  {out / 'kept.jsonl'}\nmodel: {model}\nplot:  {plot([out], out / 'plot.png')}")
+
+
+def prefer(config: PreferConfig) -> None:
+    with RichDisplay() as display:
+        model = train_prefer(config, display)
+    out = Path(config.out)
+    print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
+
+
 def grpo(config: GRPOConfig) -> None:
     with RichDisplay() as display:
         model = train_grpo(config, display)
@@ -262,6 +283,9 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "generate": (GenerateConfig, generate),
     "eval": (EvalConfig, evaluation),
     "sft": (SFTConfig, sft),
+    "pairs": (PairsConfig, pairs),
+    "rft": (RFTConfig, rft),
+    "prefer": (PreferConfig, prefer),
     "grpo": (GRPOConfig, grpo),
     "report": (ReportConfig, draw),
 }
@@ -319,7 +343,8 @@ def _first_sentence(box: str) -> str:
 
 def _defaults(kind: type, args: Sequence[str]):
     """Defaults that depend on other options: those of a preset, and those of the run that is resumed."""
-    if any(arg.partition("=")[0] == "--resume" for arg in args) and kind in (GRPOConfig, SFTConfig):
+    names = [f.name for f in fields(kind)]
+    if any(arg.partition("=")[0] == "--resume" for arg in args) and "resume" in names:
         out = Path(_value(args, "--out") or kind.out)
         if not (out / "config.json").exists():
             raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
@@ -355,8 +380,9 @@ def _from_json(kind: type, content: dict, out: str):
             )
         values[name] = tuple(value) if isinstance(value, list) else value
     try:
-        if "loss" in values:
-            values["loss"] = PolicyLoss(**values["loss"])
+        for name in values:
+            if is_dataclass(known[name].type):
+                values[name] = known[name].type(**values[name])
         return kind(**values, out=out)
     except TypeError as error:
         raise InputError(f"{out}/config.json is not as this command wrote it ({error}): restore it") from None

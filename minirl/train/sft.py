@@ -138,7 +138,7 @@ def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_lengt
     return rows
 
 
-def _refuse_unknown_tokens(rows: Sequence[Row], vocab: int) -> None:
+def refuse_unknown_tokens(rows: Sequence[Row], vocab: int) -> None:
     for i, row in enumerate(rows):
         largest = max(*row.prompt, *row.response)
         if largest >= vocab:
@@ -176,7 +176,7 @@ def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
     model.checkpointing = config.recompute
     rows = demonstration_rows(tokenizer, examples, model.config.max_positions)
-    _refuse_unknown_tokens(rows, model.config.vocab_size)
+    refuse_unknown_tokens(rows, model.config.vocab_size)
     return fit(model, tokenizer, rows, config, run, display or Display())
 
 

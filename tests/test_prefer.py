@@ -1,0 +1,497 @@
+"""Preferences, pairs and rejection sampling on a tiny model: what is learned, what is kept, what is refused, and runs
+that were stopped."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import check_same
+from tiny import ALPHABET, tiny_checkpoint
+
+from minirl import cli, display
+from minirl.errors import InputError
+from minirl.preferences import PreferenceLoss
+from minirl.sampler import Sampler
+from minirl.tokenizer import Tokenizer
+from minirl.train import rft
+from minirl.train.optimizer import AdamW
+from minirl.train.prefer import PreferConfig, train_prefer
+from minirl.train.ranked import held_out, ranked_lists, read_preferences
+from minirl.train.rft import Checked, PairsConfig, RFTConfig, kept_of, make_pairs, pairs_of, train_rft
+from minirl.train.run import Display
+
+SUMS = [(a, b) for a in range(6) for b in range(6)]
+PAIRS = [{"prompt": f"{a}+{b}=", "chosen": f"({a + b})", "rejected": f"~{a + b}"} for a, b in SUMS]
+LISTS = [
+    {"prompt": f"{a}+{b}=", "responses": [f"~{a + b}", f"({a + b})", f"{a}", f"{b}~"], "scores": [0, 1, 0.5, 0.5]}
+    for a, b in SUMS
+]
+EVEN = """
+def even(prompts, completions, **columns):
+    return [float(len(c) % 2 == 0) for c in completions]
+
+def calm(prompts, completions, **columns):
+    return [float("~" not in c) for c in completions]
+
+def never(prompts, completions, **columns):
+    return [0.0 for c in completions]
+
+def unscored(prompts, completions, **columns):
+    return [None for c in completions]
+"""
+
+
+class Silent(Display):
+    def __init__(self):
+        self.lines: list[str] = []
+        self.stages: dict[str, tuple[int, int]] = {}
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.stages[stage] = (done, total)
+
+
+def write_lines(path: str | Path, lines: list) -> str:
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where the commands run, with data of every kind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(display, "PATIENCE", float("inf"))  # no line of progress on stderr, however slow the machine is
+    write_lines("pairs.jsonl", PAIRS)
+    write_lines("lists.jsonl", LISTS)
+    write_lines("prompts.jsonl", [{"prompt": f"{a}+{b}="} for a, b in SUMS])
+    Path("even.py").write_text(EVEN)
+    return tmp_path
+
+
+def prefer_config(model: str, **changes) -> PreferConfig:
+    small = PreferConfig(model, "pairs.jsonl", "run", steps=12, batch=8, lr=2e-3, warmup=2, save_every=4)
+    return replace(small, **changes)
+
+
+def task(reward: str = "even") -> str:
+    return f"prompts.jsonl:heldout_fraction=0,reward=even.py:{reward}"
+
+
+SAMPLING = {"prompts": 12, "samples": 12, "max_tokens": 20, "temperature": 1.0}
+
+
+def rft_config(model: str, **changes) -> RFTConfig:
+    small = RFTConfig(model, task(), out="run", **SAMPLING, steps=6, batch=8, lr=1e-3, warmup=2, save_every=2)
+    return replace(small, **changes)
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dpo", "robust", "hinge", "ipo", "rrhf"])
+@pytest.mark.parametrize("data", ["pairs", "lists"])
+def test_held_out_pairs_come_into_their_order(kind, data, model, folder):
+    loss, shown = PreferenceLoss(kind), Silent()
+    config = prefer_config(
+        model, data=f"{data}.jsonl", loss=loss, eval_share=0.2, steps=60, lr=4e-3, eval_every=30, save_every=99
+    )
+    path = train_prefer(config, shown)
+    records = read_lines("run/metrics.jsonl")
+    evaluations = [r for r in records if "eval/accuracy" in r]
+    assert [r["step"] for r in evaluations] == [0, 30, 60]
+    before, after = evaluations[0], evaluations[-1]
+    if loss.has_reference:  # the policy is the reference
+        assert before["eval/accuracy"] == pytest.approx(0.5) and before["eval/reward/margin"] == 0
+    assert after["eval/accuracy"] > 0.95 and after["eval/likelier"] > max(0.6, before["eval/likelier"])
+    assert after["eval/loss"] < 0.7 * before["eval/loss"]
+    assert after["eval/reward/margin"] > before["eval/reward/margin"]
+    assert records[-1]["loss"] < 0.7 * records[1]["loss"] and records[-1]["accuracy"] > 0.95
+    assert before["eval/pairs"] == 7 * (1 if data == "pairs" else 5)  # of 36 prompts; of 6 pairs one is a tie
+    assert shown.stages["prefer"] == (60, 60) and (shown.stages.get("reference") == (36, 36)) == loss.has_reference
+    assert shown.lines[-1].startswith("prefer 60/60  loss ") and "held-out 1.000" in shown.lines[-1]
+    assert (path / "model.safetensors").exists()
+
+
+def test_the_first_step_of_dpo_loses_log_2_and_the_reference_is_the_start(model, folder):
+    train_prefer(prefer_config(model, lr=1e-9, steps=2), Silent())
+    for record in read_lines("run/metrics.jsonl")[1:]:
+        assert record["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert abs(record["reward/chosen"]) < 1e-5
+
+
+def test_the_commands_print_what_they_wrote_and_report_draws_it(model, folder, capsys):
+    cli.main(f"prefer --model {model} --data pairs.jsonl --out run --steps 3 --loss.beta 0.3 --lr 1e-3".split())
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("prefer ")] == ["1/3", "2/3", "3/3"]
+    written = [line.split()[1] for line in out.splitlines() if line.startswith(("model:", "plot:", "report:"))]
+    assert len(written) == 3 and all(Path(path).exists() for path in written)
+    assert json.loads(Path("run/config.json").read_text())["loss"]["beta"] == 0.3
+    page = Path("run/report.html").read_text()
+    assert all(word in page for word in ("Accuracy", "held-out", "chosen", "rejected"))
+    cli.main(["report", "--run", "run"])
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def lists_of(*lines: dict, max_length: int = 32, tmp: Path = Path("own.jsonl")):
+    write_lines(tmp, list(lines))
+    return ranked_lists(Tokenizer.from_chars(ALPHABET), read_preferences(tmp), max_length)
+
+
+def test_responses_end_with_the_stop_token_and_share_their_prompt(folder):
+    tokenizer = Tokenizer.from_chars(ALPHABET)
+    (item,) = lists_of({"prompt": "1+2=", "responses": ["3", "", "4", "5"], "scores": [2, -1, 2, 0]})
+    assert [tokenizer.decode(row.response) for row in item.rows] == ["3", "", "4", "5"]
+    assert all(row.response[-1] == tokenizer.eos_id and row.prompt is item.rows[0].prompt for row in item.rows)
+    assert item.pairs == [(0, 1), (0, 3), (2, 1), (2, 3), (3, 1)]
+    assert item.best == 0
+
+
+def test_responses_of_a_prompt_are_cut_alike_and_equal_ones_are_dropped(folder):
+    line = {"prompt": "1+2=", "chosen": "(1,2)3", "rejected": "(1,2)4"}
+    (item,) = lists_of(line, max_length=10)
+    assert [len(row.response) for row in item.rows] == [6, 6]
+    assert lists_of(line, max_length=9) == []
+    assert lists_of({"prompt": "1+2=", "chosen": "3", "rejected": "3"}) == []
+    (item,) = lists_of({"prompt": "1=", "responses": ["3", "3", "1"], "scores": [1, 0, 0]})
+    assert item.pairs == [(0, 1)]
+
+
+def test_what_is_dropped_and_cut_is_said(model, folder):
+    lines = [
+        *PAIRS,
+        {"prompt": "1=", "chosen": "2", "rejected": "2"},
+        {"prompt": "9=", "chosen": "1" * 9, "rejected": "2"},
+    ]
+    write_lines("pairs.jsonl", lines)
+    shown = Silent()
+    train_prefer(prefer_config(model, steps=1, max_length=10, eval_share=0.0), shown)
+    wanted = "37 pairs in 37 examples to train on, 0 in 0 held out; responses that are too long and cut: 1; "
+    assert shown.lines[0] == wanted + "examples that are dropped, all equal or tied: 1"
+    assert not any("eval/" in name for record in read_lines("run/metrics.jsonl") for name in record)
+
+
+def test_a_prompt_is_held_out_with_all_its_lines_and_the_seed_decides_which(folder):
+    lists = lists_of(*PAIRS, *[line | {"rejected": "~~"} for line in PAIRS])
+    train, held = held_out(lists, 0.25, seed=0)
+    assert (len(train), len(held)) == (54, 18)
+    sides = [{tuple(item.rows[0].prompt) for item in side} for side in (train, held)]
+    assert not sides[0] & sides[1] and len(sides[1]) == 9
+    assert {tuple(item.rows[0].prompt) for item in held_out(lists[::-1], 0.25, seed=0)[1]} == sides[1]
+    assert {tuple(item.rows[0].prompt) for item in held_out(lists, 0.25, seed=1)[1]} != sides[1]
+    assert [len(side) for side in held_out(lists, 0.0, seed=0)] == [72, 0]
+    assert [len(side) for side in held_out(lists[:2], 0.01, seed=0)] == [1, 1]
+    assert [len(side) for side in held_out(lists[:2], 0.99, seed=0)] == [1, 1]
+
+
+LINES = {  # a line of the file -> words of the sentence
+    '{"prompt": "1="': ["line 2", "JSON"],
+    '{"chosen": "1", "rejected": "2"}': ["line 2", "'prompt'"],
+    '{"prompt": "1="}': ["example 2", "'chosen'", "'responses'"],
+    '{"prompt": "1=", "chosen": "1"}': ["example 2", "'rejected'", "texts"],
+    '{"prompt": "1=", "chosen": "1", "rejected": null}': ["example 2", "'rejected'"],
+    '{"prompt": "1=", "responses": ["1", "2"]}': ["example 2", "'scores'"],
+    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1]}': ["example 2", "as many"],
+    '{"prompt": "1=", "responses": ["1"], "scores": [1]}': ["example 2", "two texts or more"],
+    '{"prompt": "1=", "responses": ["1", 2], "scores": [1, 2]}': ["example 2", "texts"],
+    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1, NaN]}': ["example 2", "numbers"],
+    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1, true]}': ["example 2", "numbers"],
+    '{"prompt": "1=", "chosen": "one", "rejected": "2"}': ["no token for 'o'"],
+    '{"prompt": "' + 32 * "1" + '", "chosen": "1", "rejected": "2"}': ["example 2", "32 tokens", "between 1 and 31"],
+}
+
+
+def complaint(capsys, command: str) -> str:
+    """The one sentence on stderr; nothing may be left behind."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    assert sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts) == before
+    return err
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_that_cannot_be_used(line, model, folder, capsys):
+    Path("pairs.jsonl").write_text(f"{json.dumps(PAIRS[0])}\n{line}\n")
+    said = complaint(capsys, f"prefer --model {model} --data pairs.jsonl")
+    assert all(word in said for word in LINES[line]), said
+
+
+OPTIONS = {
+    "prefer --model M": ["--data"],
+    "prefer --model M --data nowhere.jsonl": ["nowhere.jsonl", "no such file"],
+    "prefer --model M --data pairs.jsonl --loss.kind dop": ["'dop'", "rrhf"],
+    "prefer --model M --data pairs.jsonl --loss.beta 0": ["beta must be > 0"],
+    "prefer --model M --data pairs.jsonl --loss.kind ipo --loss.label-smoothing 0.1": ["dpo or robust"],
+    "prefer --model M --data pairs.jsonl --eval-share 1": ["eval_share = 1.0", "below 1"],
+    "prefer --model M --data pairs.jsonl --max-length 0": ["max_length = 0", "at least 1"],
+    "prefer --model M --data pairs.jsonl --batch 0": ["batch = 0", "at least 1"],
+    "prefer --resume --out nowhere": ["nowhere holds no run"],
+    "pairs --model M --out pairs.jsonl": ["pairs.jsonl exists", "--out"],
+    "pairs --model M --out even.py/pairs.jsonl": ["even.py", "no folder"],
+    "pairs --model M --samples 0": ["samples = 0", "at least 1"],
+    "pairs --model M --temperature -1": ["temperature"],
+    "pairs --model M --distinct words": ["'words'", "numbers"],
+    "rft --model M --lr 0": ["lr = 0.0", "positive"],
+    "rft --model M --max-per-prompt 0": ["max_per_prompt = 0"],
+    "rft --model M --prompts 0": ["prompts = 0"],
+    "rft --model M --task nothing": ["'nothing'", "arithmetic"],
+    "rft --resume --out nowhere": ["nowhere holds no run"],
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_a_command_that_cannot_be(command, model, folder, capsys):
+    said = complaint(capsys, command.replace(" M", f" {model}"))
+    assert all(word in said for word in OPTIONS[command]), said
+
+
+def test_data_without_anything_to_prefer_or_to_hold_out(model, folder, capsys):
+    write_lines("ties.jsonl", [{"prompt": "1=", "responses": ["1", "2"], "scores": [3, 3]}] * 2)
+    assert "in none of its 2 examples" in complaint(capsys, f"prefer --model {model} --data ties.jsonl")
+    write_lines("one.jsonl", PAIRS[:1])
+    assert "set eval_share = 0" in complaint(capsys, f"prefer --model {model} --data one.jsonl")
+    train_prefer(prefer_config(model, data="one.jsonl", eval_share=0.0, steps=1), Silent())
+
+
+def test_a_tokenizer_of_another_model_is_named(model, folder, tmp_path, capsys):
+    wrong = tiny_checkpoint(tmp_path / "wrong", vocab_size=8)
+    said = complaint(capsys, f"prefer --model {wrong} --data pairs.jsonl")
+    assert "outside the model's vocabulary of 8" in said
+
+
+# --- runs that were stopped ------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def at_update(monkeypatch, number: int, act) -> None:
+    """Do something in the place of the n-th optimizer step, or before it."""
+    step, calls = AdamW.step, count(1)
+
+    def wrapped(self, *args):
+        if next(calls) == number:
+            act()
+        return step(self, *args)
+
+    monkeypatch.setattr(AdamW, "step", wrapped)
+
+
+def kill():
+    raise Killed
+
+
+def run_of(kind: str, model: str, out: str, **changes):
+    if kind == "rft":
+        return train_rft(rft_config(model, out=out, **changes), Silent())
+    return train_prefer(prefer_config(model, out=out, steps=6, save_every=2, eval_every=3, **changes), Silent())
+
+
+@pytest.mark.parametrize("kind", ["prefer", "rft"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("update", [2, 4, 5])  # before the first checkpoint, or after one
+def test_a_killed_run_resumes_to_the_same_bits(kind, dtype, update, model, folder, monkeypatch):
+    run_of(kind, model, "whole", dtype=dtype)
+    with monkeypatch.context() as patch:
+        at_update(patch, update, kill)
+        with pytest.raises(Killed):
+            run_of(kind, model, "run", dtype=dtype)
+    assert not Path("run/model").exists()
+    if kind == "rft":  # what was sampled is not sampled again
+        monkeypatch.setattr(Sampler, "generate", None)
+    run_of(kind, model, "run", dtype=dtype, resume=True)
+    check_same(Path("run"), Path("whole"))
+
+
+@pytest.mark.parametrize("kind", ["prefer", "rft"])
+def test_ctrl_c_saves_and_the_command_goes_on_from_there(kind, model, folder, monkeypatch):
+    run_of(kind, model, "whole")
+    with monkeypatch.context() as patch:
+        at_update(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run_of(kind, model, "run")
+    assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    monkeypatch.setattr(cli, "plot", lambda *args: None)
+    monkeypatch.setattr(cli, "report", lambda *args: None)
+    cli.main([kind, "--resume", "--out", "run"])
+    check_same(Path("run"), Path("whole"))
+
+
+@pytest.mark.parametrize("kind", ["prefer", "rft"])
+def test_memory_knobs_change_no_result(kind, model, folder):
+    run_of(kind, model, "whole")
+    knobs = {"micro_batch_tokens": 40, "recompute": True} | ({"slots": 3} if kind == "rft" else {})
+    run_of(kind, model, "run", **knobs)
+    if kind == "rft":
+        assert Path("run/kept.jsonl").read_bytes() == Path("whole/kept.jsonl").read_bytes()
+    for a, b in zip(read_lines("run/metrics.jsonl"), read_lines("whole/metrics.jsonl"), strict=True):
+        for name in ("loss", "eval/accuracy", "reward/margin"):
+            assert a.get(name) == pytest.approx(b.get(name), abs=1e-4)
+        if a["step"] > 1:  # in the first step policy and reference differ by rounding alone
+            assert a.get("accuracy") == b.get("accuracy")
+
+
+def test_a_finished_run_and_changed_data(model, folder):
+    run_of("prefer", model, "run")
+    shown = Silent()
+    train_prefer(prefer_config(model, steps=6, save_every=2, eval_every=3, resume=True), shown)
+    assert "all of its 6 steps are done" in shown.lines[-1] and "reference" not in shown.stages
+    write_lines("pairs.jsonl", PAIRS[1:])
+    with pytest.raises(InputError, match="the data of the run in run has changed"):
+        run_of("prefer", model, "run", resume=True)
+
+
+# --- pairs and rejection sampling ------------------------------------------------------------------------------------
+
+
+def test_rft_keeps_what_is_right_and_ended_each_once_and_at_most_so_many(model, folder):
+    seen: list[Checked] = []
+    shown, harvest = Silent(), rft.sample_and_check
+
+    def watched(*args):
+        for groups in harvest(*args):
+            seen.extend(groups)
+            yield groups
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rft, "sample_and_check", watched)
+        train_rft(rft_config(model), shown)
+    kept = read_lines("run/kept.jsonl")
+    texts = [(line["prompt"], line["completion"]) for line in kept]
+    assert len(kept) > 12 and len(set(texts)) == len(texts)
+    assert all(len(text) % 2 == 0 for _, text in texts)
+    by_prompt = {group.prompt: group for group in seen}
+    assert len(by_prompt) == 12
+    for line in kept:
+        assert line["completion"] in by_prompt[line["prompt"]].right and line["correct"] <= 12
+        assert sum(prompt == line["prompt"] for prompt, _ in texts) == min(4, len(by_prompt[line["prompt"]].right))
+    assert all(len(text) % 2 == 1 for group in seen for text in group.wrong)
+    assert all(group.correct >= len(group.right) for group in seen) and sum(group.cut for group in seen) > 0
+    assert all(len(text) < 20 for group in seen for text in group.right + group.wrong)
+    assert read_lines("run/metrics.jsonl")[0] == {
+        "step": 0,
+        "rft/kept": len(kept),
+        "rft/solved": len({prompt for prompt, _ in texts}),
+    }
+    assert f"kept {len(kept)} completions of 12 prompts" in shown.lines[0]
+    assert shown.stages["prompts"] == (12, 12)
+
+
+def test_rft_raises_the_share_of_right_completions(model, folder):
+    def share(checkpoint: str) -> float:
+        loaded, config = rft.load(checkpoint, "float32", "cpu"), rft_config(checkpoint, samples=32, seed=7)
+        (groups,) = rft.sample_and_check(*loaded, rft.parse_task(task("calm")), config, Silent())
+        return sum(group.correct for group in groups) / (12 * 32)
+
+    config = rft_config(model, task=task("calm"), samples=32, max_per_prompt=16, steps=40, batch=32, lr=4e-3)
+    assert share(str(train_rft(replace(config, save_every=99), Silent()))) > share(model) + 0.2
+
+
+def test_prompts_beyond_a_chunk_draw_their_own_completions(model, folder, monkeypatch):
+    monkeypatch.setattr(rft, "CHUNK", 2)
+    write_lines("prompts.jsonl", [{"prompt": "1+2=", "column": i} for i in range(4)])
+    loaded, config = rft.load(model, "float32", "cpu"), rft_config(model, prompts=4)
+    first, second = rft.sample_and_check(*loaded, rft.parse_task(task()), config, Silent())
+    assert len(first) == len(second) == 2
+    assert len({(*group.right, *group.wrong) for group in first + second}) == 4
+
+
+def test_completions_are_one_where_their_numbers_are():
+    texts = ["3+4=7", "3 plus 4 is 7", "(3,4)7", "7", "7.", "3+4=7", "so", "well", "1,000=1000", "1000=1000"]
+    assert rft._without_repetitions(texts, "text") == list(dict.fromkeys(texts))
+    assert rft._without_repetitions(texts, "numbers") == ["3+4=7", "7", "so", "well", "1,000=1000"]
+
+
+def test_a_completion_is_in_one_pair_only_and_lengths_can_be_matched():
+    group = Checked("p", ["a", "bbbb", "cc"], ["11111", "22", "3"], 3, 0)
+
+    def found(most: int, match: bool) -> list[tuple[str, str]]:
+        return [(pair["chosen"], pair["rejected"]) for pair in pairs_of(group, most, match)]
+
+    assert found(9, False) == [("a", "11111"), ("bbbb", "22"), ("cc", "3")]
+    assert found(9, True) == [("a", "3"), ("bbbb", "11111"), ("cc", "22")]
+    assert found(1, True) == [("a", "3")]
+    assert pairs_of(replace(group, wrong=[]), 3) == pairs_of(replace(group, right=[]), 3) == []
+    assert [line["completion"] for line in kept_of([group], 2)] == ["a", "bbbb"]
+
+
+def test_pairs_of_a_task_can_be_trained_on(model, folder):
+    config = PairsConfig(model, task(), out="made.jsonl", **SAMPLING, max_per_prompt=2, match_length=True)
+    shown = Silent()
+    assert make_pairs(config, shown) == Path("made.jsonl")
+    lines = read_lines("made.jsonl")
+    assert all(len(line["chosen"]) % 2 == 0 and len(line["rejected"]) % 2 == 1 for line in lines)
+    counts = [sum(line["prompt"] == f"{a}+{b}=" for line in lines) for a, b in SUMS]
+    assert max(counts) == 2 and sum(counts) == len(lines) > 12 and not any(counts[12:])
+    assert shown.lines[-1].startswith(f"{len(lines)} pairs from 12 prompts: ")
+    content = Path("made.jsonl").read_bytes()
+    make_pairs(replace(config, out="again.jsonl", slots=5), Silent())
+    assert Path("again.jsonl").read_bytes() == content
+    train_prefer(prefer_config(model, data="made.jsonl", steps=2), Silent())
+
+
+def test_ctrl_c_writes_the_pairs_of_the_prompts_that_are_done(model, folder, monkeypatch, capsys):
+    monkeypatch.setattr(rft, "CHUNK", 4)
+    generate, calls = Sampler.generate, count(1)
+
+    def interrupted(*args):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return generate(*args)
+
+    monkeypatch.setattr(Sampler, "generate", interrupted)
+    options = f"--model {model} --task {task()} --prompts 12 --samples 12 --max-tokens 20 --temperature 1"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(f"pairs --out made.jsonl {options}".split())
+    assert stop.value.code == 130
+    assert "pairs from 8 prompts" in capsys.readouterr().out
+    done = {f"{a}+{b}=" for a, b in SUMS[:8]}
+    assert {line["prompt"] for line in read_lines("made.jsonl")} <= done
+
+
+@pytest.mark.parametrize("command", ["pairs --out made.jsonl", "rft --out run"])
+def test_nothing_right_and_nothing_scored_are_one_sentence(command, model, folder, capsys):
+    options = "--prompts 3 --samples 2 --max-tokens 4"
+    said = complaint(capsys, f"{command} --model {model} --task {task('never')} {options}")
+    assert "0 of 6 completions right" in said and "more samples" in said
+    said = complaint(capsys, f"{command} --model {model} --task {task('unscored')} {options}")
+    assert "gave none of 6 completions a score" in said
+
+
+def test_a_resumed_rft_without_its_kept_completions_says_so(model, folder):
+    train_rft(rft_config(model, steps=2), Silent())
+    Path("run/kept.jsonl").unlink()
+    with pytest.raises(InputError, match=r"kept\.jsonl cannot be read"):
+        train_rft(rft_config(model, steps=2, resume=True), Silent())
+
+
+def test_no_gradient_is_left_by_sampling_before_training(model, folder):
+    """The same fine-tuning on the same lines, through `minirl sft`, ends with the same weights."""
+    from minirl.train.sft import train_sft
+
+    config = rft_config(model)
+    path = train_rft(config, Silent())
+    again = train_sft(replace(config.sft, data="run/kept.jsonl", out="again"), Silent())
+    assert torch.equal(*(rft.load(p, "float32", "cpu")[0].head_weight for p in (path, again)))
