@@ -31,6 +31,8 @@ from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
 from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
+from minirl.train.outcomes import OutcomesConfig, write_outcomes
+from minirl.train.reward import RewardConfig, train_reward
 from minirl.train.run import (
     load,
     refuse_below_one,
@@ -216,6 +218,18 @@ def grpo(config: GRPOConfig) -> None:
     print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
 
 
+def outcomes(config: OutcomesConfig) -> None:
+    with RichDisplay() as display:
+        labels, pairs = write_outcomes(config, display)
+    print(f"labels: {labels}\npairs:  {pairs}")
+
+
+def reward(config: RewardConfig) -> None:
+    with RichDisplay() as display:
+        model = train_reward(config, display)
+    print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
+
+
 def demo(config: DemoConfig) -> None:
     out = Path(config.out)
     for seed in config.seeds:  # the demo owns its folders; nothing else in `out` is touched
@@ -262,6 +276,8 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "generate": (GenerateConfig, generate),
     "eval": (EvalConfig, evaluation),
     "sft": (SFTConfig, sft),
+    "outcomes": (OutcomesConfig, outcomes),
+    "reward": (RewardConfig, reward),
     "grpo": (GRPOConfig, grpo),
     "report": (ReportConfig, draw),
 }
@@ -319,7 +335,7 @@ def _first_sentence(box: str) -> str:
 
 def _defaults(kind: type, args: Sequence[str]):
     """Defaults that depend on other options: those of a preset, and those of the run that is resumed."""
-    if any(arg.partition("=")[0] == "--resume" for arg in args) and kind in (GRPOConfig, SFTConfig):
+    if any(arg.partition("=")[0] == "--resume" for arg in args) and kind in (GRPOConfig, SFTConfig, RewardConfig):
         out = Path(_value(args, "--out") or kind.out)
         if not (out / "config.json").exists():
             raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
