@@ -290,8 +290,11 @@ def load_model(
     """
     folder = resolve(path)
     config = read_config(folder)
+    held = read_scalar_head(config, str(folder / "config.json")) if scalar_head else None
     if scalar_head is True:
-        scalar_head = read_scalar_head(config, str(folder / "config.json")) or True
+        scalar_head = held or ScalarHead()
+    if held and held.layers != scalar_head.layers:
+        raise InputError(f"{folder} has a head of kind {held.layers}, not {scalar_head.layers}: ask for that one")
     with torch.device("meta"):
         model = Transformer(config, scalar_head)
     expected = {name: p.shape for name, p in model.named_parameters()}

@@ -104,10 +104,9 @@ def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], separator: str) -> li
 def spelled_tokens(tokenizer: Tokenizer, text: str, tokens: Sequence[int], where: str) -> tuple[int, ...]:
     """The tokens of a sampled text; InputError where they do not spell it, as those of another tokenizer. They may go
     on, as a stop text is cut from what a reward sees."""
-    try:
-        spelled = tokenizer.decode(tokens)
-    except (OverflowError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {str(tokens)[:60]} are no token ids ({error}): give whole numbers") from None
+    if not isinstance(tokens, list | tuple) or any(type(token) is not int or token < 0 for token in tokens):
+        raise InputError(f"{where}: its tokens are {tokens!r:.60}: they must be a list of token ids")
+    spelled = tokenizer.decode(tokens)
     if not spelled.startswith(text):
         raise InputError(
             f"{where}: its tokens spell {spelled[:40]!r} and not {text[:40]!r}: train the reward model from a "

@@ -81,6 +81,9 @@ class RewardConfig:
     """Optimizer steps; None: one pass over the data."""
     batch: int = 32
     """Lines a step."""
+    share: int = 1
+    """Lines of one prompt that come together and compute it once: more save time where prompts are long, but a step is
+    less diverse and learns less."""
     lr: float = 1e-5
     """Peak learning rate."""
     warmup: int = 10
@@ -112,7 +115,7 @@ class RewardConfig:
     may differ, as they change no result."""
 
     def __post_init__(self):
-        refuse_below_one(self, "batch", "eval_lines", "micro_batch_tokens", "save_every")
+        refuse_below_one(self, "batch", "share", "eval_lines", "micro_batch_tokens", "save_every")
         if self.steps is not None:
             refuse_below_one(self, "steps")
         refuse_not_positive(self, "lr", "clip_norm")
@@ -258,15 +261,18 @@ def prompts_of(lines: Sequence[Line]) -> list[int]:
     return [numbers.setdefault(line.tree.prompt, len(numbers)) for line in lines]
 
 
-def take(prompts: np.ndarray, seed: int, start: int, number: int) -> list[int]:
-    """Lines start .. start+number of the endless sequence of epochs: prompts in a seeded order, the lines of each one
-    after another, so that they share it. `prompts` is the number of each line's prompt."""
+def take(prompts: np.ndarray, share: int, seed: int, start: int, number: int) -> list[int]:
+    """Lines start .. start+number of the endless sequence of epochs, each in a seeded order of chunks of up to `share`
+    lines of one prompt. `prompts` is the number of each line's prompt."""
     count, out = len(prompts), []
     for epoch in range(start // count, (start + number - 1) // count + 1):
         rng = np.random.default_rng([seed, epoch])
-        out.append(np.lexsort((rng.random(count), rng.permutation(prompts.max() + 1)[prompts])))
-    first = start % count
-    return np.concatenate(out)[first : first + number].tolist()
+        lines = np.lexsort((rng.random(count), prompts))  # by prompt, those of a prompt shuffled
+        _, first, sizes = np.unique(prompts[lines], return_index=True, return_counts=True)
+        starts = (np.arange(count) - np.repeat(first, sizes)) % share == 0  # of a chunk
+        out.append(lines[np.argsort(rng.permutation(count)[np.cumsum(starts) - 1], kind="stable")])
+    offset = start % count
+    return np.concatenate(out)[offset : offset + number].tolist()
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -286,7 +292,7 @@ def fit(model, tokenizer, train: list[Line], heldout: list[Line], config: Reward
     with interruptible(display) as stop_requested:
         for step in range(run.start, steps):
             started = time.perf_counter()
-            lines = [train[i] for i in take(prompts, config.seed, step * config.batch, config.batch)]
+            lines = [train[i] for i in take(prompts, config.share, config.seed, step * config.batch, config.batch)]
             lr = learning_rate(step, config.lr, config.warmup, steps, config.schedule)
             loss, scores = accumulate(model, lines, config)
             norm = optimizer.step(lr, config.clip_norm)
