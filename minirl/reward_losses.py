@@ -140,7 +140,7 @@ def label_metrics(
     right = labels > 0.5
     sizes = groups.unique(return_counts=True)[1].tolist()
     pairs = [torch.cartesian_prod(m[right[m]], m[~right[m]]) for m in groups.argsort(stable=True).split(sizes)]
-    better, worse = torch.cat(pairs).unbind(1)
+    better, worse = torch.cat([groups.new_empty(0, 2), *pairs]).unbind(1)
     return {
         "accuracy": ranking_accuracy(scores[better], scores[worse]),
         "auc": auc(scores, labels),

@@ -252,7 +252,8 @@ def test_pairs_and_ranked_lists_end_with_the_stop_token(checkpoint, tmp_path):
     ]
     tokenizer, found = Tokenizer.from_pretrained(checkpoint), encoded(checkpoint, tmp_path, "pairwise", lines)
     assert (found.no_contrast, found.too_long) == (2, 1)
-    assert re.fullmatch("x: 1 lines are longer than 32 .* and 2 compare .* left out", found.complaint("x", 32))
+    wanted = "x: lines left out: 1 longer than 32 tokens and 2 that compare equal or tied responses"
+    assert found.complaint("x", 32) == wanted
     pair, ranked = found.lines
     assert pair.tree == Tree(
         tuple(tokenizer.encode("1+2=")),
@@ -446,7 +447,10 @@ def test_right_sums_are_told_from_wrong_ones_of_prompts_never_seen(trained):
     assert last["eval/reward_std"] > before["eval/reward_std"] > 0
     assert last["eval/reward_min"] < last["eval/reward_mean"] < last["eval/reward_max"]
     assert [r["step"] for r in records(folder) if "eval/accuracy" in r] == [0, 100, 200, 300]
-    assert re.search(r"before:  held-out accuracy 0\.\d+  ece .*  brier .*  score .* ± ", lines[0])
+    assert re.search(
+        r"before: \d+ lines to train on, \d+ held out  held-out accuracy 0\.\d+  ece .*  brier .*  score .* ± ",
+        lines[0],
+    )
     assert re.match(r"reward 300/300  loss \S+  accuracy \S+  margin \S+  held-out accuracy", lines[-2])
 
 
@@ -482,6 +486,19 @@ def test_every_kind_learns_and_scores(kind, checkpoint, tmp_path):
     for steps, value in (("prod", math.prod(wanted)), ("last", wanted[-1])):
         judge.steps = steps
         assert judge.score([prompt], [tokens]) == [pytest.approx(value, abs=1e-5)]
+
+
+def test_lines_without_a_label_and_prompts_without_both_labels_are_no_error(checkpoint, tmp_path):
+    blank = [{"prompt": f"{i}=", "steps": ["1", "2"], "labels": [None, None]} for i in range(4)]
+    for kind, lines in (
+        ("process", blank),
+        ("bce", [{"prompt": f"{i}=", "completion": "1", "label": 1} for i in range(4)]),
+    ):
+        out, display = tmp_path / kind, Quiet()
+        data = write(tmp_path / f"{kind}.jsonl", lines)
+        train_reward(RewardConfig(str(checkpoint), str(data), kind, out=str(out), heldout=0.5, separator=","), display)
+        assert records(out)[-1]["accuracy"] is None and "held-out accuracy –  auc –" in display.lines[-1]
+        assert (records(out)[-1]["loss"] == 0) == (kind == "process")
 
 
 def config_of(checkpoint: Path, tmp_path: Path, kind: str, name: str, **options) -> RewardConfig:

@@ -141,7 +141,8 @@ def train_reward(config: RewardConfig, display: Display | None = None) -> Path:
     hashed = [{k: v for k, v in e.items() if k != "where"} for side in sides for e in side]
     run = Run(config.out, identity(config, [hashed, len(sides[1]), demonstrations]), config.resume)
     model, tokenizer = start(config, run)
-    train, heldout = (_lines(side, config, tokenizer, model, display) for side in sides)
+    paths = config.data, config.heldout_data or config.data
+    train, heldout = (_lines(*side, config, tokenizer, model, display) for side in zip(sides, paths, strict=True))
     if not train:
         raise InputError(f"{config.data} has no line to train on once these are left out: give others")
     if config.kind in ("pointwise", "bce") and config.balance:
@@ -168,9 +169,9 @@ def start(config: RewardConfig, run: Run) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
-def _lines(examples: list[dict], config: RewardConfig, tokenizer, model: Transformer, display: Display) -> list[Line]:
+def _lines(examples: list[dict], path: str, config: RewardConfig, tokenizer, model, display: Display) -> list[Line]:
     found = encode(examples, config.kind, tokenizer, model.config, config.separator)
-    if complaint := found.complaint(config.data, model.config.max_positions):
+    if complaint := found.complaint(path, model.config.max_positions):
         display.line(complaint)
     return found.lines
 
@@ -287,7 +288,7 @@ def fit(model, tokenizer, train: list[Line], heldout: list[Line], config: Reward
     say_if_finished(run, steps, display)
     if run.start == 0:
         before = evaluate(model, heldout, config) if heldout else {}
-        display.line(f"{len(train)} lines to train on, {len(heldout)} held out; before:{heldout_line(before)}")
+        display.line(f"before: {len(train)} lines to train on, {len(heldout)} held out{heldout_line(before)}")
     display.progress("reward", run.start, steps)
     with interruptible(display) as stop_requested:
         for step in range(run.start, steps):
@@ -322,10 +323,13 @@ def _shown(m: dict, name: str, digits: str) -> str:
 
 def heldout_line(m: dict) -> str:
     """Held-out numbers for a person; empty where there are none."""
-    names = {"accuracy": ".3f", "ece": ".3f", "brier": ".3f", "reward_mean": ".2f", "reward_std": ".2f"}
-    shown = [_shown(m, f"eval/{name}", digits) for name, digits in names.items()]
-    text = "  held-out accuracy {}  ece {}  brier {}  score {} ± {}".format(*shown)
-    return text if "eval/accuracy" in m else ""
+    if "eval/loss" not in m:
+        return ""
+    auc = f"  auc {_shown(m, 'eval/auc', '.3f')}" if "eval/auc" in m else ""  # of labels
+    return (
+        f"  held-out accuracy {_shown(m, 'eval/accuracy', '.3f')}{auc}  ece {_shown(m, 'eval/ece', '.3f')}  "
+        f"brier {_shown(m, 'eval/brier', '.3f')}  score {m['eval/reward_mean']:.2f} ± {m['eval/reward_std']:.2f}"
+    )
 
 
 def reward_line(step: int, steps: int, m: dict) -> str:

@@ -49,10 +49,10 @@ class Lines:
 
     def complaint(self, path: str, limit: int) -> str:
         """What was left out, in one sentence; empty for nothing."""
-        parts = [f"{self.too_long} lines are longer than {limit} tokens"] if self.too_long else []
+        parts = [f"{self.too_long} longer than {limit} tokens"] if self.too_long else []
         if self.no_contrast:
-            parts.append(f"{self.no_contrast} compare equal responses or tied ones")
-        return f"{path}: {' and '.join(parts)}; they are left out" if parts else ""
+            parts.append(f"{self.no_contrast} that compare equal or tied responses")
+        return f"{path}: lines left out: {' and '.join(parts)}" if parts else ""
 
 
 def read_examples(path: str | Path, kind: str) -> list[dict]:
