@@ -6,9 +6,9 @@ that other engines read them. Whatever does not fit is an InputError that names 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from minirl.errors import InputError
 from minirl.files import read_json, write_atomic, write_json
-from minirl.model import ModelConfig, Transformer
+from minirl.model import ModelConfig, ScalarHead, Transformer
 
 FAMILIES = {
     # model_type: biases on q, k, v without being asked for, norms on q and k, and what holds where a key is left out
@@ -27,6 +27,7 @@ FAMILIES = {
     "smollm3": {"architecture": "SmolLM3", "qkv_bias": False, "qk_norm": False, "theta": 2e6, "window": None},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCORE = "score."  # the parameters of a scalar head
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -206,7 +207,23 @@ def _rope_layers(keys: _Keys, kind: str, layers: int) -> tuple[bool, ...]:
     return () if all(flags[:layers]) else tuple(bool(flag) for flag in flags[:layers])
 
 
-def write_config(config: ModelConfig, dtype: torch.dtype, scalar_head: bool) -> dict:
+def read_scalar_head(config: ModelConfig, where: str = "config.json") -> ScalarHead | None:
+    """What the config.json of a reward model or critic says of its head; None where it says nothing."""
+    content = config.source.get("scalar_head")
+    if content is None:
+        return None
+    hints = get_type_hints(ScalarHead)
+
+    def fits(name: str, value) -> bool:
+        choices = get_args(hints.get(name))
+        return value in choices if choices else name in hints and isinstance(value, hints[name])
+
+    if not isinstance(content, dict) or not all(fits(name, value) for name, value in content.items()):
+        raise InputError(f"{where}: 'scalar_head' is {content!r:.120}: restore the file, or take the key away")
+    return ScalarHead(**content)
+
+
+def write_config(config: ModelConfig, dtype: torch.dtype, scalar_head: ScalarHead | None) -> dict:
     """A config.json for other engines: the one that was read, or for a fresh model one made from the ModelConfig."""
     task = "ForSequenceClassification" if scalar_head else "ForCausalLM"
     content = dict(config.source) or {
@@ -234,7 +251,7 @@ def write_config(config: ModelConfig, dtype: torch.dtype, scalar_head: bool) -> 
     content.pop("torch_dtype", None)  # the older name of the same key
     architecture = FAMILIES[config.model_type]["architecture"] + task
     content |= {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
-    return content | ({"num_labels": 1} if scalar_head else {})
+    return content | ({"num_labels": 1, "scalar_head": asdict(scalar_head)} if scalar_head else {})
 
 
 def _check_read_back(config: ModelConfig, content: dict) -> None:
@@ -264,11 +281,20 @@ def _layers_for_others(config: ModelConfig) -> dict:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, device=None, scalar_head: bool = False
+    path: str | Path, dtype: torch.dtype | None = None, device=None, scalar_head: bool | ScalarHead = False
 ) -> Transformer:
-    """Read a directory or hub id. `scalar_head` on a language model's checkpoint starts the head at zero."""
+    """Read a directory or hub id. `scalar_head` True takes the head that the checkpoint has, on a language model's
+    checkpoint a linear one; a `ScalarHead` asks for its own. A head that the files do not hold starts at zero.
+
+    A scalar head is never rounded: in a bf16 model it keeps the fp32 of its file.
+    """
     folder = resolve(path)
     config = read_config(folder)
+    held = read_scalar_head(config, str(folder / "config.json")) if scalar_head else None
+    if scalar_head is True:
+        scalar_head = held or ScalarHead()
+    if held and held.layers != scalar_head.layers:
+        raise InputError(f"{folder} has a head of kind {held.layers}, not {scalar_head.layers}: ask for that one")
     with torch.device("meta"):
         model = Transformer(config, scalar_head)
     expected = {name: p.shape for name, p in model.named_parameters()}
@@ -277,7 +303,8 @@ def load_model(
     tensors: dict[str, torch.Tensor] = {}
     for file, names in _files(folder).items():
         tensors |= _read(folder / file, names, readable, dtype, device)
-    missing = [name for name in expected if name not in tensors and name != "score.weight"]
+    fresh = not any(name.startswith(SCORE) for name in tensors)
+    missing = [name for name in expected if name not in tensors and not (fresh and name.startswith(SCORE))]
     if missing:
         raise InputError(f"{folder}: tensor {missing[0]!r} is missing{_more(missing)}: the checkpoint is incomplete")
     embedding = tensors["model.embed_tokens.weight"]
@@ -287,9 +314,12 @@ def load_model(
             f"{folder}: tensor 'lm_head.weight' differs from the embedding although config.json ties the two: "
             "set tie_word_embeddings to false"
         )
-    if scalar_head:
-        tensors.setdefault("score.weight", torch.zeros(1, config.width, device=embedding.device))
-    model.load_state_dict({name: tensor.to(embedding.dtype) for name, tensor in tensors.items()}, assign=True)
+    for name in expected.keys() - tensors.keys():  # of a fresh scalar head
+        tensors[name] = torch.zeros(expected[name], device=embedding.device)
+    for name, tensor in tensors.items():
+        widest = torch.promote_types(tensor.dtype, embedding.dtype)
+        tensors[name] = tensor.to(widest if name.startswith(SCORE) else embedding.dtype)
+    model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
 
 
@@ -341,14 +371,16 @@ def _tensor(tensor, name: str, file: Path, shape, dtype, device) -> torch.Tensor
         )
     if tensor.dtype not in DTYPES.values():
         raise InputError(f"{file}: tensor {name!r} is {tensor.dtype}: only {', '.join(DTYPES)} are read")
-    # clone: without it the tensor would keep the whole file mapped
-    return tensor.to(dtype=dtype or tensor.dtype, device=device, copy=True)
+    if dtype is None or name.startswith(SCORE):
+        dtype = tensor.dtype
+    # copy: without it the tensor would keep the whole file mapped
+    return tensor.to(dtype=dtype, device=device, copy=True)
 
 
 def save_model(model: Transformer, path: str | Path) -> None:
     """Write config.json and model.safetensors, weights first, each atomically."""
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    config = write_config(model.config, model.dtype, model.score is not None)
+    config = write_config(model.config, model.dtype, model.head)
     write_atomic(Path(path) / WEIGHTS, lambda staging: save_file(tensors, staging, metadata={"format": "pt"}))
     write_json(Path(path) / "config.json", config)
     (Path(path) / INDEX).unlink(missing_ok=True)

@@ -30,7 +30,9 @@ from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
 from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
+from minirl.train.outcomes import OutcomesConfig, write_outcomes
 from minirl.train.prefer import PreferConfig, train_prefer
+from minirl.train.reward import RewardConfig, train_reward
 from minirl.train.rft import PairsConfig, RFTConfig, make_pairs, train_rft
 from minirl.train.run import (
     load,
@@ -237,6 +239,18 @@ def grpo(config: GRPOConfig) -> None:
     print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
 
 
+def outcomes(config: OutcomesConfig) -> None:
+    with RichDisplay() as display:
+        labels, pairs = write_outcomes(config, display)
+    print(f"labels: {labels}\npairs:  {pairs}")
+
+
+def reward(config: RewardConfig) -> None:
+    with RichDisplay() as display:
+        model = train_reward(config, display)
+    print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
+
+
 def demo(config: DemoConfig) -> None:
     out = Path(config.out)
     for seed in config.seeds:  # the demo owns its folders; nothing else in `out` is touched
@@ -286,6 +300,8 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "pairs": (PairsConfig, pairs),
     "rft": (RFTConfig, rft),
     "prefer": (PreferConfig, prefer),
+    "outcomes": (OutcomesConfig, outcomes),
+    "reward": (RewardConfig, reward),
     "grpo": (GRPOConfig, grpo),
     "report": (ReportConfig, draw),
 }

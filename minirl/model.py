@@ -10,6 +10,7 @@ Shapes: N tokens, D width, H heads, K key-value heads, Dh head width, V vocabula
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,20 @@ class ModelConfig:
 
     def rotates(self, layer: int) -> bool:
         return self.rope_layers[layer] if self.rope_layers else True
+
+
+@dataclass(frozen=True)
+class ScalarHead:
+    """The head of a reward model or critic, and what its numbers mean; config.json holds it as `scalar_head`."""
+
+    layers: Literal["linear", "mlp"] = "linear"
+    """Linear, or Linear-ReLU-Linear."""
+    kind: Literal["value", "pairwise", "pointwise", "bce", "process"] = "value"
+    """What it was trained on."""
+    bias: float = 0.0
+    """Subtracted from every number: the mean score of a reference set, so that its like scores about 0."""
+    separator: str = "\n"
+    """What ends a step (kind process)."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -233,25 +248,36 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
 
 
+def _score(width: int, layers: str) -> nn.Module:
+    """The scalar head, under the names that other engines know: score.weight, or score.0 and score.2 of an MLP."""
+    if layers == "linear":
+        return nn.Linear(width, 1, bias=False)
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+
 class Transformer(nn.Module):
     """A language model, or with `scalar_head` a reward model or critic: one fp32 number a token instead of logits."""
 
-    def __init__(self, config: ModelConfig, scalar_head: bool = False):
+    def __init__(self, config: ModelConfig, scalar_head: bool | ScalarHead = False):
+        """`scalar_head` True stands for the default `ScalarHead`."""
         super().__init__()
         self.config = config
+        self.head = ScalarHead() if scalar_head is True else scalar_head or None
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.model = Trunk(config)
         self.lm_head = None if config.tied or scalar_head else nn.Linear(config.width, config.vocab_size, bias=False)
-        self.score = nn.Linear(config.width, 1, bias=False) if scalar_head else None
+        self.score = None if self.head is None else _score(config.width, self.head.layers)
         # Not a buffer: `.to(bfloat16)` would round the frequencies.
         self.rope_frequency, self.rope_scale = rope_frequencies(config)
 
     @classmethod
-    def from_pretrained(cls, path: str, dtype: torch.dtype | None = None, device=None) -> "Transformer":
+    def from_pretrained(
+        cls, path: str, dtype: torch.dtype | None = None, device=None, scalar_head: bool | ScalarHead = False
+    ) -> "Transformer":
         """Read a Hugging Face directory or hub id. `dtype` None keeps the checkpoint's own."""
         from minirl.checkpoint import load_model
 
-        return load_model(path, dtype, device)
+        return load_model(path, dtype, device, scalar_head)
 
     def save_pretrained(self, path: str) -> None:
         """Write config.json and model.safetensors so that transformers and other engines load them."""
@@ -297,8 +323,27 @@ class Transformer(nn.Module):
         return linear(hidden, self.head_weight).float()
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, D] -> fp32 scalars [N] of the scalar head."""
-        return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+        """hidden [N, D] -> fp32 scalars [N] of the scalar head, its bias subtracted."""
+        x = hidden.float()
+        for i, layer in enumerate(self._score_layers()):
+            x = x if i == 0 else F.relu(x)
+            x = linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+        return x.squeeze(-1) - self.head.bias
+
+    def _score_layers(self) -> list[nn.Linear]:
+        return [module for module in self.score.modules() if isinstance(module, nn.Linear)]
+
+    @torch.no_grad()
+    def initialise_score(self, seed: int) -> "Transformer":
+        """A fresh scalar head from a seed: weights N(0, 1/(d+1)) for d inputs (Stiennon et al. 2009.01325, app. B.1),
+        biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self._score_layers():
+            noise = torch.randn(layer.weight.shape, generator=generator)
+            layer.weight.copy_(noise / math.sqrt(layer.in_features + 1))
+            if layer.bias is not None:
+                layer.bias.zero_()
+        return self
 
     @torch.no_grad()
     def initialise(self, seed: int, std: float = 0.02) -> "Transformer":

@@ -1,4 +1,4 @@
-"""Rewards by name: the built-in ones, and functions in files of the user's."""
+"""Rewards by name: the built-in ones, functions in files of the user's, and reward models."""
 
 import difflib
 import importlib.util
@@ -7,6 +7,7 @@ from pathlib import Path
 from minirl.errors import InputError
 from minirl.rewards import rules
 from minirl.rewards.math import math_match
+from minirl.rewards.model import RewardModel
 from minirl.rewards.rules import Reward
 
 REWARDS: dict[str, Reward] = {
@@ -22,14 +23,20 @@ REWARDS: dict[str, Reward] = {
 
 
 def load_reward(spec: str) -> Reward:
-    """The reward named `spec` in REWARDS, or the function of a file, as in `path/to/file.py:function`."""
+    """The reward named `spec` in REWARDS, the function of a file, as in `path/to/file.py:function`, or a reward model,
+    as in `model:path/to/folder`."""
     if spec in REWARDS:
         return REWARDS[spec]
+    if spec.startswith("model:"):
+        return RewardModel.from_pretrained(spec.removeprefix("model:"))
     path, colon, name = spec.rpartition(":")
     if not colon:
         hint = did_you_mean(spec, REWARDS)
         choices = ", ".join(REWARDS)
-        raise InputError(f"reward {spec!r} is unknown{hint}: choose from {choices}, or give path/to/file.py:function.")
+        raise InputError(
+            f"reward {spec!r} is unknown{hint}: choose from {choices}, or give path/to/file.py:function or "
+            "model:path/to/folder."
+        )
     module = _load_module(Path(path), spec)
     function = getattr(module, name, None)
     if not callable(function):

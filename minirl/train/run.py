@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from minirl.errors import InputError
 from minirl.files import atomic_folder, read_json, write_atomic, write_json
-from minirl.model import Transformer
+from minirl.model import ScalarHead, Transformer
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
 
@@ -264,10 +264,12 @@ def refuse_unknown_choices(config) -> None:
             raise InputError(f"{f.name} = {value!r} is unknown: choose from {', '.join(get_args(f.type))}")
 
 
-def load(source: str | Path, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
+def load(
+    source: str | Path, dtype: str, device: str, scalar_head: bool | ScalarHead = False
+) -> tuple[Transformer, Tokenizer]:
     """A checkpoint's model and tokenizer, which must belong together."""
     where = pick_device(device)
-    model = Transformer.from_pretrained(source, pick_dtype(dtype, where), where)
+    model = Transformer.from_pretrained(source, pick_dtype(dtype, where), where, scalar_head)
     tokenizer = Tokenizer.from_pretrained(source)
     for stop in tokenizer.stop_ids:
         if stop >= model.config.vocab_size:

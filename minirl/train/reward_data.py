@@ -1,0 +1,206 @@
+"""What reward models learn from: JSONL lines of pairs, ranked lists, labelled completions or labelled steps.
+
+    pairwise        {"prompt", "chosen", "rejected"[, "margin"]}  or  {"prompt", "responses", "scores"}
+    pointwise, bce  {"prompt", "completion", "label"}             label 1 or true is right; 0, -1 or false is wrong
+    process         {"prompt", "steps", "labels"}                 labels in [0, 1], null where a step has none
+
+A prompt is a text or chat messages. A completion is taken to have ended by itself and gets the stop token; where its
+tokens stand beside it ("completion_tokens", "chosen_tokens", "rejected_tokens", "responses_tokens"), it has these.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from minirl.errors import InputError
+from minirl.model import ModelConfig
+from minirl.reward_losses import Pair, inverse_frequency, ranked_pairs
+from minirl.rewards.model import LAST, Tree, spelled_tokens, step_ends
+from minirl.tasks.split import problem_hash
+from minirl.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line as the loss takes it. `weights` has one entry a term: a pair, or a place of the tree."""
+
+    tree: Tree
+    weights: tuple[float, ...]
+    pairs: tuple[Pair, ...] = ()  # over the tree's places (pairwise)
+    margin: float = 0.0
+    labels: tuple[float, ...] = ()  # of the tree's places, in [0, 1] (all other kinds)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.tree.prompt) + sum(map(len, self.tree.responses))
+
+
+@dataclass
+class Lines:
+    """The lines that can be learned from, and how many could not."""
+
+    lines: list[Line] = field(default_factory=list)
+    too_long: int = 0  # beyond the model's positions
+    no_contrast: int = 0  # equal responses, or tied scores
+
+    def complaint(self, path: str, limit: int) -> str:
+        """What was left out, in one sentence; empty for nothing."""
+        parts = [f"{self.too_long} longer than {limit} tokens"] if self.too_long else []
+        if self.no_contrast:
+            parts.append(f"{self.no_contrast} that compare equal or tied responses")
+        return f"{path}: lines left out: {' and '.join(parts)}" if parts else ""
+
+
+def read_examples(path: str | Path, kind: str) -> list[dict]:
+    """The lines of a file, each with what its kind needs; "where" says which line it was."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): check the path") from None
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                example = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: not valid JSON ({error}): each line must be one object") from None
+            _check(example, kind, where)
+            examples.append(example | {"where": where})
+    if not examples:
+        raise InputError(f"{path} holds no examples: give at least one line")
+    return examples
+
+
+def _check(example: object, kind: str, where: str) -> None:
+    """The keys and types of a line."""
+    if not isinstance(example, dict) or not _is_prompt(example.get("prompt")):
+        raise InputError(f"{where}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'")
+    if kind == "pairwise" and "responses" in example:
+        wanted = "'responses' (texts) and as many 'scores' (numbers)"
+        fits = _are(example["responses"], str) and _are(example.get("scores"), int | float)
+        fits = fits and len(example["responses"]) == len(example["scores"])
+    elif kind == "pairwise":
+        wanted = "texts 'chosen' and 'rejected' with a 'margin' from 0 if any, or 'responses' and 'scores'"
+        margin = example.get("margin", 0.0)
+        fits = _are([example.get("chosen"), example.get("rejected")], str) and _are([margin], int | float)
+        fits = fits and margin >= 0
+    elif kind == "process":
+        wanted = "'steps' (texts) and as many 'labels' (numbers from 0 to 1, null for none)"
+        labels = example.get("labels")
+        fits = _are(example.get("steps"), str) and isinstance(labels, list) and len(labels) == len(example["steps"])
+        fits = fits and all(y is None or (_are([y], int | float | bool) and 0 <= y <= 1) for y in labels)
+    else:
+        wanted = "a text 'completion' and a 'label' of 1, 0, -1, true or false"
+        fits = isinstance(example.get("completion"), str) and _are([example.get("label")], int | float | bool)
+        fits = fits and example["label"] in (-1, 0, 1)
+    if not fits:
+        raise InputError(f"{where}: kind {kind} needs {wanted}, and it has {', '.join(example)}")
+
+
+def _are(values: object, kind) -> bool:
+    """A list that is not empty, of texts or of finite numbers."""
+    if not isinstance(values, list) or not values or not all(isinstance(value, kind) for value in values):
+        return False
+    if kind == int | float and any(isinstance(value, bool) for value in values):
+        return False
+    return kind is str or all(math.isfinite(value) for value in values)
+
+
+def _is_prompt(prompt: object) -> bool:
+    if isinstance(prompt, list):
+        texts = [message.get(key) for message in prompt if isinstance(message, dict) for key in ("role", "content")]
+        return 0 < 2 * len(prompt) == len(texts) and all(isinstance(text, str) for text in texts)
+    return isinstance(prompt, str)
+
+
+def split_by_prompt(examples: Sequence[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Training and held-out lines: a seeded share of the prompts is held out with all their lines, one at least."""
+    if not share:
+        return list(examples), []
+    keys = [json.dumps(example["prompt"], sort_keys=True) for example in examples]
+    prompts = sorted(set(keys), key=lambda prompt: problem_hash(seed, prompt))
+    if len(prompts) == 1:
+        raise InputError("all lines have one prompt, so none can be held out: set --heldout 0 or give --heldout-data")
+    held = set(prompts[: max(1, round(share * len(prompts)))])
+    sides = ([], [])
+    for key, example in zip(keys, examples, strict=True):
+        sides[key in held].append(example)
+    return sides
+
+
+def encode(
+    examples: Sequence[dict], kind: str, tokenizer: Tokenizer, config: ModelConfig, separator: str = "\n"
+) -> Lines:
+    """Token trees with their pairs or labels."""
+    if not tokenizer.stop_ids:
+        raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
+    found = Lines()
+    for example in examples:
+        prompt = tuple(tokenizer.prompt_ids(example["prompt"]))
+        if not prompt:
+            raise InputError(f"{example['where']}: its prompt has no token: write something to answer")
+        line = {"pairwise": _ranked, "process": _steps}.get(kind, _labelled)(prompt, example, tokenizer, separator)
+        largest = max(max(row, default=0) for row in (prompt, *line.tree.responses))
+        if largest >= config.vocab_size:
+            raise InputError(
+                f"{example['where']}: it holds token {largest}, outside the model's vocabulary of {config.vocab_size}: "
+                "is this its tokenizer?"
+            )
+        if len(prompt) + max(map(len, line.tree.responses)) > config.max_positions:
+            found.too_long += 1
+        elif kind == "pairwise" and not line.pairs:
+            found.no_contrast += 1
+        else:
+            found.lines.append(line)
+    return found
+
+
+def balanced(lines: Sequence[Line]) -> list[Line]:
+    """Labelled completions, weighted so that right and wrong ones have half of the whole weight each; else a model of
+    an accurate policy says 'right' to everything."""
+    weights = inverse_frequency(torch.tensor([line.labels[0] for line in lines])).tolist()
+    return [replace(line, weights=(w,)) for line, w in zip(lines, weights, strict=True)]
+
+
+def _ranked(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
+    if "responses" in example:
+        texts, scores, tokens = example["responses"], example["scores"], example.get("responses_tokens")
+    else:
+        texts, scores = [example["chosen"], example["rejected"]], [1.0, 0.0]
+        tokens = [example.get("chosen_tokens"), example.get("rejected_tokens")]
+    if tokens is not None and (not isinstance(tokens, list) or len(tokens) != len(texts)):
+        raise InputError(f"{example['where']}: 'responses_tokens' must be a list with the tokens of each response")
+    rows = tuple(_row(tokenizer, t, ids, example) for t, ids in zip(texts, tokens or [None] * len(texts), strict=True))
+    pairs = tuple(pair for pair in ranked_pairs(scores) if rows[pair[0]] != rows[pair[1]])
+    tree = Tree(prompt, rows, ((LAST,),) * len(rows))
+    return Line(tree, tuple(pair[2] for pair in pairs), pairs, float(example.get("margin", 0.0)))
+
+
+def _labelled(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
+    row = _row(tokenizer, example["completion"], example.get("completion_tokens"), example)
+    return Line(Tree(prompt, (row,), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),))
+
+
+def _steps(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
+    steps, labels = example["steps"], example["labels"]
+    row = _row(tokenizer, separator.join(step.removesuffix(separator) for step in steps), None, example)
+    places = tuple(step_ends(tokenizer, row, separator))
+    if len(places) != len(steps):
+        raise InputError(
+            f"{example['where']}: its {len(steps)} steps are read as {len(places)}: a step may neither be blank nor "
+            f"hold the separator {separator!r}"
+        )
+    mask = tuple(float(label is not None) for label in labels)
+    return Line(Tree(prompt, (row,), (places,)), mask, labels=tuple(float(label or 0) for label in labels))
+
+
+def _row(tokenizer: Tokenizer, text: str, tokens: list[int] | None, example: dict) -> tuple[int, ...]:
+    if tokens is None:
+        return (*tokenizer.encode(text), tokenizer.stop_ids[0])
+    return spelled_tokens(tokenizer, text, tokens, example["where"])
