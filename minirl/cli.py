@@ -30,7 +30,10 @@ from minirl.rewards.registry import did_you_mean
 from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
-from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
+from minirl.train import grpo as grpo_module
+from minirl.train import ppo as ppo_module
+from minirl.train.grpo import GRPOConfig, train_grpo
+from minirl.train.ppo import PPOConfig, train_ppo
 from minirl.train.run import (
     load,
     refuse_below_one,
@@ -212,7 +215,16 @@ def sft(config: SFTConfig) -> None:
 def grpo(config: GRPOConfig) -> None:
     with RichDisplay() as display:
         model = train_grpo(config, display)
-    out = Path(config.out)
+    _say_written(model, Path(config.out))
+
+
+def ppo(config: PPOConfig) -> None:
+    with RichDisplay() as display:
+        model = train_ppo(config, display)
+    _say_written(model, Path(config.out))
+
+
+def _say_written(model: Path, out: Path) -> None:
     print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
 
 
@@ -263,6 +275,7 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "eval": (EvalConfig, evaluation),
     "sft": (SFTConfig, sft),
     "grpo": (GRPOConfig, grpo),
+    "ppo": (PPOConfig, ppo),
     "report": (ReportConfig, draw),
 }
 
@@ -319,16 +332,17 @@ def _first_sentence(box: str) -> str:
 
 def _defaults(kind: type, args: Sequence[str]):
     """Defaults that depend on other options: those of a preset, and those of the run that is resumed."""
-    if any(arg.partition("=")[0] == "--resume" for arg in args) and kind in (GRPOConfig, SFTConfig):
+    if any(arg.partition("=")[0] == "--resume" for arg in args) and kind in (GRPOConfig, PPOConfig, SFTConfig):
         out = Path(_value(args, "--out") or kind.out)
         if not (out / "config.json").exists():
             raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
         return _from_json(kind, read_json(out / "config.json"), str(out))
-    preset = _value(args, "--preset") if kind is GRPOConfig else None
+    presets = {GRPOConfig: grpo_module.preset_defaults, PPOConfig: ppo_module.preset_defaults}
+    preset = _value(args, "--preset") if kind in presets else None
     if preset and preset.lower() != "none":
         budget = _value(args, "--max-tokens")
-        chosen = preset_defaults(preset, int(budget) if budget and budget.isdigit() else GRPOConfig.max_tokens)
-        return GRPOConfig(model=tyro.MISSING, **chosen)
+        chosen = presets[kind](preset, int(budget) if budget and budget.isdigit() else kind.max_tokens)
+        return kind(model=tyro.MISSING, **chosen)
     return None
 
 
