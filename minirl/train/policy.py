@@ -183,7 +183,8 @@ class PolicyTrainer:
         return batch
 
     def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
-        """Turn the rewards [B], NaN where there is none, into `batch.advantages`; batch.mask holds every token."""
+        """Turn the rewards [B], NaN where there is none, into `batch.advantages`; batch.mask holds every token so
+        far."""
         raise NotImplementedError
 
     def token_rewards(self, batch: Batch, rewards: torch.Tensor) -> torch.Tensor:

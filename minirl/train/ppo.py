@@ -111,9 +111,10 @@ class PPO(PolicyTrainer):
         V, after = self.critic.score(batch.rows, c.micro_batch_tokens)
         bootstrap = torch.where(rollout.truncated.to(V.device), after, 0) if c.bootstrap_truncated else None
         tokens = self.token_rewards(batch, rewards)
+        batch.mask = batch.mask & ~rewards.isnan()[:, None]  # what has no score teaches neither of the two
         A, returns = gae(tokens, V, batch.mask, gamma=c.gamma, lam=c.lam, bootstrap=bootstrap)
         if c.whiten:
-            A = whiten(A, batch.mask & ~rewards.isnan()[:, None])
+            A = whiten(A, batch.mask)
         batch.advantages, batch.old_values, batch.returns = A.float(), V, returns.float()
 
     def gradient(self, batch: Batch, step: int) -> dict[str, float]:
