@@ -143,15 +143,15 @@ def _checked(name: str, i: int, value) -> float:
 
 def _steps(name: str, i: int, value: Sequence, text: str) -> list[tuple[int, float]]:
     """Rewards of lines, or pairs, as checked pairs of a step's end in characters and its reward."""
-    lines = text.split("\n")
+    lines, pairs = text.split("\n"), value
     if all(map(_is_number, value)):
         if len(value) != len(lines):
             raise InputError(
                 f"reward {name!r} returned {len(value)} step rewards for completion {i}, which has {len(lines)} lines "
                 f"({_short(text)}): return one for each line, or (end, reward) pairs."
             )
-        value = list(zip(accumulate(len(line) + (n > 0) for n, line in enumerate(lines)), value, strict=True))
-    pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in value]
+        pairs = zip(accumulate(len(line) + (n > 0) for n, line in enumerate(lines)), value, strict=True)
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in pairs]
     whole = all(len(pair) == 2 and isinstance(pair[0], numbers.Integral) and _is_number(pair[1]) for pair in pairs)
     if not whole or not all(math.isfinite(reward) for _, reward in pairs):
         raise InputError(
