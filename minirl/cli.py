@@ -29,8 +29,11 @@ from minirl.rewards.registry import did_you_mean
 from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
-from minirl.train.grpo import GRPOConfig, preset_defaults, train_grpo
+from minirl.train import grpo as grpo_module
+from minirl.train import ppo as ppo_module
+from minirl.train.grpo import GRPOConfig, train_grpo
 from minirl.train.outcomes import OutcomesConfig, write_outcomes
+from minirl.train.ppo import PPOConfig, train_ppo
 from minirl.train.prefer import PreferConfig, train_prefer
 from minirl.train.reward import RewardConfig, train_reward
 from minirl.train.rft import PairsConfig, RFTConfig, make_pairs, train_rft
@@ -235,7 +238,16 @@ def prefer(config: PreferConfig) -> None:
 def grpo(config: GRPOConfig) -> None:
     with RichDisplay() as display:
         model = train_grpo(config, display)
-    out = Path(config.out)
+    _say_written(model, Path(config.out))
+
+
+def ppo(config: PPOConfig) -> None:
+    with RichDisplay() as display:
+        model = train_ppo(config, display)
+    _say_written(model, Path(config.out))
+
+
+def _say_written(model: Path, out: Path) -> None:
     print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
 
 
@@ -303,6 +315,7 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "outcomes": (OutcomesConfig, outcomes),
     "reward": (RewardConfig, reward),
     "grpo": (GRPOConfig, grpo),
+    "ppo": (PPOConfig, ppo),
     "report": (ReportConfig, draw),
 }
 
@@ -365,11 +378,12 @@ def _defaults(kind: type, args: Sequence[str]):
         if not (out / "config.json").exists():
             raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
         return _from_json(kind, read_json(out / "config.json"), str(out))
-    preset = _value(args, "--preset") if kind is GRPOConfig else None
+    presets = {GRPOConfig: grpo_module.preset_defaults, PPOConfig: ppo_module.preset_defaults}
+    preset = _value(args, "--preset") if kind in presets else None
     if preset and preset.lower() != "none":
         budget = _value(args, "--max-tokens")
-        chosen = preset_defaults(preset, int(budget) if budget and budget.isdigit() else GRPOConfig.max_tokens)
-        return GRPOConfig(model=tyro.MISSING, **chosen)
+        chosen = presets[kind](preset, int(budget) if budget and budget.isdigit() else kind.max_tokens)
+        return kind(model=tyro.MISSING, **chosen)
     return None
 
 

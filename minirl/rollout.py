@@ -2,6 +2,7 @@
 update."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from minirl.rewards import score
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
+
+Steps = list[tuple[int, float]]  # (characters of the completion up to the end of a step, its reward)
 
 
 @dataclass
@@ -25,8 +28,41 @@ class Rollout:
     texts: list[str]  # B, without special tokens and stop texts
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [B]; NaN = could not be scored
     parts: dict[str, list[float]] = field(default_factory=dict)  # each reward function's unweighted values
+    steps: dict[str, list[Steps | None]] = field(default_factory=dict)  # by reward; None = one number for the whole
     late: dict[str, set[int]] = field(default_factory=dict)  # by reward, the rows that took longer than its timeout
-    advantages: torch.Tensor | None = None  # [B]
+    stats: dict[str, float] = field(default_factory=dict)  # `metrics` of everything that was sampled for this
+    idle: str = ""  # why it trains nothing
+    advantages: torch.Tensor | None = None  # [B]; where they are those of tokens, their mean
+
+    @classmethod
+    def join(cls, parts: "Sequence[Rollout]") -> "Rollout":
+        """Rollouts of one group size and with the same rewards, one after another."""
+
+        def chain(name: str) -> list:
+            return [x for part in parts for x in getattr(part, name)]
+
+        joined = cls(*map(chain, ("examples", "prompts", "completions", "texts")))
+        joined.rewards = torch.cat([part.rewards for part in parts])
+        joined.parts = {name: [v for part in parts for v in part.parts[name]] for name in parts[0].parts}
+        for name in {name for part in parts for name in part.steps}:
+            joined.steps[name] = [s for part in parts for s in part.steps.get(name, [None] * len(part.completions))]
+        start = 0
+        for part in parts:
+            for name, rows in part.late.items():
+                joined.late.setdefault(name, set()).update(start + row for row in rows)
+            start += len(part.completions)
+        return joined
+
+    def select(self, groups: Sequence[int]) -> "Rollout":
+        """Some of the groups; of `late` nothing, that is for statistics."""
+        rows = [g * self.group_size + j for g in groups for j in range(self.group_size)]
+
+        def pick(values: list) -> list:
+            return [values[row] for row in rows]
+
+        examples, prompts = ([values[g] for g in groups] for values in (self.examples, self.prompts))
+        parts, steps = ({name: pick(values) for name, values in x.items()} for x in (self.parts, self.steps))
+        return Rollout(examples, prompts, pick(self.completions), pick(self.texts), self.rewards[rows], parts, steps)
 
     @property
     def group_size(self) -> int:
@@ -46,16 +82,42 @@ class Rollout:
         columns = {name: [e[name] for e in self.examples for _ in range(self.group_size)] for name in names}
         return columns | {"completion_ids": [c.tokens for c in self.completions]}
 
-    def score(self, rewards: dict, timeout: float | None = None) -> None:
-        """A completion that takes a reward longer than `timeout` seconds has no score."""
+    @property
+    def truncated(self) -> torch.Tensor:
+        """bool [B]"""
+        return torch.tensor([c.finish_reason == "length" for c in self.completions])
+
+    def score(self, rewards: dict, timeout: float | None = None, steps: bool = False) -> None:
+        """A completion that takes a reward longer than `timeout` seconds has no score. `steps`: a reward may be one of
+        steps, and counts as their sum."""
         prompts = [e["prompt"] for e in self.examples for _ in range(self.group_size)]
-        self.late = {}
+        self.late, self.steps = {}, {}
 
         def too_late(name: str, row: int) -> None:
             self.late.setdefault(name, set()).add(row)
 
-        total, self.parts = score(rewards, prompts, self.texts, self.columns(), timeout, too_late)
+        def in_steps(name: str, row: int, found: Steps) -> None:
+            self.steps.setdefault(name, [None] * len(self.completions))[row] = found
+
+        listen = in_steps if steps else None
+        total, self.parts = score(rewards, prompts, self.texts, self.columns(), timeout, too_late, listen)
         self.rewards = torch.tensor(total, dtype=torch.float64)
+
+    def step_rewards(self, rewards: dict, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted rewards of steps at the last token of each, and where steps end, [B, T] with T the longest.
+
+        A reward of the whole completion is one of a step that ends with it; a reward of weight 0 has no steps.
+        """
+        values = torch.zeros(len(self.completions), max(self.lengths), dtype=torch.float64)
+        ends = torch.zeros(values.shape, dtype=torch.bool)
+        for name, weight in ((name, weight) for name, (weight, _) in rewards.items() if weight):
+            steps = self.steps.get(name, [None] * len(self.completions))
+            for i, (text, completion) in enumerate(zip(self.texts, self.completions, strict=True)):
+                for end, value in [(len(text), self.parts[name][i])] if steps[i] is None else steps[i]:
+                    at = _token_at(tokenizer, completion.tokens, text, end)
+                    values[i, at] += weight * value
+                    ends[i, at] = True
+        return values, ends
 
     def late_lines(self, timeout: float) -> dict[str, str]:
         """A sentence for each reward that took too long."""
@@ -93,22 +155,23 @@ class Rollout:
             [g[~g.isnan()].std(correction=0) if (~g.isnan()).any() else g.new_zeros(()) for g in groups]
         )
         lengths = torch.tensor(self.lengths, dtype=torch.float64)
-        truncated = [c.finish_reason == "length" for c in self.completions]
         out = {
             "reward/mean": scored.mean().item() if len(scored) else math.nan,
             "reward/std": scored.std(correction=0).item() if len(scored) else math.nan,
             "reward/min": scored.min().item() if len(scored) else math.nan,
             "reward/max": scored.max().item() if len(scored) else math.nan,
             "reward/unscored_frac": 1 - len(scored) / len(self.rewards),
-            "reward/group_std_mean": spread.mean().item(),
-            "group/signal_frac": (spread > 1e-8).double().mean().item(),
             "len/mean": lengths.mean().item(),
             "len/min": lengths.min().item(),
             "len/max": lengths.max().item(),
             "len/p95": lengths.quantile(0.95).item(),
-            "truncated_frac": sum(truncated) / len(truncated),
+            "truncated_frac": self.truncated.double().mean().item(),
             "late_frac": len(self.late_rows) / len(self.rewards),
+            "sampled_tokens": sum(self.lengths),
         }
+        if self.group_size > 1:
+            out |= {"reward/group_std_mean": spread.mean().item()}
+            out |= {"group/signal_frac": (spread > 1e-8).double().mean().item()}
         for name, values in self.parts.items():
             known = [v for v in values if v == v]
             out[f"reward/{name}"] = sum(known) / len(known) if known else math.nan
@@ -136,6 +199,13 @@ def completion_text(tokenizer: Tokenizer, completion: Completion, params: Sampli
     tokens = completion.tokens
     text = tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in params.stop_ids else tokens)
     return text[: min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)]
+
+
+def _token_at(tokenizer: Tokenizer, tokens: Sequence[int], text: str, end: int) -> int:
+    """Index of the token that completes the first `end` characters of the text, for all of it the last token."""
+    if end >= len(text):
+        return len(tokens) - 1
+    return bisect_left(range(len(tokens)), end, key=lambda t: len(tokenizer.decode(tokens[: t + 1])))
 
 
 def task_rewards(task: Task) -> dict:

@@ -68,6 +68,12 @@ def texts(prompts, completions, **columns):
 def hangs(prompts, completions, **columns):
     time.sleep(60)
 
+def lines(prompts, completions, **columns):
+    return [[1.0] * (c.count("\\n") + 1) for c in completions]
+
+def too_many(prompts, completions, **columns):
+    return [[1.0, 0.0] for c in completions]
+
 number = 7
 """
 
@@ -335,6 +341,16 @@ def test_a_reward_that_cannot_be_used(spec, complaint):
     assert all(word in said for word in WRONG_REWARDS[spec]), said
 
 
+def test_rewards_of_steps(complaint):
+    """Only for process supervision, and as many as there are lines."""
+    said = complaint(*grpo("--rewards", "rewards.py:lines=1"))
+    assert "rewards.py:lines' returned [1.0] for completion 0: it must be a number" in said
+    assert "grpo_process" in said
+    said = complaint(*grpo("--preset", "grpo_ps", "--rewards", "rewards.py:too_many=1"))
+    assert "returned 2 step rewards for completion 0, which has 1 lines" in said
+    trained("--preset", "grpo_ps", "--rewards", "rewards.py:lines=1", "--steps", "1")
+
+
 def test_a_reward_file_that_cannot_be_imported(complaint):
     Path("rewards.py").write_text("import nothing_of_that_name")
     said = complaint(*grpo("--rewards", "rewards.py:some=1"))
@@ -398,6 +414,38 @@ OPTIONS = {
     "grpo --model model --shown -1": ["shown = -1", "negative"],
     "grpo --model model --seed -1": ["seed = -1", "negative"],
     "grpo --model model --group 1": ["group = 1", "'grpo' compares", "2 at least"],
+    "grpo --model model --group 1 --advantage reinforce --baseline group_mean": ["group = 1", "'reinforce' compares"],
+    "grpo --model model --group 1 --advantage reinforce --dynamic-sampling": ["group = 1", "dynamic_sampling compares"],
+    "grpo --model model --max-gen-batches 0": ["max_gen_batches = 0", "at least 1"],
+    "grpo --model model --preset ppo_penalty": ["preset 'ppo_penalty' needs a critic, which minirl ppo trains", "rloo"],
+    "grpo --model model --preset grpo_ps --kl-in-reward 0.1": ["kl_in_reward", "grpo_process", "steps"],
+    "grpo --model model --preset grpo_ps --overlong-cache 9": ["overlong_cache", "grpo_process", "steps"],
+    "grpo --model model --preset grpo_ps --truncation penalty": ["truncation = penalty", "grpo_process", "steps"],
+    "grpo --model model --exclude-from-baseline": ["exclude_from_baseline", "truncation = mask"],
+    "grpo --model model --ref-reset-every 3": ["ref_reset_every = 3", "no reference"],
+    "grpo --model model --ref-reset-every -3": ["ref_reset_every = -3", "negative"],
+    "grpo --model model --adaptive-kl ziegler": ["adaptive_kl = 'ziegler'", "starts at 0", "kl_in_reward"],
+    "grpo --model model --adaptive-kl ppo_penalty": ["adaptive_kl = 'ppo_penalty'", "loss.kl_old_coef"],
+    "grpo --model model --kl-target 0": ["kl_target = 0.0", "positive"],
+    "grpo --model model --kl-horizon 0": ["kl_horizon = 0", "at least 1"],
+    "grpo --model model --target-kl 0.1": ["target_kl = 0.1", "one update", "epochs or mini_batches"],
+    "grpo --model model --target-kl -1 --epochs 2": ["target_kl = -1.0", "positive"],
+    "grpo --model model --gamma 1.5": ["gamma = 1.5", "at most 1"],
+    "ppo": ["--model"],
+    "ppo --model model --task nowhere.jsonl": ["nowhere.jsonl"],
+    "ppo --model model --critic none": ["'none'", "shared"],
+    "ppo --model model --critics own": ["no option '--critics'", "did you mean '--critic'"],
+    "ppo --model model --critic-lr 0": ["critic_lr = 0.0", "positive"],
+    "ppo --model model --critic-warmup -1": ["critic_warmup = -1", "negative"],
+    "ppo --model model --critic-warmup 100": ["critic_warmup = 100", "100 steps"],
+    "ppo --model model --lam 1.1": ["lam = 1.1", "from 0 to 1"],
+    "ppo --model model --gamma 0": ["gamma = 0.0", "positive"],
+    "ppo --model model --value-clip 0": ["value_clip = 0.0", "positive"],
+    "ppo --model model --value-coef inf": ["value_coef = inf", "finite"],
+    "ppo --model model --truncation penalty --bootstrap-truncated": ["bootstrap_truncated", "choose one"],
+    "ppo --model model --preset grpo": ["preset 'grpo' has no critic, minirl grpo runs it", "ppo, ppo_penalty"],
+    "ppo --model model --preset pop": ["preset 'pop' is unknown", "ppo, ppo_penalty"],
+    "ppo --model model --advantage grpo": ["no option '--advantage'"],
     "sft --model model --data data.jsonl --batch 0": ["batch = 0", "at least 1"],
     "sft --model model --data data.jsonl --lr -1": ["lr = -1.0", "positive"],
     "sft --model model --data data.jsonl --weight-decay nan": ["weight_decay = nan", "negative"],
@@ -456,7 +504,7 @@ def test_out_that_holds_what_is_left_of_a_run_is_not_mixed_with_another(left, co
     assert "run already holds a run" in complaint(*grpo())
 
 
-@pytest.mark.parametrize("command", ["grpo", "sft"])
+@pytest.mark.parametrize("command", ["grpo", "ppo", "sft"])
 def test_nothing_to_resume(command, complaint):
     assert "run holds no run to resume" in complaint(command, "--resume", "--out", "run")
     assert "run holds no run to resume" in complaint(command, "--resume=True", "--out=run")
@@ -498,6 +546,7 @@ def test_a_stored_config_that_does_not_fit(change, word, complaint):
 def test_the_run_of_another_command_is_not_resumed(complaint):
     trained("--steps", "1")
     assert "another command" in complaint("sft", "--resume", "--out", "run")
+    assert "another command" in complaint("ppo", "--resume", "--out", "run")
 
 
 @pytest.mark.parametrize("command", [grpo, sft])

@@ -18,7 +18,9 @@ from minirl import cli
 from minirl.losses import PRESETS, PolicyLoss
 from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
+from minirl.train import ppo
 from minirl.train.grpo import GRPOConfig, preset_defaults, runnable_presets
+from minirl.train.ppo import PPOConfig
 from minirl.train.run import Run
 from minirl.train.sft import SFTConfig
 
@@ -107,6 +109,14 @@ def test_a_preset_sets_the_defaults(preset):
     assert cli.parse("grpo", ["--model", "m", "--preset", preset]) == GRPOConfig("m", **preset_defaults(preset))
 
 
+@pytest.mark.parametrize("preset", ppo.runnable_presets())
+def test_a_preset_of_ppo_sets_its_defaults(preset):
+    wanted = PPOConfig("m", **ppo.preset_defaults(preset))
+    assert cli.parse("ppo", ["--model", "m", "--preset", preset]) == wanted
+    config = cli.parse("ppo", ["--preset", preset, "--model", "m", "--critic", "shared", "--value-clip", "None"])
+    assert config == replace(wanted, critic="shared", value_clip=None)
+
+
 def test_options_beside_a_preset_win_over_it_wherever_they_stand():
     wanted = PRESETS["grpo"].loss
     for args in (
@@ -133,6 +143,10 @@ def test_the_constant_length_of_a_preset_is_the_generation_budget(flag):
             GRPOConfig("m", preset="gspo", stop=("\n", "a b"), rewards=("format=1",), reward_timeout=2.5, lr=3e-4),
         ),
         ("grpo", GRPOConfig("m", loss=PolicyLoss(eps_low=math.inf, dual_clip=4.0, kl="k2"), drop_zero_advantage=True)),
+        (
+            "ppo",
+            PPOConfig("m", preset="ppo_penalty", critic="shared", value_clip=None, loss=PolicyLoss(eps_low=math.inf)),
+        ),
         ("sft", SFTConfig("m", "d.jsonl", schedule="linear", weight_decay=0.0)),
     ],
 )
@@ -268,9 +282,10 @@ def test_some_completions_are_shown_with_what_they_were_worth(shown, model, caps
 # --- training and its report -----------------------------------------------------------------------------------------
 
 
-def test_grpo_prints_its_steps_and_what_it_wrote(model, capsys, tmp_path):
+@pytest.mark.parametrize("command", ["grpo", "ppo"])
+def test_a_run_prints_its_steps_and_what_it_wrote(command, model, capsys, tmp_path):
     out = tmp_path / "run"
-    said = output(capsys, "grpo", "--model", model, "--task", TASK, "--out", str(out), *SMALL.split())
+    said = output(capsys, command, "--model", model, "--task", TASK, "--out", str(out), *SMALL.split())
     assert re.search(r"^before: held-out \d\.\d{3} \(greedy \d\.\d{3}\)$", said, re.MULTILINE)
     assert re.findall(r"^step (\d)/2  reward ", said, re.MULTILINE) == ["1", "2"]
     written = re.findall(r"^(model|plot|report): +(.*)$", said, re.MULTILINE)

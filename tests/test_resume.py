@@ -25,6 +25,22 @@ GRPO = """grpo --task arithmetic:op=sum,digits=1,chat=false --steps 6 --prompts 
     --max-tokens 6 --loss.kl k3 --loss.kl-coef 0.05 --top-p 0.9 --lr 1e-3 --warmup 2 --schedule linear
     --weight-decay 0.01 --eval-every 2 --eval-prompts 4 --eval-samples 2 --save-every 2 --shown 3
     --rewards repetition=1 slow.py:slow=0"""
+ARITHMETIC = """--task arithmetic:op=sum,digits=1,chat=false --steps 6 --prompts 3 --group 3 --max-tokens 6 --lr 1e-3
+    --eval-every 0 --eval-prompts 2 --eval-samples 1 --save-every 2"""
+FAMILY = {  # and how many optimizer steps each takes in a step
+    "ppo": (
+        f"""ppo {ARITHMETIC} --adaptive-kl ziegler --kl-horizon 50 --ref-reset-every 2 --critic-warmup 1 --epochs 2
+        --mini-batches 2 --target-kl 0.5 --bootstrap-truncated --critic-lr 1e-2""",
+        8,
+    ),
+    "penalty": (f"ppo {ARITHMETIC} --preset ppo_penalty --critic shared --epochs 2 --dtype bfloat16", 4),
+    "dapo": (
+        f"""grpo {ARITHMETIC} --preset dapo --task data.digits.jsonl --group 8 --max-tokens 2 --max-gen-batches 4
+        --rewards repetition=1 slow.py:slow=0""",
+        1,
+    ),
+    "reinforce": (f"grpo {ARITHMETIC} --preset reinforce --ref-reset-every 3 --loss.kl k3 --loss.kl-coef 0.1", 1),
+}
 SFT = "sft --data data.jsonl --steps 6 --batch 3 --lr 1e-3 --warmup 2 --save-every 2"
 SLOW = """
 import time
@@ -48,10 +64,13 @@ class Lab:
         (folder / "slow.py").write_text(SLOW)
         lines = ({"prompt": f"{i}+{j}=", "completion": str(i + j)} for i in range(3) for j in range(3))
         (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = ({"prompt": f"{i}+{j}=", "answer": str(i)} for i in range(10) for j in range(3))
+        (folder / "data.digits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.references: dict[tuple, Path] = {}
 
     def args(self, kind: str, dtype: str = "float32") -> list[str]:
-        args = [*{"grpo": GRPO, "sft": SFT}[kind].split(), "--model", "model", "--dtype", dtype]
+        commands = {"grpo": GRPO, "sft": SFT} | {name: command for name, (command, _) in FAMILY.items()}
+        args = [*commands[kind].split(), "--model", "model", *(["--dtype", dtype] if kind not in FAMILY else [])]
         return [str(self.folder / arg) if arg.startswith(("model", "data.", "slow.")) else arg for arg in args]
 
     def start(self, args: list[str], log: Path, fate: tuple | None = None):
@@ -160,6 +179,23 @@ def test_a_killed_run_resumes_to_the_same_bits(kind, dtype, where, lab, tmp_path
     code, said = lab.run([kind, "--resume", "--out", str(tmp_path / "run")])
     assert code == 0, (fate, said)
     check_same(tmp_path / "run", reference, fate)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_rest_of_the_family_resumes_to_the_same_bits(kind, lab, tmp_path):
+    """Critic, its optimizer, the weight of the KL and a reference that was reset are in the checkpoint."""
+    reference, (command, updates) = lab.reference(kind, ""), FAMILY[kind]
+    fate = (signal.SIGKILL, STEP, random.randint(2 * updates + 1, 4 * updates))
+    code, said = lab.run([*lab.args(kind), "--out", str(tmp_path / "run")], fate)
+    assert code == -signal.SIGKILL, (fate, said)
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").exists()
+    code, said = lab.run([command.split()[0], "--resume", "--out", str(tmp_path / "run")])
+    assert code == 0, (fate, said)
+    check_same(tmp_path / "run", reference, fate)
+    last = [record for record in metrics(reference) if record["step"]]
+    assert all(record["updates"] > 0 for record in last)
+    assert len({record.get("beta") for record in last}) > 1 or kind in ("dapo", "reinforce")
+    assert kind != "dapo" or len({record["gen_batches"] for record in last}) > 1
 
 
 @KINDS

@@ -538,3 +538,70 @@ def test_a_missing_math_verify_is_told_how_to_install(monkeypatch):
     with pytest.raises(InputError, match=r"pip install 'minirl\[math\]'"):
         score({"math": (1.0, REWARDS["math"])}, ["p"], ["7"], {"answer": ["7"]})
     math_adapter.math_verify.cache_clear()
+
+
+# --- rewards of steps
+
+
+def steps_of(value, completion="ab\n\ncd", **options) -> tuple[list, float]:
+    """What `score` tells of one completion whose reward is `value`: its steps and its total."""
+    told = []
+
+    def listen(*what):
+        told.append(what)
+
+    total, _ = score_one(lambda completions, **_: [value], (completion,), on_steps=listen, **options)
+    assert [what[:2] for what in told] in ([], [("mine", 0)])
+    return [what[2] for what in told], total[0]
+
+
+@pytest.mark.parametrize(
+    "value, steps",
+    [
+        ([1, 2.5, -1], [(2, 1.0), (3, 2.5), (6, -1.0)]),  # of lines, an empty one too
+        (np.array([1, 2, -1]), [(2, 1.0), (3, 2.0), (6, -1.0)]),
+        ([(1, 0.5), (6, 2)], [(1, 0.5), (6, 2.0)]),
+        ([[0, 0.5]], [(0, 0.5)]),
+        (((4, 1), (4, 1.5)), [(4, 1.0), (4, 1.5)]),
+    ],
+)
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_rewards_of_steps_are_told_and_count_as_their_sum(value, steps, timeout):
+    assert steps_of(value, timeout=timeout) == ([steps], sum(reward for _, reward in steps))
+
+
+@pytest.mark.parametrize("value, total", [(2, 2.0), (np.float32(0.5), 0.5), (torch.tensor(3), 3.0)])
+def test_a_number_beside_rewards_of_steps_is_one_of_the_whole(value, total):
+    assert steps_of(value) == ([], total)
+
+
+@pytest.mark.parametrize(
+    "value, complaint",
+    [
+        (
+            [1, 2],
+            r"2 step rewards for completion 0, which has 3 lines \('ab\\n\\ncd'\): return one for each line",
+        ),
+        ([], "0 step rewards for completion 0"),
+        ([1, 2, math.nan], r"\[1, 2, nan\] for completion 0: rewards of steps are finite numbers"),
+        ([1, "2", 3], r"\[1, '2', 3\] for completion 0: rewards of steps are finite numbers"),
+        ([(1, 2), 3], r"\[\(1, 2\), 3\] for completion 0"),
+        ([(1, 2, 3)], "or pairs of a whole number of characters and such a reward"),
+        ([(1.5, 2)], "or pairs of a whole number of characters and such a reward"),
+        ([(1, math.inf)], "rewards of steps are finite numbers"),
+        ([(3, 1), (2, 1)], r"steps that end at \[3, 2\] for completion 0: the ends must rise, up to its 6 characters"),
+        ([(7, 1)], r"steps that end at \[7\]"),
+        ([(-1, 1)], r"steps that end at \[-1\]"),
+    ],
+)
+def test_malformed_rewards_of_steps_are_refused(value, complaint):
+    with pytest.raises(InputError, match=f"^reward 'mine' returned .*{complaint}"):
+        steps_of(value)
+
+
+@pytest.mark.parametrize("value", [[1.0], [(0, 1.0)], [], np.array([1.0, 2.0])])
+def test_rewards_of_steps_are_refused_where_nobody_listens(value):
+    with pytest.raises(
+        InputError, match="for completion 0: it must be a number, NaN or None; only advantage grpo_process"
+    ):
+        score_one(lambda completions, **_: [value], ("a",))

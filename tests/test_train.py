@@ -24,7 +24,7 @@ from minirl.rollout import Rollout, completion_text
 from minirl.sampler import Completion, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
-from minirl.train import grpo as grpo_module
+from minirl.train import policy as policy_module
 from minirl.train.batch import MicroBatch, Row
 from minirl.train.grpo import GRPO, GRPOConfig, preset_defaults, runnable_presets, step_line, train_grpo
 from minirl.train.run import Display, Run
@@ -365,7 +365,7 @@ def written(monkeypatch, trainer: GRPO) -> Rollout:
         prompts = [tokenizer.encode(example["prompt"]) for example in examples]
         return Rollout(list(examples), prompts, completions, [text for text, _ in WRITTEN] * len(examples))
 
-    monkeypatch.setattr(grpo_module, "sample", sample)
+    monkeypatch.setattr(policy_module, "sample", sample)
     return trainer.collect(0)
 
 
@@ -473,7 +473,7 @@ def test_each_epoch_takes_every_group_whole_and_once(epochs, mini_batches, make,
         batches.append(batch)
         return accumulate(model, batch, *args)
 
-    monkeypatch.setattr(grpo_module, "accumulate", watch)
+    monkeypatch.setattr(policy_module, "accumulate", watch)
     metrics = trainer.step(0)
     assert len(batches) == trainer.optimizer.steps == epochs * mini_batches
     assert metrics["skip_step"] == 0
@@ -535,11 +535,9 @@ def test_every_preset_takes_a_step(preset, make):
     assert metrics["grad_norm"] > 0
 
 
-def test_presets_that_need_more_are_not_offered():
-    assert set(runnable_presets()) == {
-        *("rloo", "grpo", "dr_grpo", "gspo", "cispo", "sapo", "scaling_grpo", "online_rft")
-    }
-    with pytest.raises(InputError, match="'ppo' needs more"):
+def test_presets_with_a_critic_are_those_of_another_command():
+    assert set(PRESETS) - set(runnable_presets()) == {"ppo", "ppo_penalty"}
+    with pytest.raises(InputError, match="'ppo' needs a critic, which minirl ppo trains: choose from reinforce, "):
         preset_defaults("ppo")
 
 
@@ -563,6 +561,262 @@ def test_a_preset_is_its_row_of_the_table():
     assert defaults["loss"] == replace(PRESETS["dr_grpo"].loss, const_length=512.0)
     assert preset_defaults("rloo")["kl_in_reward"] == 0.05
     assert [name for name in runnable_presets() if preset_defaults(name)["drop_zero_advantage"]] == ["online_rft"]
+
+
+# --- rewards of tokens and of steps ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("baseline", ["none", "batch_mean", "group_mean"])
+def test_reinforce_is_the_return_to_go_less_a_baseline(baseline, make, monkeypatch):
+    """A_t = score − β·Σ_{k≥t} (ℓ_k − ℓr_k) − b, with b a mean over the tokens of the batch or of the group."""
+    trainer = make(prompts=2, **preset_defaults("reinforce", 6) | {"kl_in_reward": 0.5}, baseline=baseline)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.mul_(1.1)
+    batch = trainer.batch(rollout := written(monkeypatch, trainer))
+    d = batch.old_logp - batch.ref_logp
+    R = [
+        [rollout.rewards[i].item() - 0.5 * d[i, t:n].sum().item() for t in range(n)] for i, n in enumerate(LENGTHS * 2)
+    ]
+    for i, row in enumerate(R):
+        over = {"none": [[0.0]], "batch_mean": R, "group_mean": R[:6] if i < 6 else R[6:]}[baseline]
+        wanted = np.array(row) - np.mean([x for other in over for x in other])
+        assert batch.advantages[i, : len(row)].tolist() == pytest.approx(wanted, abs=1e-4)
+        assert not batch.advantages[i, len(row) :].any()
+        assert rollout.advantages[i].item() == pytest.approx(wanted.mean(), abs=1e-4)
+
+
+def test_the_gradient_of_reinforce_is_the_textbook_one(make, monkeypatch):
+    """−1/N Σ_i Σ_t A_t ∇log π: without a KL every token of a row has the row's score."""
+    trainer = make(prompts=1, **preset_defaults("reinforce", 6) | {"kl_in_reward": 0.0}, baseline="none")
+    batch = trainer.batch(rollout := written(monkeypatch, trainer))
+    rows = zip(rollout.rewards.tolist(), log_likelihoods(trainer.model, batch), strict=True)
+    check_close(taken_by(trainer, batch), gradient_of(trainer, -sum(R * logp for R, logp in rows) / 6), 1e-5)
+
+
+def test_reinforce_pp_whitens_over_the_tokens_of_the_batch(make):
+    trainer = make(**preset_defaults("reinforce++", 6))
+    batch = trainer.batch(trainer.collect(0))
+    A = batch.advantages[batch.mask]
+    assert abs(A.mean().item()) < 1e-6
+    assert A.std().item() == pytest.approx(1, abs=1e-5)
+
+
+def process(returns) -> Task:
+    """A task whose completions are scored by `returns` (completion -> rewards of its steps)."""
+
+    def steps(prompts, completions, **columns):
+        return [returns(c) for c in completions]
+
+    return replace(TASK, rewards={"steps": (2.0, steps)})
+
+
+PS = {"prompts": 1, "advantage": "grpo_process", "loss": PolicyLoss(aggregation="seq_mean")}
+
+
+def test_every_step_is_compared_with_all_steps_of_the_group(make, monkeypatch):
+    """Â_t is the sum of the normalised rewards of the steps that end at t or after it; here each digit is a step."""
+    trainer = make(task=process(lambda text: [(i + 1, float(digit)) for i, digit in enumerate(text)]), **PS)
+    batch = trainer.batch(rollout := written(monkeypatch, trainer))
+    digits = [[2.0 * int(digit) for digit in text] for text, _ in WRITTEN]
+    every = np.array([x for row in digits for x in row])
+    for i, (row, (_, cut)) in enumerate(zip(digits, WRITTEN, strict=True)):
+        normal = (np.array(row) - every.mean()) / (every.std(ddof=1) + 1e-4)
+        # The last step ends with the text, so with the stop token; that one is the last token of the step before.
+        wanted = normal[::-1].cumsum()[::-1]
+        wanted = wanted if cut else [*wanted, normal[-1]]
+        assert batch.advantages[i, : len(wanted)].tolist() == pytest.approx(list(wanted), abs=1e-4)
+    assert rollout.rewards.tolist() == [sum(row) for row in digits]
+
+
+def test_nothing_after_the_last_step_is_credited(make, monkeypatch):
+    trainer = make(task=process(lambda text: [(1, float(text[0]))] if len(text) > 1 else [(0, 0.0)]), **PS)
+    batch = trainer.batch(written(monkeypatch, trainer))
+    assert batch.advantages.count_nonzero(1).tolist() == [1] * 6
+
+
+def test_one_number_for_the_whole_is_grpo(make, monkeypatch):
+    outcome, steps = make(prompts=1), make(**PS)
+    wanted = outcome.batch(written(monkeypatch, outcome))
+    got = steps.batch(written(monkeypatch, steps))
+    assert wanted.advantages.abs().min() > 0
+    assert torch.allclose(got.advantages, wanted.advantages[:, None] * got.mask, atol=1e-6)
+
+
+def test_steps_of_a_completion_without_a_score_are_in_no_mean(make, monkeypatch):
+    trainer = make(task=process(lambda text: None if text == "777777" else [float(text[0])]), **PS)
+    batch = trainer.batch(written(monkeypatch, trainer))
+    assert not batch.advantages[2].any()
+    firsts = np.array([14.0, 2, 2, 2, 14])
+    wanted = (firsts - firsts.mean()) / (firsts.std(ddof=1) + 1e-4)
+    assert batch.advantages[[0, 1, 3, 4, 5], 0].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_step_ends_with_the_token_that_completes_its_characters():
+    """Also where a token is several characters; the end of the text is the end of the completion."""
+    tokenizer = Tokenizer.from_chars("ab\n;")
+    text = "ab\na;"
+    completion = Completion([*tokenizer.encode(text), tokenizer.eos_id])
+    rollout = Rollout([{}], [[]], [completion], [text], torch.zeros(1), {"s": [0.0], "whole": [0.5], "off": [9.0]})
+    rollout.steps["s"] = [[(0, 1.0), (2, 2.0), (3, 3.0), (5, 4.0)]]
+    values, ends = rollout.step_rewards({"s": (1.0, None), "whole": (2.0, None), "off": (0.0, None)}, tokenizer)
+    assert values.tolist() == [[1.0, 2.0, 3.0, 0, 0, 5.0]]
+    assert ends.tolist() == [[True, True, True, False, False, True]]
+
+    class Wide:  # every token is three characters
+        def decode(self, tokens):
+            return "xyz" * len(tokens)
+
+    rollout = Rollout([{}], [[]], [Completion([1, 2, 3])], ["xyzxyzxyz"], torch.zeros(1), {"s": [0.0]})
+    rollout.steps["s"] = [[(1, 1.0), (3, 1.0), (4, 1.0), (6, 1.0)]]
+    values, ends = rollout.step_rewards({"s": (1.0, None)}, Wide())
+    assert values.tolist() == [[2.0, 2.0, 0.0]]
+
+
+def test_rewards_of_steps_are_refused_where_nothing_takes_them(make):
+    with pytest.raises(InputError, match=r"'steps' returned .* for completion 0: .*only advantage grpo_process takes"):
+        make(task=process(lambda text: [1.0])).collect(0)
+
+
+# --- dynamic sampling ------------------------------------------------------------------------------------------------
+
+DYNAMIC = {"dynamic_sampling": True, "group": 3, "max_tokens": 4}
+
+
+def test_only_groups_with_right_and_wrong_completions_are_trained_on(make):
+    """Sampled until there are enough of them; statistics are of everything that was sampled."""
+    trainer = make(**DYNAMIC)
+    rollout = trainer.collect(0)
+    assert len(rollout.prompts) == 4 and len(rollout.completions) == 12
+    assert all(0 < sum(rollout.rewards.view(4, 3)[i]) < 3 for i in range(4))
+    assert rollout.stats["gen_batches"] > 1
+    assert 0 < rollout.stats["kept_frac"] < 1
+    assert rollout.stats["sampled_tokens"] > sum(rollout.lengths)
+    plain = make(**DYNAMIC | {"dynamic_sampling": False})
+    batches = [plain.draw(i) for i in range(rollout.stats["gen_batches"])]
+    rewards = torch.cat([batch.rewards for batch in batches])
+    assert rollout.stats["reward/mean"] == pytest.approx(rewards.mean().item())
+    assert rollout.stats["kept_frac"] == rollout.stats["group/signal_frac"]
+    mixed = [i for i, group in enumerate(rewards.view(-1, 3)) if 0 < sum(group) < 3]
+    texts = np.array([text for batch in batches for text in batch.texts]).reshape(-1, 3)
+    assert np.array(rollout.texts).reshape(-1, 3).tolist() == texts[mixed[:4]].tolist()
+
+
+def test_what_dynamic_sampling_draws_is_a_function_of_the_config(make):
+    first, second = make(**DYNAMIC), make(**DYNAMIC)
+    for step in range(3):
+        first.collect(step)
+    later, fresh = first.collect(5), second.collect(5)
+    assert later.texts == fresh.texts and later.prompts == fresh.prompts and later.stats == fresh.stats
+    assert later.texts != second.collect(6).texts
+
+
+def test_a_step_trains_on_the_groups_that_there_are(make, monkeypatch):
+    trainer = make(**DYNAMIC | {"max_gen_batches": 2}, mini_batches=4)
+    right = iter([1.0, 0.0, 0.0] + [0.0] * 9 + [1.0] * 12)
+    monkeypatch.setattr(trainer, "rewards", {"few": (1.0, lambda completions, **_: [next(right) for _ in completions])})
+    monkeypatch.setattr(trainer, "task", replace(TASK, correct=trainer.rewards["few"][1]))
+    metrics = trainer.step(0)
+    assert (metrics["gen_batches"], metrics["kept_frac"]) == (2, 1 / 8)
+    assert metrics["updates"] == 1 and metrics["adv/max"] > 1
+    assert metrics["reward/mean"] == 13 / 24
+
+
+def test_a_step_without_any_mixed_group_trains_nothing_and_says_so(make):
+    """A punishment of length does not make a group of equals one with a signal."""
+
+    def wrong(prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    task = replace(TASK, rewards={"wrong": (1.0, wrong)}, correct=wrong)
+    trainer = make(task=task, **preset_defaults("dapo", 6) | {"overlong_cache": 6}, max_gen_batches=2)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    metrics = trainer.step(0)
+    assert metrics["group/signal_frac"] > 0 and metrics["kept_frac"] == 0 and metrics["skip_step"] == 1
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer.display.lines == ["step 1 trains nothing: none of 8 groups has right and wrong completions"]
+
+
+def test_an_accuracy_that_is_not_known_is_no_difference(make):
+    trainer = make(**DYNAMIC)
+    rollout = trainer.draw(0)
+    nan = math.nan
+    rollout.parts["seven"] = [1.0, nan, 1.0, nan, nan, nan, nan, 0.0, 1.0, 0.0, 0.0, nan]
+    assert trainer.mixed_groups(rollout) == [2]
+
+
+def test_rollouts_are_joined_and_chosen_from(make):
+    trainer = make()
+    parts = [trainer.draw(i) for i in range(3)]
+    parts[1].late, parts[2].steps = {"seven": {0, 5}}, {"seven": [[(1, 1.0)]] * 24}
+    joined = Rollout.join(parts)
+    assert joined.late == {"seven": {24, 29}}
+    assert joined.steps["seven"] == [None] * 48 + [[(1, 1.0)]] * 24
+    chosen = joined.select([11, 4])
+    assert chosen.prompts == [parts[2].prompts[3], parts[1].prompts[0]]
+    assert chosen.texts == parts[2].texts[18:] + parts[1].texts[:6]
+    assert chosen.rewards.tolist() == [*parts[2].rewards[18:].tolist(), *parts[1].rewards[:6].tolist()]
+    assert chosen.steps == {"seven": [[(1, 1.0)]] * 6 + [None] * 6}
+    assert chosen.parts["seven"] == parts[2].parts["seven"][18:] + parts[1].parts["seven"][:6]
+
+
+# --- the reference, its weight, and what is compared -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_zieglers_controller_moves_the_weight_of_the_kl(where, make):
+    """β·(1 + n/horizon·clip(KL/target − 1, ±0.2)), KL the mean of the completions' sums."""
+    loss = PolicyLoss(kl="k3", kl_coef=0.1) if where == "loss" else PolicyLoss()
+    settings = {"adaptive_kl": "ziegler", "kl_horizon": 48, "loss": loss, "kl_in_reward": 0.1 * (where == "reward")}
+    trainer = make(**settings, kl_target=1e-9)
+    metrics = trainer.step(0)  # here the KL is a rounding error
+    assert metrics["beta"] == 0.1 and abs(metrics["beta/kl"]) < 1e-4
+    beta = trainer.kl.beta
+    metrics = trainer.step(1)
+    assert metrics["beta"] == beta and metrics["beta/kl"] > 0.01
+    assert trainer.kl.beta == pytest.approx(beta * (1 + 24 / 48 * 0.2))
+    used = trainer.kl.in_reward if where == "reward" else trainer.kl.loss.kl_coef
+    assert used == trainer.kl.beta
+    assert (trainer.kl.loss == loss) == (where == "reward")
+
+
+def test_the_weight_is_the_one_that_is_trained_with(make):
+    trainer = make(kl_in_reward=0.1, adaptive_kl="ziegler", loss=PolicyLoss(), prompts=1)
+    with torch.no_grad():
+        trainer.model.head_weight.mul_(1.3)
+    rollout, taken = trainer.collect(0), []
+    for trainer.kl.beta in (0.0, 3.0):
+        taken.append(trainer.batch(rollout).advantages)
+    assert not torch.allclose(*taken, atol=1e-3)
+
+
+def test_the_reference_is_reset_to_the_policy_of_that_moment(make):
+    trainer = make(loss=PolicyLoss(kl="k3", kl_coef=0.1), ref_reset_every=2, steps=3)
+    apart = []
+    for step in range(3):
+        trainer.step(step)
+        pairs = zip(trainer.model.parameters(), trainer.reference.parameters(), strict=True)
+        apart.append(not all(torch.equal(p, r) for p, r in pairs))
+    assert apart == [True, False, True]
+
+
+def test_what_leaves_the_loss_may_leave_the_means_too(make, monkeypatch):
+    """Completions 2 and 3 were cut off."""
+    for exclude, over in ((False, range(6)), (True, (0, 1, 4, 5))):
+        trainer = make(prompts=1, truncation="mask", exclude_from_baseline=exclude)
+        batch = trainer.batch(rollout := written(monkeypatch, trainer))
+        R = rollout.rewards[list(over)].numpy()
+        wanted = (rollout.rewards.numpy() - R.mean()) / (R.std(ddof=1) + 1e-4)
+        kept = [0, 1, 4, 5]
+        assert batch.advantages[kept].tolist() == pytest.approx(wanted[kept], abs=1e-5)
+        assert batch.mask.any(1).tolist() == [i in kept for i in range(6)]
+
+
+@pytest.mark.parametrize(("target", "updates"), [(1e-9, 1), (100.0, 4)])
+def test_the_updates_of_a_step_end_when_the_policy_is_too_far(target, updates, make):
+    trainer = make(epochs=2, mini_batches=2, target_kl=target)
+    assert trainer.step(0)["updates"] == trainer.optimizer.steps == updates
+    assert not trainer.optimizer.grads
 
 
 PROMISED = """reward/mean reward/std reward/seven reward/sevens reward/unscored_frac late_frac group/signal_frac adv/std

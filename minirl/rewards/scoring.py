@@ -4,6 +4,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 from minirl.errors import InputError
 from minirl.rewards.rules import Reward
@@ -17,6 +18,7 @@ def score(
     columns: Mapping[str, Sequence],
     timeout: float | None = None,
     on_timeout: str | Callable[[str, int], object] = "error",
+    on_steps: Callable[[str, int, list[tuple[int, float]]], object] | None = None,
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The weighted sum of the rewards for each completion, and the unweighted values of each reward by its name.
 
@@ -25,6 +27,10 @@ def score(
     on_timeout="nan", and also with a function, which is told the reward's name and the completion's index. InputError
     names the reward and the completion when a reward raises or returns anything but one finite number, NaN or None a
     completion.
+
+    With `on_steps` a reward may also return for a completion the rewards of its steps: a list with a number for each of
+    its lines, or (end, reward) pairs with rising ends, in characters of the completion. They count as their sum, and
+    on_steps is told the reward's name, the completion's index and the pairs.
     """
     if on_timeout not in ("error", "nan") and not callable(on_timeout):
         raise InputError(f"score: on_timeout must be 'error', 'nan' or a function, not {on_timeout!r}.")
@@ -33,7 +39,7 @@ def score(
     if not rewards:
         raise InputError("score: there is no reward function: give at least one.")
     batch = _batch(prompts, completions, columns)
-    parts = {}
+    parts = {name: [] for name in rewards}
     for name, (weight, function) in rewards.items():
         if not _is_number(weight) or not math.isfinite(weight):
             raise InputError(f"reward {name!r}: its weight must be a finite number, not {weight!r}.")
@@ -41,7 +47,13 @@ def score(
             values = _call(name, function, batch)
         else:
             values = _call_each(name, function, batch, timeout, on_timeout)
-        parts[name] = [_checked(name, i, value) for i, value in enumerate(values)]
+        for i, value in enumerate(values):
+            value = value.tolist() if hasattr(value, "tolist") else value  # numpy and torch
+            if on_steps and isinstance(value, list | tuple):
+                steps = _steps(name, i, value, completions[i])
+                on_steps(name, i, steps)
+                value = sum(reward for _, reward in steps)
+            parts[name].append(_checked(name, i, value))
     weights = [weight for weight, _ in rewards.values()]
     total = [sum(w * v for w, v in zip(weights, row, strict=True)) for row in zip(*parts.values(), strict=True)]
     return total, parts
@@ -119,14 +131,40 @@ def _as_list(name: str, values, expected: int) -> list:
 def _checked(name: str, i: int, value) -> float:
     if value is None:
         return math.nan
-    value = value.item() if hasattr(value, "item") else value  # a numpy or torch scalar
     if not _is_number(value):
+        steps = "; only advantage grpo_process takes rewards of steps" if isinstance(value, list | tuple) else ""
         raise InputError(
-            f"reward {name!r} returned {_short(value)} for completion {i}: it must be a number, NaN or None."
+            f"reward {name!r} returned {_short(value)} for completion {i}: it must be a number, NaN or None{steps}."
         )
     if abs(value) > sys.float_info.max:  # also integers beyond any float; false for NaN
         raise InputError(f"reward {name!r} returned {_short(value)} for completion {i}: return NaN if it has no score.")
     return float(value)
+
+
+def _steps(name: str, i: int, value: Sequence, text: str) -> list[tuple[int, float]]:
+    """Rewards of lines, or pairs, as checked pairs of a step's end in characters and its reward."""
+    lines, pairs = text.split("\n"), value
+    if all(map(_is_number, value)):
+        if len(value) != len(lines):
+            raise InputError(
+                f"reward {name!r} returned {len(value)} step rewards for completion {i}, which has {len(lines)} lines "
+                f"({_short(text)}): return one for each line, or (end, reward) pairs."
+            )
+        pairs = zip(accumulate(len(line) + (n > 0) for n, line in enumerate(lines)), value, strict=True)
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in pairs]
+    whole = all(len(pair) == 2 and isinstance(pair[0], numbers.Integral) and _is_number(pair[1]) for pair in pairs)
+    if not whole or not all(math.isfinite(reward) for _, reward in pairs):
+        raise InputError(
+            f"reward {name!r} returned {_short(value)} for completion {i}: rewards of steps are finite numbers, one "
+            "for each line, or pairs of a whole number of characters and such a reward."
+        )
+    ends = [end for end, _ in pairs]
+    if ends != sorted(ends) or not 0 <= ends[0] <= ends[-1] <= len(text):
+        raise InputError(
+            f"reward {name!r} returned steps that end at {_short(ends)} for completion {i}: the ends must rise, up to "
+            f"its {len(text)} characters at most."
+        )
+    return [(int(end), float(reward)) for end, reward in pairs]
 
 
 def _is_number(value) -> bool:

@@ -68,6 +68,7 @@ class Run:
         self.config = json.loads(json.dumps(config))  # as it will be read back
         self.checkpoint: Path | None = None
         self.start = 0
+        self.state: dict = {}  # what `save` was given beside the tensors
         self.begun = False
         _refuse_unwritable(self.out)
         if resume:
@@ -86,7 +87,8 @@ class Run:
         self._drop_old()
         self.checkpoint = max((self.out / "checkpoints").glob("step-*"), default=None)
         if self.checkpoint:
-            self.start = int(read_json(self.checkpoint / "state.json")["step"])
+            self.state = read_json(self.checkpoint / "state.json")
+            self.start = int(self.state["step"])
         for name in LOGS:
             _truncate(self.out / name, self.start if self.checkpoint else -1)
 
@@ -109,15 +111,26 @@ class Run:
             write_json(self.out / "config.json", self.config)
             self.begun = True
 
-    def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer: AdamW) -> Path:
-        """Write the checkpoint after `step` updates, and drop the oldest beyond `keep`."""
+    def save(
+        self,
+        step: int,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        optimizer: AdamW,
+        more: Callable[[Path], object] | None = None,
+        **state: float,
+    ) -> Path:
+        """Write the checkpoint after `step` updates, and drop the oldest beyond `keep`. `more` writes further files
+        into its folder, and `state` is what `run.state` holds on resume."""
         self._begin()
         path = self.out / "checkpoints" / f"step-{step:06d}"
         with _whole_folder(path) as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
             save_file(optimizer.state_dict(), staging / "optimizer.safetensors")
-            write_json(staging / "state.json", {"step": step})
+            if more:
+                more(staging)
+            write_json(staging / "state.json", {"step": step, **state})
         self._drop_old()
         self.checkpoint = path
         return path
@@ -126,9 +139,9 @@ class Run:
         for old in sorted((self.out / "checkpoints").glob("step-*"))[: -self.keep]:
             shutil.rmtree(old)
 
-    def restore(self, optimizer: AdamW) -> None:
-        """Load the optimizer's state of the checkpoint that the model was read from."""
-        file = self.checkpoint / "optimizer.safetensors"
+    def restore(self, optimizer: AdamW, folder: str = "") -> None:
+        """Load the optimizer's state of the checkpoint that the model was read from, or of a folder in it."""
+        file = self.checkpoint / folder / "optimizer.safetensors"
         try:
             optimizer.load_state_dict(load_file(file))
         except (SafetensorError, OSError) as error:

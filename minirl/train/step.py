@@ -1,6 +1,6 @@
 """The shared step: any number of rows, one gradient, whatever the micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ class Batch:
     old_logp: torch.Tensor | None = None  # [B, T]; None = the policy itself, a single on-policy update
     ref_logp: torch.Tensor | None = None  # [B, T]
     rollout_logp: torch.Tensor | None = None  # [B, T], what the sampler reported
+    old_values: torch.Tensor | None = None  # [B, T], the critic's before the update
+    returns: torch.Tensor | None = None  # [B, T], what its values should be
 
     def select(self, indices: Sequence[int]) -> "Batch":
         """Some of the rows, tensors cut to the longest of them."""
@@ -29,8 +31,8 @@ class Batch:
         def take(x: torch.Tensor | None):
             return None if x is None else x[index] if x.dim() == 1 else x[index, :width]
 
-        tensors = (self.advantages, self.mask, self.old_logp, self.ref_logp, self.rollout_logp)
-        return Batch([self.rows[i] for i in indices], *map(take, tensors))
+        policy = (self.advantages, self.mask, self.old_logp, self.ref_logp, self.rollout_logp)
+        return Batch([self.rows[i] for i in indices], *map(take, (*policy, self.old_values, self.returns)))
 
 
 def response_mask(rows: Sequence[Row], device=None) -> torch.Tensor:
@@ -39,25 +41,37 @@ def response_mask(rows: Sequence[Row], device=None) -> torch.Tensor:
     return (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).to(device)
 
 
+# hidden states [M, D], their places, the rows that they are of, the whole step's totals -> a loss and its metrics
+HiddenLoss = Callable[[torch.Tensor, MicroBatch, Batch, Totals], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
 def accumulate(
-    model: Transformer, batch: Batch, options: PolicyLoss, budget: int, temperature: float = 1.0
+    model: Transformer,
+    batch: Batch,
+    options: PolicyLoss,
+    budget: int,
+    temperature: float = 1.0,
+    also: HiddenLoss | None = None,
 ) -> dict[str, float]:
     """Add the gradient of the policy loss over all rows, in micro-batches of `budget` tokens; metrics of the whole.
 
     Rows whose gradient is exactly zero (no advantage, and neither KL nor entropy in the loss) are not computed; they
-    count in the denominators of the loss, not in those of the metrics.
+    count in the denominators of the loss, not in those of the metrics. `also` is a further loss on the same hidden
+    states; with it every row that counts is computed.
     """
     groups = torch.tensor([row.group for row in batch.rows], device=batch.mask.device)
     entropy = _entropies(model, batch, budget, temperature) if options.entropy_quantile is not None else None
     totals = Totals.of(batch.mask, groups, entropy, options.entropy_quantile)
     trained = with_gradient(batch.mask, batch.advantages, options)
     totals = totals.scoring(int(trained.sum()))
+    computed = trained if also is None else batch.mask.bool()
     parts = []
-    for indices in micro_batches(batch.rows, trained.any(1).nonzero().squeeze(1).tolist(), budget):
+    for indices in micro_batches(batch.rows, computed.any(1).nonzero().squeeze(1).tolist(), budget):
         part = batch.select(indices)
         micro = MicroBatch(part.rows, model.device)
+        hidden = micro.hidden(model)
         loss, metrics = head_policy_loss(
-            micro.hidden(model),
+            hidden,
             model.head_weight,
             micro.targets,
             micro.mask,
@@ -72,9 +86,12 @@ def accumulate(
             temperature=temperature,
             kept=micro.kept,
         )
+        if also is not None:
+            further, its = also(hidden, micro, part, totals)
+            loss, metrics = loss + further, metrics | its
         loss.backward()
         parts.append(metrics)
-    return combine_metrics(parts) | ({"trained_tokens": totals.scored} if parts else {})
+    return combine_metrics(parts) | ({"trained_tokens": int(computed.sum())} if parts else {})
 
 
 @torch.no_grad()

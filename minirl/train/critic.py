@@ -1,0 +1,103 @@
+"""The critic of PPO: V(s_t), the return to expect from the state before token t, and how it is trained.
+
+It is a Transformer of its own with a scalar head, started from the policy's checkpoint, or only a head on the policy's
+trunk. Either head starts at zero, so that the first advantages are the returns themselves.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minirl.checkpoint import load_model
+from minirl.errors import InputError
+from minirl.losses import Totals, combine_metrics, value_loss
+from minirl.model import Transformer
+from minirl.train.batch import MicroBatch, Row, micro_batches
+from minirl.train.optimizer import AdamW
+from minirl.train.step import Batch
+
+HEAD = "head.safetensors"
+
+
+class Critic:
+    """A trunk and a head [1, D] on it; with `own` the trunk is the critic's to train, else it is the policy's."""
+
+    def __init__(self, trunk: Transformer, head: nn.Linear, own: bool, weight_decay: float = 0.0):
+        self.trunk, self.head, self.own = trunk, head, own
+        self.optimizer = AdamW(trunk if own else head, weight_decay=weight_decay)
+        self.clip: float | None = None  # of values around those before the update
+        self.coef = 1.0  # of the loss, where it shares its gradient with the policy's
+
+    @classmethod
+    def start(cls, policy: Transformer, source: str | Path | None, weight_decay: float) -> "Critic":
+        """From a language model's checkpoint or a critic's; without a source a head on the policy's trunk."""
+        if source is None:
+            head = nn.Linear(policy.config.width, 1, bias=False, device=policy.device)
+            nn.init.zeros_(head.weight)
+            return cls(policy, head, False, weight_decay)
+        trunk = load_model(source, policy.dtype, policy.device, scalar_head=True)
+        trunk.checkpointing = policy.checkpointing
+        return cls(trunk, trunk.score, True, weight_decay)
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [M, D] -> fp32 values [M]."""
+        return F.linear(hidden.float(), self.head.weight.float()).squeeze(-1)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row], budget: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """V(s_t) of every token of the responses, [B, T], 0 where there is none; and V(s_T), read at the place of the
+        last token, [B]."""
+        # A value is read where the next token is predicted, so a token more is asked for.
+        longer = [Row(row.prompt, [*row.response, 0], row.group) for row in rows]
+        lengths = torch.tensor([len(row.response) for row in rows], device=self.trunk.device)
+        out = torch.zeros(len(rows), int(lengths.max()) + 1, device=self.trunk.device)
+        for indices in micro_batches(longer, range(len(rows)), budget):
+            micro = MicroBatch([longer[i] for i in indices], self.trunk.device)
+            V = micro.unflatten(self.values(micro.hidden(self.trunk)))
+            out[torch.tensor(indices, device=out.device), : V.shape[1]] = V
+        after = out.gather(1, lengths[:, None])
+        return out.scatter(1, lengths[:, None], 0)[:, :-1], after.squeeze(1)
+
+    def loss(self, hidden: torch.Tensor, micro: MicroBatch, part: Batch, totals: Totals):
+        """The value loss of a micro-batch times `coef`, and its metrics, which are those without it."""
+        V = micro.unflatten(self.values(hidden))
+        every = totals.scoring(totals.tokens)  # also the tokens that the policy loss leaves out
+        loss, metrics = value_loss(V, part.old_values, part.returns, part.mask, self.clip, every)
+        return self.coef * loss, metrics
+
+    def accumulate(self, batch: Batch, budget: int) -> dict[str, float]:
+        """Add the gradient of the value loss over all rows, in micro-batches of `budget` tokens; a trunk that is the
+        policy's gets none."""
+        totals, parts = Totals.of(batch.mask), []
+        for indices in micro_batches(batch.rows, batch.mask.any(1).nonzero().squeeze(1).tolist(), budget):
+            part = batch.select(indices)
+            micro = MicroBatch(part.rows, self.trunk.device)
+            with torch.set_grad_enabled(self.own):
+                hidden = micro.hidden(self.trunk)
+            loss, metrics = self.loss(hidden, micro, part, totals)
+            loss.backward()
+            parts.append(metrics)
+        return combine_metrics(parts) | ({"trained_tokens": totals.tokens} if parts else {})
+
+    def save(self, folder: Path) -> None:
+        """Weights and the optimizer's state into a folder of a checkpoint."""
+        folder.mkdir()
+        if self.own:
+            self.trunk.save_pretrained(folder)
+        else:
+            save_file({"weight": self.head.weight.detach()}, folder / HEAD)
+        save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
+
+    def restore_head(self, folder: Path) -> None:
+        """The head on a shared trunk; a trunk of its own is loaded as a checkpoint."""
+        try:
+            self.head.load_state_dict(load_file(folder / HEAD))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"{folder / HEAD} is truncated or missing ({error}): remove {folder.parent} to resume earlier"
+            ) from None

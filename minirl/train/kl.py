@@ -1,0 +1,58 @@
+"""The weight of a KL: fixed, or moved by a controller after each step."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from minirl.kernels.policy_loss import k3
+from minirl.losses import PolicyLoss, adaptive_kl_ppo, adaptive_kl_ziegler
+from minirl.train.config import PolicyConfig
+from minirl.train.step import Batch
+
+TARGETS = {"ziegler": 6.0, "ppo_penalty": 0.01}  # nats a completion (1909.08593), nats a token (1707.06347)
+
+
+class KLWeight:
+    """β. Ziegler's controller moves that of the KL to the reference, PPO's that of the KL to the policy before."""
+
+    def __init__(self, config: PolicyConfig, state: dict):
+        """`state` is what `self.state` was when the run was saved, empty for a fresh one."""
+        self.config = config
+        ziegler = "kl_in_reward" if config.kl_in_reward else "kl_coef"
+        self.moves = {"none": None, "ziegler": ziegler, "ppo_penalty": "kl_old_coef"}[config.adaptive_kl]
+        fixed = {"kl_in_reward": config.kl_in_reward, "kl_coef": config.loss.kl_coef}
+        self.beta = state.get("beta", fixed.get(self.moves, config.loss.kl_old_coef))
+
+    @property
+    def state(self) -> dict[str, float]:
+        return {"beta": self.beta} if self.moves else {}
+
+    @property
+    def loss(self) -> PolicyLoss:
+        in_loss = self.moves in ("kl_coef", "kl_old_coef")
+        return replace(self.config.loss, **{self.moves: self.beta}) if in_loss else self.config.loss
+
+    @property
+    def in_reward(self) -> float:
+        return self.beta if self.moves == "kl_in_reward" else self.config.kl_in_reward
+
+    def adapt(self, batch: Batch, moved: bool, score: Callable[[], torch.Tensor]) -> dict[str, float]:
+        """Show the controller the KL of a step; one that has not moved the policy tells it nothing.
+
+        `score` gives the log-probs [B, T] of the policy after the updates.
+        """
+        c, used = self.config, self.beta
+        if not self.moves:
+            return {}
+        target = c.kl_target or TARGETS[c.adaptive_kl]
+        if c.adaptive_kl == "ziegler":
+            logp = batch.rollout_logp if batch.old_logp is None else batch.old_logp
+            kl = torch.where(batch.mask, logp - batch.ref_logp, 0).sum(1).mean().item()
+            new = adaptive_kl_ziegler(used, kl, episodes=len(batch.rows), target=target, horizon=c.kl_horizon)
+        else:  # KL(π_old‖π_θ) from samples of π_old
+            tokens = k3(batch.old_logp - score())[0]
+            kl = (torch.where(batch.mask, tokens, 0).sum() / batch.mask.sum().clamp(min=1)).item()
+            new = adaptive_kl_ppo(used, kl, target=target)
+        self.beta = new if moved else used
+        return {"beta": used, "beta/kl": kl}

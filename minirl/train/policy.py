@@ -1,0 +1,336 @@
+"""The loop of every algorithm that trains on its own samples, and the stages of its step.
+
+    for each step:  prompts -> completions -> rewards -> advantages -> one or more updates of the one policy loss
+
+GRPO and PPO differ in what they make of the rewards (`credit`) and in what has a gradient (`gradient`).
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minirl.advantages import kl_in_reward
+from minirl.errors import InputError
+from minirl.evaluate import evaluate
+from minirl.model import Transformer
+from minirl.rewards import load_reward
+from minirl.rewards.rules import overlong_penalty
+from minirl.rollout import Rollout, sample, task_rewards
+from minirl.sampler import Sampler
+from minirl.tasks import Task, parse_task
+from minirl.train.batch import Row, score
+from minirl.train.config import PolicyConfig
+from minirl.train.kl import KLWeight
+from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.run import (
+    Display,
+    Run,
+    identity,
+    interruptible,
+    load,
+    peak_memory_gb,
+    pick_device,
+    pick_dtype,
+    say_if_finished,
+)
+from minirl.train.sft import order, take
+from minirl.train.step import Batch, accumulate, response_mask
+
+
+class PolicyTrainer:
+    """Everything that a run holds, and one method for each stage of a step."""
+
+    def __init__(self, config: PolicyConfig, run: Run, display: Display, task: Task):
+        self.config, self.run, self.display, self.task = config, run, display, task
+        self.late: set[str] = set()  # the rewards that have been named for taking too long
+        if not self.task.train:
+            raise InputError(f"task {config.task!r} has no training examples: ask for some")
+        self.rewards = task_rewards(self.task)
+        for name, reward in map(_extra_reward, config.rewards):
+            if name in self.rewards:
+                raise InputError(f"reward {name!r} is given twice, by the task or by --rewards: leave one away")
+            self.rewards[name] = reward
+        self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
+        self.model.checkpointing = config.recompute
+        self.reference = self._load_reference() if config.has_reference else None
+        self.optimizer = AdamW(self.model, weight_decay=config.weight_decay)
+        if run.checkpoint:
+            run.restore(self.optimizer)
+        self.kl = KLWeight(config, run.state)
+        self.sampler = Sampler(self.model, config.slots, tokenizer=self.tokenizer)
+        self.params = replace(config.sampling, stop_ids=self.tokenizer.stop_ids)
+
+    def _load_reference(self) -> Transformer:
+        """The checkpoint that the run started from, or the policy of the last reset."""
+        c, saved = self.config, self.run.checkpoint
+        device = pick_device(c.device)
+        source = saved / "reference" if saved and c.ref_reset_every else c.model
+        return Transformer.from_pretrained(source, pick_dtype(c.dtype, device), device).requires_grad_(False)
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> dict[str, float]:
+        """Rollout, rewards, advantages, updates; returns the step's metrics."""
+        started = time.perf_counter()
+        rollout = self.collect(step)
+        sampled = time.perf_counter()
+        metrics = rollout.stats | self.update(rollout, step)
+        trained = time.perf_counter()
+        if self.config.ref_reset_every and (step + 1) % self.config.ref_reset_every == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        self.show(rollout, step + 1)
+        return metrics | {
+            "tokens_per_s/rollout": metrics["sampled_tokens"] / (sampled - started),
+            # Rows without a gradient are not computed, so they are not counted either.
+            "tokens_per_s/train": metrics["trained_tokens"] / (trained - sampled)
+            if metrics["trained_tokens"]
+            else math.nan,
+            "time/rollout": sampled - started,
+            "time/train": trained - sampled,
+            "memory/peak_gb": peak_memory_gb(),
+        }
+
+    def show(self, rollout: Rollout, step: int) -> None:
+        """Write the first completion of some prompts to completions.jsonl."""
+        for i in range(min(self.config.shown, len(rollout.prompts))):
+            row, completion = i * rollout.group_size, rollout.completions[i * rollout.group_size]
+            self.run.log_completion(
+                step,
+                prompt=rollout.examples[i]["prompt"],
+                completion=rollout.texts[row],
+                reward=rollout.rewards[row].item(),
+                advantage=rollout.advantages[row].item(),
+                finish_reason=completion.finish_reason,
+            )
+
+    # --- samples and rewards ----------------------------------------------------------------------------------------
+
+    def collect(self, step: int) -> Rollout:
+        """Sample the step's prompts and score what comes back."""
+        rollout = self.draw(step)
+        rollout.stats = rollout.metrics()
+        self.say_idle(rollout, step)
+        return rollout
+
+    def draw(self, number: int, steps: bool = False) -> Rollout:
+        """Sample and score batch `number` of prompts, which is a function of the config alone. `steps`: rewards may be
+        those of steps."""
+        c = self.config
+        chosen = take(len(self.task.train), c.seed, number * c.prompts, c.prompts)
+        params = replace(self.params, seed=(c.seed << 32) + number)
+
+        def progress(done: int, total: int) -> None:
+            self.display.progress("rollout", done, total)
+
+        rollout = sample(self.sampler, self.tokenizer, [self.task.train[i] for i in chosen], params, progress)
+        rollout.score(self.rewards, c.reward_timeout, steps)
+        self.name_late(rollout)
+        if c.overlong_cache:
+            rollout.rewards += torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
+        if c.truncation == "penalty":
+            rollout.rewards -= c.truncation_penalty * rollout.truncated
+        return rollout
+
+    def say_idle(self, rollout: Rollout, step: int) -> None:
+        """In the first step it is an error; later it may be a passing failure, which must not cost the run."""
+        if step == 0:
+            rollout.require_score()
+        rollout.idle = rollout.unscored or rollout.idle
+        if rollout.idle:
+            self.display.line(f"step {step + 1} trains nothing: {rollout.idle}")
+
+    def name_late(self, rollout: Rollout) -> None:
+        """Once for each reward; how many completions there are of them is logged as late_frac."""
+        for name, line in rollout.late_lines(self.config.reward_timeout).items():
+            if name not in self.late:
+                self.late.add(name)
+                self.display.line(line)
+
+    # --- from rewards to advantages ---------------------------------------------------------------------------------
+
+    def batch(self, rollout: Rollout) -> Batch:
+        """Rows, mask, log-probs and advantages of a rollout."""
+        c, device = self.config, self.model.device
+        prompts = [rollout.prompts[i // rollout.group_size] for i in range(len(rollout.completions))]
+        rows = [
+            Row(prompt, completion.tokens, i // rollout.group_size, completion.kept)
+            for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
+        ]
+        present = response_mask(rows, device)
+        sampled = torch.zeros(present.shape, device=device)
+        sampled[present] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
+        old = ref = None
+        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl == "ppo_penalty":
+            old = self.score(self.model, rows)
+        if self.reference is not None:
+            ref = self.score(self.reference, rows)
+        batch = Batch(rows, torch.zeros(len(rows), device=device), present, old, ref, sampled)
+        rewards, cut = rollout.rewards.to(device), rollout.truncated.to(device)
+        if c.exclude_from_baseline:
+            rewards = rewards.masked_fill(cut, math.nan)
+        self.credit(rollout, batch, rewards)
+        A = batch.advantages
+        rollout.advantages = A if A.dim() == 1 else A.sum(1) / present.sum(1).clamp(min=1)
+        if c.truncation == "mask":
+            batch.mask = batch.mask & ~cut[:, None]
+        if rollout.idle:  # neither KL nor entropy alone shall move the policy
+            batch.mask = torch.zeros_like(batch.mask)
+        return batch
+
+    def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
+        """Turn the rewards [B], NaN where there is none, into `batch.advantages`; batch.mask holds every token so
+        far."""
+        raise NotImplementedError
+
+    def token_rewards(self, batch: Batch, rewards: torch.Tensor) -> torch.Tensor:
+        """The reward of a completion [B] at its last token, less the KL to the reference of each, [B, T]."""
+        if self.config.kl_in_reward:
+            return kl_in_reward(rewards, batch.old_logp, batch.ref_logp, batch.mask, self.kl.in_reward)
+        nothing = torch.zeros(batch.mask.shape, device=rewards.device)
+        return kl_in_reward(rewards, nothing, nothing, batch.mask, 0.0)
+
+    def score(self, model: Transformer, rows: list[Row]) -> torch.Tensor:
+        return score(model, rows, self.config.micro_batch_tokens, self.config.temperature)
+
+    # --- updates ----------------------------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout, step: int) -> dict[str, float]:
+        """μ passes over mini-batches of whole groups; metrics are means over the optimizer steps."""
+        c, batch, before = self.config, self.batch(rollout), self.optimizer.steps
+        updates, skipped = [], 0
+        for indices in self.mini_batches(step, len(rollout.prompts)):
+            metrics = self.gradient(batch.select(indices), step)
+            if c.target_kl is not None and metrics.get("kl_old/k3", 0.0) > c.target_kl:
+                self.forget()
+                break
+            if metrics:
+                updates.append(metrics | self.apply(step))
+            skipped += not metrics
+        names = dict.fromkeys(name for metrics in updates for name in metrics)
+        means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
+        means["trained_tokens"] = sum(m["trained_tokens"] for m in updates)
+        adv = batch.advantages if batch.advantages.dim() == 1 else batch.advantages[response_mask(batch.rows)]
+        return means | {
+            "lr": self.rate(step, c.lr),
+            "updates": len(updates),
+            "skip_step": skipped,
+            "adv/mean": adv.mean().item(),
+            "adv/std": adv.std(correction=0).item(),
+            "adv/min": adv.min().item(),
+            "adv/max": adv.max().item(),
+            **self.kl.adapt(batch, self.optimizer.steps > before, lambda: self.score(self.model, batch.rows)),
+        }
+
+    def mini_batches(self, step: int, groups: int) -> Iterator[list[int]]:
+        """The rows of each update."""
+        c = self.config
+        for epoch in range(c.epochs):
+            shuffled = order(groups, c.seed, 1 + step * c.epochs + epoch)
+            for part in np.array_split(shuffled, min(c.mini_batches, groups)):
+                yield [g * c.group + j for g in sorted(part.tolist()) for j in range(c.group)]
+
+    def gradient(self, batch: Batch, step: int) -> dict[str, float]:
+        """Accumulate the gradient of one optimizer step; its metrics, none where nothing has a gradient."""
+        return accumulate(self.model, batch, self.kl.loss, self.config.micro_batch_tokens, self.config.temperature)
+
+    def apply(self, step: int) -> dict[str, float]:
+        return {"grad_norm": self.optimizer.step(self.rate(step, self.config.lr), self.config.clip_norm)}
+
+    def forget(self) -> None:
+        """Drop the gradient."""
+        self.optimizer.zero_grad()
+
+    def rate(self, step: int, peak: float) -> float:
+        c = self.config
+        return learning_rate(step, peak, c.warmup, c.steps, c.schedule)
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, require_score: bool = False) -> dict[str, float]:
+        c = self.config
+
+        def progress(done: int, total: int) -> None:
+            self.display.progress("evaluation", done, total)
+
+        params = replace(self.params, n=c.eval_samples, seed=(c.seed << 32) + (1 << 31))
+        examples = self.task.heldout[: c.eval_prompts]
+        result = evaluate(
+            self.sampler, self.tokenizer, self.task, params, examples, True, c.reward_timeout, progress, require_score
+        )
+        self.name_late(result.rollout)
+        return result.metrics
+
+    def save(self, step: int) -> None:
+        self.run.save(step, self.model, self.tokenizer, self.optimizer, self.save_more, **self.kl.state)
+
+    def save_more(self, folder: Path) -> None:
+        """What a checkpoint holds beside the policy."""
+        if self.config.ref_reset_every:
+            self.reference.save_pretrained(folder / "reference")
+
+
+def _extra_reward(spec: str) -> tuple[str, tuple[float, object]]:
+    name, _, weight = spec.rpartition("=")
+    try:
+        return name, (float(weight), load_reward(name))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"reward {spec!r} must be given as name=weight, for instance format=0.2") from None
+
+
+def step_line(step: int, steps: int, m: dict) -> str:
+    """What matters, first things first."""
+
+    def shown(name: str, digits: str) -> str:  # what was not computed, or of nothing, is no number
+        return "–" if math.isnan(m.get(name, math.nan)) else format(m[name], digits)
+
+    held = f"  held-out {shown('eval/mean', '.3f')} (greedy {shown('eval/greedy', '.3f')})" if "eval/mean" in m else ""
+    kl = "kl_ref/k3" if "kl_ref/k3" in m else "kl_old/k3"
+    critic = f"critic {shown('value/explained_var', '.2f')}" if "value/mean" in m else ""
+    return (
+        f"step {step}/{steps}  reward {shown('reward/mean', '.3f')}{held}  kl {shown(kl, '.4f')}  "
+        f"entropy {shown('entropy', '.3f')}  {critic or 'signal ' + shown('group/signal_frac', '.2f')}  "
+        f"clip {shown('clip/frac', '.3f')}  "
+        f"mismatch {shown('mismatch/abs_mean', '.1e')}  len {m['len/mean']:.1f}  "
+        f"{shown('tokens_per_s/rollout', '.0f')}+{shown('tokens_per_s/train', '.0f')} tok/s  "
+        f"{m['memory/peak_gb']:.1f} GB"
+    )
+
+
+def train_policy(
+    kind: type[PolicyTrainer], config: PolicyConfig, display: Display | None = None, task: Task | None = None
+) -> Path:
+    """A whole run, from its config or from its last checkpoint; returns the folder of the trained model."""
+    display = display or Display()
+    task = task or parse_task(config.task)
+    run = Run(config.out, identity(config, [task.train, task.heldout]), config.resume)
+    trainer = kind(config, run, display, task)
+    say_if_finished(run, config.steps, display)
+    if run.start == 0:
+        before = trainer.evaluate(require_score=True)
+        display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
+    display.progress("step", run.start, config.steps)
+    with interruptible(display) as stop_requested:
+        for step in range(run.start, config.steps):
+            metrics = trainer.step(step)
+            if step == 0:  # only now: a run whose first step fails leaves no folder
+                run.log(0, before)
+            last = step + 1 == config.steps
+            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+                metrics |= trainer.evaluate()
+            run.log(step + 1, metrics)
+            display.progress("step", step + 1, config.steps)
+            display.line(step_line(step + 1, config.steps, metrics))
+            stopping = stop_requested()  # asked once: what stops has saved
+            if last or (step + 1) % config.save_every == 0 or stopping:
+                trainer.save(step + 1)
+            if stopping and not last:
+                display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
+                raise KeyboardInterrupt
+    return run.finish(trainer.model, trainer.tokenizer)
