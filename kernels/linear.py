@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
 from .logprobs import Stats, check_rows, gradient_triton, stats_triton
-from .policy_loss import TokenLoss, check_tokens, scale_, token_loss, token_loss_triton
+from .policy_loss import scale_
+from .token_loss import TokenLoss, check_tokens, token_loss, token_loss_triton
 
 WORKSPACE = {"cpu": 128 << 20, "cuda": 768 << 20}  # bytes of a chunk of logits and of its gradient
-SLICE = 1 << 20  # logits that PyTorch sweeps at a time
+SLICE = 1 << 19  # logits that PyTorch sweeps at a time
 MIN_ROWS = 16  # a CPU's product of fewer rows adds in another order: results would depend on the chunk
 
 
@@ -114,16 +115,21 @@ def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor) -> Stat
     dtype = torch.promote_types(z.dtype, torch.float32)
     out = Stats(*(z.new_empty(len(z), dtype=dtype) for _ in Stats._fields))
     for part in slices(z):
-        d = z[part].to(dtype)
-        largest = d.amax(1, keepdim=True)
-        d = (d - largest).clamp_(min=-1e30)  # 0 · -inf would be NaN
-        target = z[part].gather(1, targets[part].unsqueeze(1)).to(dtype) - largest
+        raw = z[part].to(dtype)
+        largest = raw.amax(1, keepdim=True)
         t = temperature[part].to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-        e = (d / t).exp_() if isinstance(t, Tensor) or t != 1 else d.exp()
-        total = e.sum(1, keepdim=True)
-        out.largest[part], out.log_total[part] = largest.squeeze(1), total.squeeze(1).log()
-        out.logp[part] = (target / t).squeeze(1) - out.log_total[part]
-        out.entropy[part] = out.log_total[part] - (e.mul_(d).sum(1, keepdim=True) / (total * t)).squeeze(1)
+        d = raw - largest
+        target = d.gather(1, targets[part].unsqueeze(1)).squeeze(1)
+        e = d.exp() if isinstance(t, float) and t == 1 else (d / t).exp_()
+        total = e.sum(1)
+        weighted = e.mul_(d).sum(1)
+        if weighted.isnan().any():  # 0 · -inf, unless it is NaN that came in
+            d.clamp_(min=-1e30)
+            weighted = (d / t).exp_().mul_(d).sum(1)
+        t = t.squeeze(1) if isinstance(t, Tensor) else t
+        out.largest[part], out.log_total[part] = largest.squeeze(1), total.log()
+        out.logp[part] = target / t - out.log_total[part]
+        out.entropy[part] = out.log_total[part] - weighted / (total * t)
     return out
 
 
@@ -137,15 +143,19 @@ def gradient_torch(z, targets, temperature, stats: Stats, c, e, out: Tensor, row
             return x[chosen].unsqueeze(1)
 
         t = column(temperature).to(raw.dtype) if isinstance(temperature, Tensor) else temperature
-        logp = (raw - column(stats.largest)).div_(t).sub_(column(stats.log_total)).clamp_(min=-1e30)
-        p = logp.exp()
+        cold = isinstance(t, Tensor) or t != 1
+        logp = raw - column(stats.largest)
+        logp = (logp.div_(t) if cold else logp).sub_(column(stats.log_total))
         if e[chosen].any():
-            p *= logp.add_(column(stats.entropy)).mul_(column(e)).add_(column(c))
+            p = logp.clamp_(min=-1e30).exp()  # 0 · -inf would be NaN
+            p.mul_(logp.add_(column(stats.entropy)).mul_(-column(e)).sub_(column(c)))
         else:
-            p *= column(c)
-        dz = p.neg_().scatter_add_(1, column(targets), column(c)).div_(t)
+            p = logp.exp_().mul_(-column(c))
+        dz = p.scatter_add_(1, column(targets), column(c))
+        if cold:
+            dz.div_(t)
         if softcap is not None:
-            dz *= 1 - (raw.masked_fill(raw == float("-inf"), 0) / softcap) ** 2
+            dz.mul_(1 - (raw.masked_fill(raw == float("-inf"), 0) / softcap) ** 2)
         silent = ((c[chosen] == 0) & (e[chosen] == 0)).unsqueeze(1)
         out[part] = dz.masked_fill_(silent, 0) if silent.any() else dz
 

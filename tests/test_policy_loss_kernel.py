@@ -27,7 +27,8 @@ from test_kernels import (  # noqa: F401 (the fixture `seed` is used by its name
 
 from minirl.kernels import TokenLoss, fused_policy_loss, linear_policy_loss, token_logprobs, token_loss
 from minirl.kernels import backend as run
-from minirl.kernels.policy_loss import scale_, token_loss_triton
+from minirl.kernels.policy_loss import scale_
+from minirl.kernels.token_loss import token_loss_triton
 from minirl.losses import PolicyLoss, Totals, head_policy_loss, policy_loss, with_gradient
 
 SURROGATES = {
