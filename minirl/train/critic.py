@@ -27,22 +27,23 @@ HEAD = "head.safetensors"
 class Critic:
     """A trunk and a head [1, D] on it; with `own` the trunk is the critic's to train, else it is the policy's."""
 
-    def __init__(self, trunk: Transformer, head: nn.Linear, own: bool, weight_decay: float = 0.0):
-        self.trunk, self.head, self.own = trunk, head, own
-        self.optimizer = AdamW(trunk if own else head, weight_decay=weight_decay)
-        self.clip: float | None = None  # of values around those before the update
-        self.coef = 1.0  # of the loss, where it shares its gradient with the policy's
+    def __init__(
+        self, policy: Transformer, source: str | Path | None, clip: float | None, coef: float, weight_decay: float
+    ):
+        """From a language model's checkpoint or a critic's; without a source a head on the policy's trunk.
 
-    @classmethod
-    def start(cls, policy: Transformer, source: str | Path | None, weight_decay: float) -> "Critic":
-        """From a language model's checkpoint or a critic's; without a source a head on the policy's trunk."""
-        if source is None:
-            head = nn.Linear(policy.config.width, 1, bias=False, device=policy.device)
-            nn.init.zeros_(head.weight)
-            return cls(policy, head, False, weight_decay)
-        trunk = load_model(source, policy.dtype, policy.device, scalar_head=True)
-        trunk.checkpointing = policy.checkpointing
-        return cls(trunk, trunk.score, True, weight_decay)
+        A value moves by `clip` at most from what it was before the update; `coef` is the weight of the loss where it
+        shares a gradient with the policy's.
+        """
+        self.own, self.clip, self.coef = source is not None, clip, 1.0 if source is not None else coef
+        if self.own:
+            self.trunk = load_model(source, policy.dtype, policy.device, scalar_head=True)
+            self.trunk.checkpointing = policy.checkpointing
+            self.head = self.trunk.score
+        else:
+            self.trunk, self.head = policy, nn.Linear(policy.config.width, 1, bias=False, device=policy.device)
+            nn.init.zeros_(self.head.weight)
+        self.optimizer = AdamW(self.trunk if self.own else self.head, weight_decay=weight_decay)
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, D] -> fp32 values [M]."""

@@ -98,13 +98,11 @@ class PPO(PolicyTrainer):
         super().__init__(config, run, display, task)
         saved = run.checkpoint / "critic" if run.checkpoint else None
         source = (saved or config.model) if config.critic == "own" else None
-        self.critic = Critic.start(self.model, source, config.weight_decay)
+        self.critic = Critic(self.model, source, config.value_clip, config.value_coef, config.weight_decay)
         if saved:
             if config.critic == "shared":
                 self.critic.restore_head(saved)
             run.restore(self.critic.optimizer, "critic")
-        self.critic.clip = config.value_clip
-        self.critic.coef = config.value_coef if config.critic == "shared" else 1.0
 
     def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
         c = self.config
