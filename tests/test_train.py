@@ -711,6 +711,20 @@ def test_what_dynamic_sampling_draws_is_a_function_of_the_config(make):
     assert later.texts != second.collect(6).texts
 
 
+def test_batches_have_prompts_and_draws_of_their_own(make, monkeypatch):
+    trainer = make(**DYNAMIC | {"prompts": 5})
+    prompts = [prompt for number in range(4) for prompt in trainer.draw(number).prompts]
+    assert len({tuple(prompt) for prompt in prompts}) == 20  # an epoch
+    one = make(task=replace(TASK, train=EXAMPLES[:1]), prompts=1)
+    assert len({tuple(one.draw(number).texts) for number in range(4)}) == 4
+    numbers, draw = [], trainer.draw
+    monkeypatch.setattr(trainer, "draw", lambda number, steps: numbers.append(number) or draw(number, steps))
+    trainer.collect(0)
+    assert 1 < len(numbers) <= 10 and numbers == list(range(len(numbers)))
+    trainer.collect(2)
+    assert min(set(numbers) - set(range(10))) == 20
+
+
 def test_a_step_trains_on_the_groups_that_there_are(make, monkeypatch):
     trainer = make(**DYNAMIC | {"max_gen_batches": 2}, mini_batches=4)
     right = iter([1.0, 0.0, 0.0] + [0.0] * 9 + [1.0] * 12)
