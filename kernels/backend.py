@@ -48,5 +48,7 @@ def use_triton(backend: Backend, x: torch.Tensor) -> bool:
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """kernel[grid](*args, **options). Every launch comes through here, so that a tool can compile what is launched."""
-    kernel[grid](*args, **options)
+    """kernel[grid](*args, **options) on the device of its first tensor. Every launch comes through here, so that a tool
+    can compile what is launched."""
+    with torch.cuda.device_of(next(x for x in args if isinstance(x, torch.Tensor))):
+        kernel[grid](*args, **options)

@@ -2,8 +2,9 @@
 
 The logits of a chunk are made, read for their statistics, overwritten with their gradient and multiplied back at once,
 so the [N, V] matrix never exists and nothing is computed twice: 6·N·V·D operations for loss and gradient, where
-recomputation takes 8. Rows whose coefficients are exactly zero (masked, clipped, no advantage and no KL) leave before
-the products: exact, unlike filtering by size.
+recomputation takes 8. Rows whose coefficients are exactly zero leave the products that are still to come, with no
+error, unlike filtering by size: masked rows and rows without a signal leave all of them, a clipped row, which only its
+logits tell, those of the gradient.
 
 Shapes: N rows, V vocabulary, D width, n rows of a chunk. The two backends differ in who does the sweeps over a chunk of
 logits, Triton's kernels or PyTorch on slices that fit a CPU's cache.
@@ -20,7 +21,7 @@ from .logprobs import Stats, check_rows, gradient_triton, stats_triton
 from .policy_loss import scale_
 from .token_loss import TokenLoss, check_tokens, token_loss, token_loss_triton
 
-WORKSPACE = {"cpu": 128 << 20, "cuda": 768 << 20}  # bytes of a chunk of logits and of its gradient
+WORKSPACE = {"cpu": 128 << 20, "cuda": 512 << 20}  # bytes of a chunk of logits and of its gradient
 SLICE = 1 << 19  # logits that PyTorch sweeps at a time
 MIN_ROWS = 16  # a CPU's product of fewer rows adds in another order: results would depend on the chunk
 
@@ -226,7 +227,9 @@ class _Gradients:
     def add(self, dz: Tensor, rows: Tensor) -> None:
         """dz [n, V] of the rows."""
         if self.by_hidden is not None:
-            self.by_hidden[rows] = (at_least(dz) @ self.head.weight)[: len(dz)]
+            part = self.hidden.new_empty(max(len(dz), len(at_least(dz))), self.hidden.shape[1])
+            product(at_least(dz), self.head.weight, part)
+            self.by_hidden[rows] = part[: len(dz)]
         if self.by_weight is not None:
             product(dz.t(), self.hidden[rows], self.by_weight, beta=0.0 if self.empty else 1.0)
         if self.by_bias is not None:
@@ -297,7 +300,8 @@ def linear_policy_loss(
 
     hidden [N, D], weight [V, D], bias [V], the rest [N] -> (loss, logp [N], entropy [N]); gradients reach hidden,
     weight and bias. A row that can have no gradient (weight 0; advantage 0 where nothing else pulls) is not computed:
-    its logp and entropy are 0. The other arguments are those of `linear_token_logprobs`.
+    its logp and entropy are 0. The other arguments are those of `linear_token_logprobs`. The gradient is rounded to the
+    dtype of `hidden` before a loss scaler could enlarge it: use bf16 or fp32, not fp16.
     """
     tokens = {"advantages": advantages, "weights": weights, "old_logp": old_logp, "ref_logp": ref_logp}
     tokens |= {"rollout_logp": rollout_logp, "log_ratio": log_ratio, "omega": omega}
@@ -308,16 +312,17 @@ def linear_policy_loss(
         alive &= advantages != 0
     alive = alive.nonzero().squeeze(1)
     tokens = {name: None if x is None else x.detach() for name, x in tokens.items()}
-    return _LinearPolicyLoss.apply(hidden, weight, bias, targets, head, options, tokens, alive)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return _LinearPolicyLoss.apply(hidden, weight, bias, targets, head, options, tokens, alive, wanted)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, head: Head, options: TokenLoss, tokens, alive):
+    def forward(ctx, hidden, weight, bias, targets, head: Head, options: TokenLoss, tokens, alive, wanted):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss, logp, entropy = torch.zeros(3, len(hidden), dtype=dtype, device=hidden.device)
-        wanted = ctx.needs_input_grad[:3]
         sums, buffer = _Gradients(hidden, head, wanted), None
+        z = None
         for rows in head.chunks(alive):
             buffer = z = head.logits(hidden, rows, buffer)
             stats = head.stats(z, targets, rows)
@@ -331,6 +336,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             live = ((c != 0) | (e != 0)).nonzero().squeeze(1) if any(wanted) else alive[:0]
             if len(live):
                 sums.add(head.gradient(z, targets, rows, stats, c, e, live), rows[live])
+        del buffer, z  # before the sum by weight is rounded to the dtype of the weight
         ctx.gradients = sums.result()
         ctx.mark_non_differentiable(logp, entropy)
         return loss.sum(), logp, entropy
@@ -345,4 +351,4 @@ class _LinearPolicyLoss(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 scale_(gradient, grad_loss)
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None

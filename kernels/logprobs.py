@@ -43,7 +43,7 @@ def token_logprobs(
     if use_triton(backend, logits):
         logits = logits if kept is None else logits.masked_fill(~kept, float("-inf"))
         return _TokenLogprobs.apply(logits, targets, temperature, inplace)
-    z = scaled(logits, temperature)
+    z = scaled(logits, temperature.detach() if isinstance(temperature, Tensor) else temperature)
     if kept is not None:
         z = z.masked_fill(~kept, float("-inf"))
     logp = z.log_softmax(-1)
@@ -67,6 +67,9 @@ def check_rows(rows: torch.Size, matrix: Tensor, **vectors) -> None:
     for name, x in vectors.items():
         if isinstance(x, Tensor) and x.shape != rows:
             raise ValueError(f"{name} has shape {list(x.shape)}, and there are {rows[0]} rows: pass one number a row")
+    t = vectors.get("temperature")
+    if isinstance(t, int | float) and not t > 0:
+        raise ValueError(f"temperature = {t}: log-probs need one above 0")
 
 
 # ---- the sweeps ------------------------------------------------------------------------------------------------------
@@ -249,5 +252,6 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def rows_together(logits: Tensor) -> Tensor:
-    """The same matrix with the logits of a row side by side."""
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+    """The same matrix with the logits of a row side by side, and no two rows in one place."""
+    apart = logits.stride(0) >= logits.shape[1] or len(logits) < 2
+    return logits if logits.stride(1) == 1 and apart else logits.contiguous()

@@ -49,18 +49,23 @@ def fused_policy_loss(
 
     targets and all of `token_loss`'s inputs are [N] -> (loss, logp [N], entropy [N]). Weights are what a token counts
     in the loss, 1/N each for a mean; a row of weight 0 is not read, its logp and entropy are 0. `inplace` writes the
-    gradient over the logits, in the forward pass already: whoever needs them later gets an error from autograd.
+    gradient over the logits, in the forward pass already: whoever needs them later gets an error from autograd; the
+    definition never overwrites.
     """
     tokens = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
     tokens |= {"log_ratio": log_ratio, "omega": omega}
+    tokens = {name: None if x is None else x.detach() for name, x in tokens.items()}
+    advantages, weights = advantages.detach(), weights.detach()
     check_rows(logits.shape[:1], logits, targets=targets, temperature=temperature)
     check_tokens(options, len(logits), advantages=advantages, weights=weights, **tokens)
     if use_triton(backend, logits):
         inputs = pointers(options, tokens | {"advantages": advantages, "weights": weights})
-        return _FusedPolicyLoss.apply(logits, targets, temperature, options, inputs, inplace)
+        gradient = logits.requires_grad and torch.is_grad_enabled()
+        return _FusedPolicyLoss.apply(logits, targets, temperature, options, inputs, gradient, inplace)
     on = weights != 0
     # A row of weight 0 may hold anything: NaN · 0 would reach its gradient.
-    logp, entropy = token_logprobs(torch.where(on[:, None], logits, 0), targets, temperature, backend="torch")
+    logits, targets = torch.where(on[:, None], logits, 0), torch.where(on, targets, 0)
+    logp, entropy = token_logprobs(logits, targets, temperature, backend="torch")
     t = token_loss(options, logp.detach(), entropy.detach(), advantages, weights, **tokens)
     # Both slopes are worth 0, and their gradients are c and e.
     slopes = torch.where(on, t.c * (logp - logp.detach()) + t.e * (entropy - entropy.detach()), 0)
@@ -106,11 +111,10 @@ def _programs(logits: Tensor) -> int:
 
 class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature, options, tokens, inplace):
+    def forward(ctx, logits, targets, temperature, options, tokens, gradient, inplace):
         logits = rows_together(logits)
         n, vocab = logits.shape
         loss, logp, entropy = vectors(logits, 3)
-        gradient = ctx.needs_input_grad[0]
         out = logits if inplace or not gradient else logits.new_empty(n, vocab)
         if n:
             per_row = isinstance(temperature, Tensor)
@@ -131,7 +135,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_logp, grad_entropy):
         (out,) = ctx.saved_tensors  # refuses what a first backward pass has scaled already
         scale_(out, grad_loss)
-        return out, None, None, None, None, None
+        return out, None, None, None, None, None, None
 
 
 # ---- the incoming gradient -------------------------------------------------------------------------------------------
@@ -140,7 +144,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a number on the device. Where it is 1, as for `loss.backward()`, nothing is read or written, and the
     host need not wait to know."""
-    if x.is_cuda and x.is_contiguous():
+    if use_triton("auto", x) and x.is_contiguous():
         run.launch(_scale_kernel, (triton.cdiv(x.numel(), 8 * BLOCK),), x, factor.float(), x.numel(), BLOCK=BLOCK)
         torch.autograd.graph.increment_version(x)
     elif factor != 1:

@@ -76,6 +76,11 @@ def truncation_floor(
     kept. min_p: tokens with at least p times the largest probability (2407.01082). T = 0 is greedy: nothing to cut.
     The floor of a row that holds NaN means nothing.
     """
+    if not (temperature >= 0 and top_k >= 0 and top_p > 0 and 0 <= min_p <= 1):
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}: none may be negative, top_p must "
+            "be above 0 and min_p at most 1"
+        )
     if temperature == 0 or (not top_k and top_p >= 1.0 and min_p <= 0.0):
         return None
     top_k = top_k if top_k < logits.shape[1] else 0
@@ -130,6 +135,7 @@ def sample_tokens(
     if logits.dim() != 2 or not logits.shape[1] or not sample.shape == position.shape == logits.shape[:1]:
         shapes = f"{list(logits.shape)}, {list(sample.shape)} and {list(position.shape)}"
         raise ValueError(f"sample_tokens: logits, sample and position are {shapes}: they must be [B, V], [B] and [B]")
+    sample, position = sample.long(), position.long()
     floor = truncation_floor(logits, temperature, top_k, top_p, min_p, backend)
     if use_triton(backend, logits):
         return _sample_triton(logits, seed, sample, position, temperature, floor, entropy)
@@ -380,8 +386,8 @@ def _pick_kernel(
 def _sample_triton(logits, seed, sample, position, temperature, floor, entropy) -> Draw:
     logits, (B, V) = _rows(logits), logits.shape
     tiles = triton.cdiv(V, TILE)
-    partial = torch.empty(3, B, tiles, dtype=torch.float32, device=logits.device)
-    logp, H = torch.empty(2, B, dtype=torch.float32, device=logits.device)
+    partial = [torch.empty(B, tiles, dtype=torch.float32, device=logits.device) for _ in range(3)]
+    logp, H = (torch.empty(B, dtype=torch.float32, device=logits.device) for _ in range(2))
     token = torch.empty(B, dtype=torch.int64, device=logits.device)
     H = H if entropy else None
     read = (logits, logits.stride(0), V, tiles, math.log2(math.e) / (temperature or 1.0), floor, *partial)

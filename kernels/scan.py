@@ -15,6 +15,7 @@ BLOCK = 1024  # steps of a row that are scanned at once
 # ---- the definitions -------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def suffix_scan(a: Tensor, b: Tensor, backend: Backend = "auto") -> Tensor:
     """x_t = b_t + a_t·x_{t+1} along T with x_T = 0; a, b [B, T] -> [B, T] in the dtype of b.
 
@@ -34,6 +35,7 @@ def suffix_scan(a: Tensor, b: Tensor, backend: Backend = "auto") -> Tensor:
     return b
 
 
+@torch.no_grad()
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -159,6 +161,6 @@ def _gae_triton(rewards, values, mask, gamma, lam, bootstrap, dtype) -> tuple[Te
     # As a tensor, since a Python float would reach the kernel in fp32.
     rates = torch.tensor([gamma, gamma * lam], dtype=torch.float64, device=values.device)
     after = None if bootstrap is None else bootstrap.double().contiguous()
-    out = torch.empty(2, B, T, dtype=dtype, device=values.device)
+    out = [torch.empty(B, T, dtype=dtype, device=values.device) for _ in range(2)]
     run.launch(_gae_kernel, (B,), *rows, after, rates, *out, *(x.stride(0) for x in rows), T, BLOCK=BLOCK, num_warps=4)
     return out[0], out[1]

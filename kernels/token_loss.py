@@ -11,8 +11,8 @@ for (c, e) too: likelihood is surrogate "is_pg" with ratio_level "none" and A = 
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -64,6 +64,12 @@ class TokenLoss:
     """The largest importance weight."""
     importance_floor: float = 0.0
     """The mask modes: the smallest importance weight."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            allowed, value = get_args(field.type), getattr(self, field.name)
+            if isinstance(field.default, str) and value not in allowed:
+                raise ValueError(f"{field.name}={value!r} is unknown: use one of {', '.join(allowed)}")
 
     @property
     def follows_advantage(self) -> bool:
@@ -175,7 +181,7 @@ def token_loss(
     ρ = 1, a single on-policy update. log_ratio replaces ℓ − ℓo in ρ, omega the importance weight: for ratios and
     weights of whole rows, which no token knows.
     """
-    o, on = options, weights != 0
+    o, on, weights = options, weights != 0, weights.to(logp.dtype)
     old_logp = logp if old_logp is None else old_logp
 
     def fill(x):
@@ -197,8 +203,10 @@ def token_loss(
         if o.kl_clamp is not None:
             over = o.kl_clamp < K
             K, kappa = K.clamp(max=o.kl_clamp), kappa.masked_fill(over, 0)
-    K_old, slope_old = k3(-token_lr)  # ρ − 1 − log ρ, the k3 of KL(π_old‖π_θ) on samples of π_old
-    K, kappa = o.kl_coef * K + o.kl_old_coef * K_old, o.kl_coef * kappa - o.kl_old_coef * slope_old
+    K, kappa = o.kl_coef * K, o.kl_coef * kappa
+    if o.kl_old_coef:
+        K_old, slope_old = k3(-token_lr)  # ρ − 1 − log ρ, the k3 of KL(π_old‖π_θ) on samples of π_old
+        K, kappa = K + o.kl_old_coef * K_old, kappa - o.kl_old_coef * slope_old
 
     e = -o.entropy_coef * weights
     bonus = e * H if o.entropy_coef else torch.zeros_like(logp)
@@ -356,8 +364,8 @@ def token_terms(
         omega *= tl.where(u > o.importance_cap, o.importance_cap, u)
 
     K_old, slope_old = _k3(-token_lr)
-    value = o.kl_old_coef * K_old
-    kappa = -o.kl_old_coef * slope_old
+    value = tl.where(o.kl_old_coef == 0, 0.0, o.kl_old_coef * K_old)
+    kappa = tl.where(o.kl_old_coef == 0, 0.0, -o.kl_old_coef * slope_old)
     if KL != "none":
         d = logp - ref
         if KL == "k2":

@@ -25,7 +25,14 @@ from test_kernels import (  # noqa: F401 (the fixture `seed` is used by its name
     same_bits,
 )
 
-from minirl.kernels import TokenLoss, fused_policy_loss, linear_policy_loss, token_logprobs, token_loss
+from minirl.kernels import (
+    TokenLoss,
+    fused_policy_loss,
+    linear_policy_loss,
+    linear_token_logprobs,
+    token_logprobs,
+    token_loss,
+)
 from minirl.kernels import backend as run
 from minirl.kernels.policy_loss import scale_
 from minirl.kernels.token_loss import token_loss_triton
@@ -910,3 +917,73 @@ def test_rows_without_signal_need_not_be_present(seed):
     loss, _, (by_hidden, by_weight) = from_hidden(part, o)
     torch.testing.assert_close([loss, by_weight], [expected, gradients[1]], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(by_hidden, gradients[0][own], rtol=1e-10, atol=1e-12)
+
+
+# ---- in somebody else's trainer --------------------------------------------------------------------------------------
+
+
+def small(n=18, vocab=37, width=8):
+    g = generator(3)
+    hidden, weight = torch.randn(n, width, generator=g).to(DEVICE), torch.randn(vocab, width, generator=g).to(DEVICE)
+    targets = torch.randint(vocab, (n,), generator=g).to(DEVICE)
+    return hidden, weight, targets, torch.ones(n, device=DEVICE), torch.full((n,), 1 / n, device=DEVICE)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast_around_the_loss_changes_nothing(backend):
+    hidden, weight, *rest = small()
+
+    def gradients():
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, *_ = linear_policy_loss(h, w, *rest, TokenLoss(), backend=backend)
+        (loss + linear_token_logprobs(h, w, rest[0], backend=backend)[0].sum()).backward()
+        return h.grad, w.grad
+
+    plain = gradients()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        torch.testing.assert_close(gradients(), plain)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_only_the_logits_carry_a_gradient(backend):
+    """Advantages of a critic and old log-probs that are still attached are constants all the same."""
+    hidden, weight, targets, A, w = small()
+    A, old = A.clone().requires_grad_(), torch.zeros_like(A, requires_grad=True)
+    logits = (hidden @ weight.t()).requires_grad_()
+    given = {"old_logp": old, "temperature": torch.ones_like(w, requires_grad=True), "backend": backend}
+    fused_policy_loss(logits, targets, A, w, TokenLoss(surrogate="is_pg"), **given)[0].backward()
+    assert logits.grad.any() and A.grad is None and old.grad is None and given["temperature"].grad is None
+
+
+def test_without_gradients_nothing_is_overwritten_and_no_gradient_product_is_made():
+    hidden, weight, *rest = small()
+    logits = (hidden @ weight.t()).requires_grad_()
+    before = logits.detach().clone()
+    weight.requires_grad_()
+    with torch.no_grad(), Products() as seen:
+        fused_policy_loss(logits, *rest, TokenLoss(), inplace=True, backend="triton")
+        linear_policy_loss(hidden, weight, *rest, TokenLoss())
+    assert torch.equal(logits, before)
+    assert [shape[1:] for shape in seen.shapes] == [(8, 37)]  # the logits alone
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_target_under_weight_zero_may_be_any_number(backend):
+    hidden, weight, targets, A, w = small()
+    targets[3], w[3] = -100, 0
+    loss, *_ = fused_policy_loss(hidden @ weight.t(), targets, A, w.double(), TokenLoss(), backend=backend)
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_old_log_prob_of_minus_infinity_is_a_ratio_at_its_guard(backend):
+    hidden, weight, targets, A, w = small()
+    old = torch.full_like(w, -math.inf)
+    loss, *_ = fused_policy_loss(hidden @ weight.t(), targets, A, w, TokenLoss(), old_logp=old, backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(-1.2, device=DEVICE))  # clipped at 1 + eps_high
+
+
+@pytest.mark.parametrize("wrong", [{"surrogate": "foo"}, {"kl": "k1"}, {"importance": "foo"}, {"ratio_level": "seq"}])
+def test_an_unknown_choice_is_refused_by_the_options(wrong):
+    with pytest.raises(ValueError, match="is unknown: use one of"):
+        TokenLoss(**wrong)
