@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Pinned for the set-up alone; `pip install minirl` takes any from the lower bound in pyproject.toml.
 TORCH := torch==2.13.0
+GPU_TESTS ?= $(shell grep -l '^from minirl.kernels' tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench gpu clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
@@ -25,10 +26,11 @@ lint: $(INSTALLED)  ## ruff check and ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-bench: $(INSTALLED)  ## beside transformers and TRL; needs pip install '.[peers]' and models/smollm2
-	$(BIN)/python bench/parity_with_transformers.py
-	$(BIN)/python bench/sampler_vs_transformers.py
-	$(BIN)/python bench/grpo_step_vs_trl.py
+bench: $(INSTALLED)  ## measure beside eager PyTorch, Liger, TRL, transformers; they come with pip install '.[peers]'
+	$(BIN)/python -m bench
+
+gpu:  ## on a machine with a GPU, in an environment that has torch (PYTHON=...): the kernels' tests, then make bench
+	$(PYTHON) -m pytest -p bench.common $(GPU_TESTS); tested=$$?; $(PYTHON) -m bench && exit $$tested
 
 clean:  ## remove .venv, build output and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

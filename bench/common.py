@@ -1,6 +1,7 @@
-"""What the two scripts beside this file share: their checks, the machine in words, medians, tables. Imports no torch.
+"""What the files beside this one share: their checks, the machine in words, medians, tables. Imports no torch.
 
 A process that starts another must stay small: at the fork Linux counts its memory in the child's `ru_maxrss`.
+Importing this file finds minirl in this repository where it is not installed (`kernels/` is `minirl.kernels`).
 """
 
 import argparse
@@ -18,7 +19,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-PACKAGES = ("minirl", "torch", "transformers", "trl")
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("minirl", "torch", "triton", "transformers", "trl", "liger_kernel")
+
+if importlib.util.find_spec("minirl") is None:
+    sys.path.insert(0, str(ROOT))
+if importlib.util.find_spec("minirl.kernels") is None:
+    import minirl
+
+    minirl.__path__.append(str(ROOT))
 
 Report = Callable[..., None]  # passes one event, keyword arguments, to the process that started this one
 
@@ -145,13 +154,14 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def write_json(args: argparse.Namespace, result: dict) -> None:
-    """Everything that was measured, and the options that it was measured with, where --json asks for it."""
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+def write_json(args: argparse.Namespace, result: dict, path: str | Path | None = None) -> None:
+    """Everything that was measured, and the options it was measured with, to `path` or where --json asks for it."""
+    path = path or args.json
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"options": vars(args), **result}, indent=2, default=str)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-        progress(f"wrote {args.json}")
+        Path(path).write_text(text + "\n", encoding="utf-8")
+        progress(f"wrote {path}")
 
 
 def reporter(device: str) -> Report:

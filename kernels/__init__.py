@@ -5,17 +5,21 @@ computes, and every function takes backend="auto" | "torch" | "triton": a CPU ru
 from .linear import Kept, linear_policy_loss, linear_token_logprobs
 from .logprobs import token_logprobs
 from .policy_loss import TokenLoss, fused_policy_loss, token_loss
-from .sampling import draw, kept_mask, keyed_uniform
+from .sampling import Draw, keyed_uniform, sample_tokens, truncation_floor
+from .scan import gae, suffix_scan
 
 __all__ = [
+    "Draw",
     "Kept",
     "TokenLoss",
-    "draw",
     "fused_policy_loss",
-    "kept_mask",
+    "gae",
     "keyed_uniform",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "sample_tokens",
+    "suffix_scan",
     "token_logprobs",
     "token_loss",
+    "truncation_floor",
 ]

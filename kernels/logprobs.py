@@ -191,8 +191,8 @@ def tiling(vocab: int, most: int = BLOCK) -> dict[str, int]:
 
 
 def vectors(rows: Tensor, count: int) -> list[Tensor]:
-    """fp32 numbers, one a row. Each an allocation of its own: Triton compiles anew for what is not aligned, and a part of
-    a larger tensor would be so for some numbers of rows."""
+    """fp32 numbers, one a row. Each an allocation of its own: Triton compiles anew for what is not aligned, as parts
+    of a larger tensor would be for some numbers of rows."""
     return [rows.new_empty(len(rows), dtype=torch.float32) for _ in range(count)]
 
 

@@ -36,7 +36,7 @@ from .logprobs import (
 
 GUARD = 20.0  # exp never sees a log-ratio beyond ±GUARD, and its derivative is 0 there
 GUARD_ = tl.constexpr(GUARD)
-FUSED_BLOCK = 16384  # logits of a tile where one program has a multiprocessor to itself, 32 warps
+FUSED_BYTES = 32 << 10  # of logits in a tile, where one program has a multiprocessor to itself: 32 warps of bf16
 
 
 @dataclass(frozen=True)
@@ -251,8 +251,9 @@ def fused_policy_loss(
     if use_triton(backend, logits):
         inputs = pointers(options, tokens | {"advantages": advantages, "weights": weights})
         return _FusedPolicyLoss.apply(logits, targets, temperature, options, inputs, inplace)
-    logp, entropy = token_logprobs(logits, targets, temperature, backend="torch")
     on = weights != 0
+    # A row of weight 0 may hold anything: NaN · 0 would reach its gradient.
+    logp, entropy = token_logprobs(torch.where(on[:, None], logits, 0), targets, temperature, backend="torch")
     t = token_loss(options, logp.detach(), entropy.detach(), advantages, weights, **tokens)
     # Both slopes are worth 0, and their gradients are c and e.
     slopes = torch.where(on, t.c * (logp - logp.detach()) + t.e * (entropy - entropy.detach()), 0)
@@ -513,8 +514,9 @@ class _FusedPolicyLoss(torch.autograd.Function):
             t = temperature if per_row else float(temperature)
             args = (logits, logits.stride(0), out, out.stride(0), targets, t, tokens, knobs(options))
             args += (loss, logp, entropy, n, vocab)
-            more = kinds(options) | {"PER_ROW": per_row, "GRADIENT": gradient} | tiling(vocab, FUSED_BLOCK)
-            run.launch(_fused_kernel, (min(n, _programs(logits)),), *args, **more)
+            more = kinds(options) | tiling(vocab, FUSED_BYTES // logits.element_size())
+            grid = (min(n, _programs(logits)),)
+            run.launch(_fused_kernel, grid, *args, PER_ROW=per_row, GRADIENT=gradient, **more)
         if gradient:
             if inplace:
                 torch.autograd.graph.increment_version(logits)

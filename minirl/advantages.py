@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minirl import kernels
 from minirl.errors import InputError
 
 SAME = 1e-8  # rewards closer than this are equal
@@ -111,18 +112,6 @@ OUTCOME = {f.__name__: f for f in (grpo, grpo_mean, rloo, grpo_batch_std, reinfo
 # ---- rewards of tokens -----------------------------------------------------------------------------------------------
 
 
-def _suffix_scan(a: Tensor, b: Tensor) -> Tensor:
-    """x_t = b_t + a_t·x_{t+1} along T with x_T = 0, by doubling: log₂ T steps on whole tensors."""
-
-    def ahead(x, n):  # x_{t+n}, 0 past the end
-        return torch.nn.functional.pad(x[:, n:], (0, n))
-
-    n = 1
-    while n < b.shape[1]:
-        a, b, n = a * ahead(a, n), b + a * ahead(b, n), 2 * n
-    return b
-
-
 def _fill(x, mask):  # float64, 0 under the mask
     return torch.where(mask, x.double(), 0)
 
@@ -139,7 +128,7 @@ def _scorable(rewards, mask):  # [B, T]: the mask without the rows that hold a N
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     """R_t = Σ_{k≥t} γ^{k−t} r_k over the counted tokens of each row; [B, T] -> [B, T], 0 under the mask."""
     mask = mask.bool()
-    return _fill(_suffix_scan(_decay(gamma, mask), _fill(rewards, mask)), mask).to(_dtype(rewards))
+    return _fill(kernels.suffix_scan(_decay(gamma, mask), _fill(rewards, mask)), mask).to(_dtype(rewards))
 
 
 @torch.no_grad()
@@ -228,14 +217,7 @@ def gae(
     λ = 0 is TD, λ = 1 is Monte Carlo minus V. V after the last counted token is bootstrap [B]: 0 for a finished row
     (default 0 for all), V(s_T) for a truncated one. V and A are carried across holes in the mask, such as tool output.
     """
-    mask = mask.bool()
-    V, after = _fill(values, mask), values.new_zeros(len(values)) if bootstrap is None else bootstrap
-    hole = (~mask).double()
-    ahead = _suffix_scan(torch.cat([hole, hole[:, :1] * 0], 1), torch.cat([V, after[:, None].double()], 1))[:, 1:]
-    delta = _fill(rewards, mask) + gamma * ahead - V
-    scored = _scorable(rewards, mask)
-    A = _fill(_suffix_scan(_decay(gamma * lam, mask), _fill(delta, scored)), scored)
-    return A.to(_dtype(values)), _fill(A + V, mask).to(_dtype(values))
+    return kernels.gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
 
 
 # ---- KL in the reward ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 
 from minirl.attention import Packed, Slots
 from minirl.errors import InputError
-from minirl.kernels import draw, kept_mask, keyed_uniform
+from minirl.kernels import Draw, sample_tokens
 from minirl.model import Transformer
 
 PREFILL_TOKENS = 512  # prompts are prefilled in batches of about this many tokens
@@ -48,7 +48,8 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a completion; the stop token belongs to it."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion; needs a sampler with a tokenizer."""
+    """Texts that end a completion; needs a sampler with a tokenizer. The tokens keep them, `Rollout.texts` end before
+    them: a reward that looks for `</answer>` must not have it as a stop text."""
     seed: int = 0
     """Together with the sample's number and the position this determines every draw."""
 
@@ -228,31 +229,34 @@ class _Generation:
             drawn.append(len(tokens))
         state = torch.tensor([last, position, self.active, drawn], dtype=torch.long, device=device)
         hidden = self.model(state[0], self.cache.step(state[1], max(position)))
-        token, logp, keep = self._choose(self.model.logits(hidden), state[2], state[3])
-        self._record(token.tolist(), logp.tolist(), keep)
+        logits = self.model.logits(hidden)
+        p = self.params
+        draw = sample_tokens(
+            logits,
+            p.seed,
+            sample=state[2],
+            position=state[3],
+            temperature=p.temperature,
+            top_k=p.top_k,
+            top_p=p.top_p,
+            min_p=p.min_p,
+            entropy=False,
+        )
+        self._record(draw, logits)
         return self._retire(position)
 
-    def _choose(self, logits: torch.Tensor, sample: torch.Tensor, drawn: torch.Tensor):
-        """Token, log-prob and kept set of each row of fp32 logits [B, V]."""
-        p = self.params
-        if p.temperature == 0:
-            token = logits.argmax(-1)
-            logp = logits.gather(1, token.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
-            return token, logp, None
-        logits = logits / p.temperature if p.temperature != 1 else logits
-        keep = kept_mask(logits, p.top_k, p.top_p, p.min_p)
-        return *draw(logits, keyed_uniform(p.seed, sample, drawn), keep), keep
-
-    def _record(self, tokens: list[int], logprobs: list[float], keep: torch.Tensor | None) -> None:
-        kept = [] if keep is None else np.split(keep.nonzero()[:, 1].int().cpu().numpy(), keep.sum(1).cumsum(0).cpu())
-        for slot, (sample, token, logp) in enumerate(zip(self.active, tokens, logprobs, strict=True)):
+    def _record(self, draw: Draw, logits: torch.Tensor) -> None:
+        kept = None if draw.floor is None else _kept_ids(logits, draw.floor)
+        for slot, (sample, token, logp) in enumerate(
+            zip(self.active, draw.token.tolist(), draw.logp.tolist(), strict=True)
+        ):
             if logp != logp:
                 prompt = sample // self.params.n
                 raise InputError(f"the model's logits are NaN for prompt {prompt}: its weights are broken or overflow")
             completion = self.completions[sample]
             completion.tokens.append(token)
             completion.logprobs.append(logp)
-            if keep is not None:
+            if kept is not None:
                 completion.kept.append(kept[slot])
 
     def _retire(self, position: list[int]) -> int:
@@ -283,3 +287,9 @@ class _Generation:
         if len(completion.tokens) == p.max_tokens or position + 2 >= self.max_length:
             return "length"
         return ""
+
+
+def _kept_ids(logits: torch.Tensor, floor: torch.Tensor) -> list[np.ndarray]:
+    """The ids of each row's logits [B, V] from its floor [B] up, int32; one transfer for all rows."""
+    row, ids = (logits >= floor[:, None]).nonzero().cpu().numpy().T
+    return np.split(ids.astype(np.int32), np.bincount(row, minlength=len(logits)).cumsum()[:-1])

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from test_sampling_kernel import LIMIT_49, chi_square, kept_by_hand, uniform_by_hand
 from tiny import full_logits, random_ids, tiny_config, tiny_model
 from tokenizers import decoders, models, pre_tokenizers
 
 from minirl import sampler as sampler_module
 from minirl.attention import Packed
 from minirl.errors import InputError
-from minirl.kernels import draw, kept_mask, keyed_uniform
 from minirl.model import Transformer
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tokenizer import Tokenizer
@@ -55,37 +53,12 @@ def saying(ids: Sequence[int], vocab: int) -> Scripted:
 # --- references ------------------------------------------------------------------------------------------------------
 
 
-def uniform_by_hand(seed: int, sample: int, position: int) -> float:
-    """Three rounds of splitmix64 on Python's integers."""
-    key, whole = 0, 1 << 64
-    for part in (seed, sample, position):
-        key = (key + (part + 1) * 0x9E3779B97F4A7C15) % whole
-        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % whole
-        key = (key ^ key >> 27) * 0x94D049BB133111EB % whole
-        key ^= key >> 31
-    return (key >> 11) / 2**53
-
-
-def kept_by_hand(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
-    """The ids that top-k, then top-p of what is left, then min-p leave, one sort and one loop each."""
-    ids = np.argsort(-logits, kind="stable")
-    if p.top_k:
-        ids = ids[: p.top_k]
-    weights = np.exp(logits[ids] - logits[ids[0]])
-    mass, before, nucleus = weights / weights.sum(), 0.0, []
-    for i, share in zip(ids, mass, strict=True):
-        if before < p.top_p:
-            nucleus.append(i)
-        before += share
-    return np.sort([i for i in nucleus if np.exp(logits[i] - logits[ids[0]]) >= p.min_p])
-
-
 def one_by_one(model: Transformer, prompt: list[int], p: SamplingParams, sample: int, context: int) -> Completion:
     """One completion, a full forward a token, in float64 behind the logits."""
     out = Completion(kept=[] if p.truncates else None)
     for position in count():
         logits = full_logits(model, prompt + out.tokens)[-1].double().numpy() / (p.temperature or 1.0)
-        kept = kept_by_hand(logits, p) if p.truncates else np.arange(len(logits))
+        kept = kept_by_hand(logits, p.top_k, p.top_p, p.min_p) if p.truncates else np.arange(len(logits))
         shares = np.exp(logits[kept] - logits[kept].max())
         cumulative = shares.cumsum() / shares.sum()
         place = int((cumulative <= uniform_by_hand(p.seed, sample, position)).sum())
@@ -107,74 +80,15 @@ def assert_same(ours: Completion, expected: Completion, tolerance: float = 1e-5)
         assert kept.dtype == np.int32 and kept.tolist() == reference.tolist()
 
 
-# --- uniforms --------------------------------------------------------------------------------------------------------
-
-
-def uniforms(seed: int, samples, positions) -> torch.Tensor:
-    shape = torch.broadcast_shapes(torch.as_tensor(samples).shape, torch.as_tensor(positions).shape)
-    return keyed_uniform(seed, *(torch.as_tensor(x).expand(shape).contiguous() for x in (samples, positions)))
-
-
-@given(seed=st.integers(-(2**70), 2**70), sample=st.integers(0, 2**40), position=st.integers(0, 2**40))
-def test_a_uniform_is_splitmix_of_seed_sample_and_position(seed, sample, position):
-    assert uniforms(seed, [sample], [position]).tolist() == [uniform_by_hand(seed, sample, position)]
-
-
-def test_no_two_draws_share_a_uniform():
-    """Neighbouring seeds, samples and positions least of all: training numbers its steps and samples from 0."""
-    grid = [uniforms(seed, torch.arange(50).unsqueeze(1), torch.arange(40)).flatten() for seed in range(-5, 15)]
-    everything = torch.cat(grid)
-    assert len(everything.unique()) == len(everything) == 40_000
-
-
-@pytest.mark.parametrize("along", ["seed", "sample", "position"])
-def test_uniforms_are_uniform_and_independent(along):
-    """Kolmogorov-Smirnov and the correlation of neighbours, both at the level of 0.1 %."""
-    n = 20_000
-    steps = torch.arange(n)
-    u = {
-        "seed": lambda: torch.cat([uniforms(seed, [3], [5]) for seed in range(n // 4)]),
-        "sample": lambda: uniforms(0, steps, 0),
-        "position": lambda: uniforms(0, 0, steps),
-    }[along]()
-    n = len(u)
-    assert u.min() >= 0 and u.max() < 1
-    ranks = torch.arange(n, dtype=torch.float64)
-    ordered = u.sort().values
-    distance = torch.maximum(ordered - ranks / n, (ranks + 1) / n - ordered).max()
-    assert distance < 1.95 / math.sqrt(n)
-    for lag in (1, 2, 8):
-        assert torch.corrcoef(torch.stack([u[:-lag], u[lag:]]))[0, 1].abs() < 3.3 / math.sqrt(n)
-
-
-def test_streams_are_independent_of_one_another():
-    streams = torch.stack([uniforms(seed, sample, torch.arange(5000)) for seed in (0, 1) for sample in (0, 1, 2)])
-    between = torch.corrcoef(streams) - torch.eye(6)
-    assert between.abs().max() < 4 / math.sqrt(5000)
-
-
-# --- draws -----------------------------------------------------------------------------------------------------------
-
-
-def chi_square(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
-    expected = probabilities.double() * len(tokens)
-    return ((torch.tensor(tokens).bincount(minlength=len(expected)) - expected).square() / expected).sum().item()
-
-
-LIMIT_49 = 85.35  # chi-square with 49 degrees of freedom exceeds it once in a thousand
+# --- draws through the sampler ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("through", ["draw", "sampler"])
-def test_drawn_tokens_have_the_distribution_of_softmax(through, temperature):
+def test_drawn_tokens_have_the_distribution_of_softmax(temperature):
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 1.2
-    if through == "draw":
-        u = uniforms(11, torch.arange(20_000), 0)
-        tokens = draw((logits / temperature).expand(20_000, -1).clone(), u)[0].tolist()
-    else:
-        sampler = Sampler(Scripted(logits.expand(50, -1)), slots=130)
-        groups = sampler.generate([[0]], SamplingParams(n=400, temperature=temperature, max_tokens=50, seed=4))
-        tokens = [token for completion in groups[0] for token in completion.tokens]
+    sampler = Sampler(Scripted(logits.expand(50, -1)), slots=130)
+    groups = sampler.generate([[0]], SamplingParams(n=400, temperature=temperature, max_tokens=50, seed=4))
+    tokens = [token for completion in groups[0] for token in completion.tokens]
     assert len(tokens) == 20_000
     assert chi_square(tokens, (logits / temperature).softmax(-1)) < LIMIT_49
     for wrong in (0.92, 1.08):  # the test would see a temperature that is off by a tenth
@@ -188,99 +102,6 @@ def test_neighbouring_tokens_are_drawn_independently():
     pairs = [7 * a + b for completion in completions for a, b in pairwise(completion.tokens)]
     p = logits.softmax(-1)
     assert chi_square(pairs, torch.outer(p, p).flatten()) < LIMIT_49
-
-
-@pytest.mark.parametrize("vocab", [1, 2, 53, 255, 256, 257, 513, 5000])
-def test_a_draw_is_the_inverse_of_the_cumulative_distribution(vocab):
-    g = torch.Generator().manual_seed(vocab)
-    logits = torch.randn(300, vocab, generator=g) * 3
-    u = torch.rand(300, generator=g, dtype=torch.float64)
-    u[0], u[1] = 0.0, 1 - 2.0**-53
-    shares = logits.double().softmax(-1)
-    tokens, logp = draw(logits.clone(), u)
-    expected = (shares.cumsum(-1) <= u.unsqueeze(1)).sum(-1).clamp(max=vocab - 1)
-    assert (tokens == expected).float().mean() > 0.99  # rounding may move a draw across an edge
-    assert (tokens - expected).abs().max() <= 1
-    assert (tokens[0], tokens[1]) == (0, vocab - 1)
-    torch.testing.assert_close(logp.double(), shares.gather(1, tokens.unsqueeze(1)).squeeze(1).log(), rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("u", [0.0, 0.3, 0.999999, 1 - 2.0**-53])
-def test_a_token_without_probability_is_never_drawn(u):
-    uniform = torch.full((1,), u, dtype=torch.float64)
-    for alive in ([0], [599], [300], [255, 256], [2, 511, 512], [17, 530]):
-        logits = torch.zeros(1, 600)
-        keep = torch.zeros(1, 600, dtype=torch.bool)
-        keep[0, alive] = True
-        token, logp = draw(logits.clone(), uniform, keep)
-        assert token.item() in alive and logp.item() == pytest.approx(-math.log(len(alive)), abs=1e-6)
-        token, logp = draw(logits.masked_fill(~keep, -math.inf), uniform)
-        assert token.item() in alive and logp.item() == pytest.approx(-math.log(len(alive)), abs=1e-6)
-
-
-# --- truncation ------------------------------------------------------------------------------------------------------
-
-TRUNCATIONS = [
-    {"top_k": 1}, {"top_k": 5}, {"top_k": 1000}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 1e-9}, {"min_p": 0.05},
-    {"min_p": 1.0}, {"top_k": 20, "top_p": 0.8}, {"top_k": 9, "min_p": 0.1}, {"top_p": 0.7, "min_p": 0.2},
-    {"top_k": 30, "top_p": 0.95, "min_p": 0.01},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
-@pytest.mark.parametrize("spread", [0.3, 3.0])
-def test_kept_sets_are_those_of_the_slow_reference(options, spread):
-    g = torch.Generator().manual_seed(3)
-    logits = torch.randn(40, 517, generator=g) * spread
-    keep = kept_mask(logits.clone(), **options)
-    for row, kept in zip(logits.double().numpy(), keep, strict=True):
-        assert kept.nonzero().squeeze(1).tolist() == kept_by_hand(row, SamplingParams(**options)).tolist()
-
-
-def test_a_nucleus_wider_than_the_shortlist_is_exact():
-    """A nearly flat row needs most of 3000 tokens for its mass of 0.9; its neighbours need a few, and stay the same."""
-    g = torch.Generator().manual_seed(5)
-    logits = torch.randn(4, 3000, generator=g) * torch.tensor([[0.2], [4.0], [0.5], [1.0]])
-    keep = kept_mask(logits, top_p=0.9)
-    assert keep[0].sum() > 2000 > 100 > keep[1].sum()
-    for row, kept in zip(logits.double().numpy(), keep, strict=True):
-        assert kept.nonzero().squeeze(1).tolist() == kept_by_hand(row, SamplingParams(top_p=0.9)).tolist()
-
-
-def test_ties_with_the_last_kept_token_are_kept():
-    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
-    assert kept_mask(logits, top_k=2).tolist() == [[True, True, True, True, False]]
-    assert kept_mask(logits, top_p=0.5).tolist() == [[True, True, True, True, False]]
-    assert kept_mask(logits, min_p=math.exp(-1.0) * 0.999).tolist() == [[True, True, True, True, False]]
-
-
-def test_nothing_is_cut_where_no_limit_is_set():
-    assert kept_mask(torch.randn(2, 9)) is None
-    assert kept_mask(torch.randn(2, 9), top_k=9).all()
-
-
-@settings(max_examples=60)
-@given(
-    top_k=st.integers(0, 60), top_p=st.floats(0.01, 1.0), min_p=st.floats(0.0, 1.0),
-    spread=st.floats(0.1, 8.0), seed=st.integers(0, 10_000),
-)  # fmt: skip
-def test_kept_tokens_share_all_probability_and_the_drawn_one_is_among_them(top_k, top_p, min_p, spread, seed):
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(20, V, generator=g) * spread
-    keep = kept_mask(logits, top_k, top_p, min_p)
-    keep = torch.ones(20, V, dtype=torch.bool) if keep is None else keep
-    tokens, logp = draw(logits.clone(), torch.rand(20, generator=g, dtype=torch.float64), keep)
-    assert keep.gather(1, tokens.unsqueeze(1)).all()
-    assert keep.gather(1, logits.argmax(-1, keepdim=True)).all()
-    # The log-probs of all tokens that can be drawn are together the whole.
-    for row, kept, token, value in zip(logits, keep, tokens, logp, strict=True):
-        shares = row.double()[kept].softmax(-1)
-        middles = shares.cumsum(0) - shares / 2  # a uniform in the middle of each token's share
-        copies = row.expand(len(shares), -1).clone()
-        drawn, each = draw(copies, middles, kept.expand(len(shares), -1))
-        of_token = dict(zip(drawn.tolist(), each.tolist(), strict=True))
-        assert sum(map(math.exp, of_token.values())) == pytest.approx(1.0, abs=1e-5)
-        assert value.item() == pytest.approx(shares.log()[kept.cumsum(0)[token] - 1].item(), abs=1e-5)
 
 
 # --- the sampler against one completion at a time --------------------------------------------------------------------

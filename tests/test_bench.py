@@ -1,0 +1,160 @@
+"""The bench: its numbers are right where they can be known, and its rivals compute the same thing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import kernel_suite, measure, operations, targets  # noqa: E402
+from bench.compiled import load_width  # noqa: E402
+
+CPU = torch.device("cpu")
+SHAPE = operations.Shape(64, 300, 12, 4)
+
+
+def test_quantiles_of_known_numbers():
+    q = measure.quantiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert q == {"median": 3.5, "p20": 2.0, "p80": 5.0, "rounds": 6}
+
+
+def test_rivals_take_turns_and_are_reset_before_each_run():
+    log = []
+
+    def run(name):
+        def call():
+            log.append(name)
+
+        call.reset = lambda: log.append(f"reset {name}")
+        return call
+
+    seconds = measure.time_rivals({"a": run("a"), "b": run("b")}, measure.Clock(CPU), 4, 0.0)
+    assert log == ["reset a", "a", "reset b", "b"] * measure.MIN_ROUNDS  # no time left after the least number of rounds
+    assert all(s["rounds"] == measure.MIN_ROUNDS and s["median"] > 0 for s in seconds.values())
+
+
+def hold(megabytes: int) -> int:
+    return measure.peak_here(lambda: {"x": torch.ones(megabytes << 20, dtype=torch.int8)})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_peak_memory_in_a_child_process_is_what_a_run_allocates():
+    small, large = (measure.in_child(hold, mb) / 2**20 for mb in (20, 200))
+    assert abs(small - 20) < 8 and abs(large - 200) < 8
+
+
+def fail() -> None:
+    raise ValueError("broken")
+
+
+def test_a_child_process_that_fails_is_named():
+    with pytest.raises(RuntimeError, match="ValueError: broken"):
+        measure.in_child(fail)
+    with pytest.raises(RuntimeError, match="code 3"):
+        measure.in_child(os._exit, 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["stats", "logprobs", "policy", "linear_logprobs", "linear_policy", "linear_policy_half", "gae"]
+)
+def test_every_rival_that_runs_here_agrees_with_float64(name):
+    operation = operations.OPERATIONS[name]
+    x = operations.make_inputs(operation.kind, SHAPE, CPU, torch.float32, operation.silent)
+    exact, measured = operations.exact(name, x), set()
+    for rival in set(operation.rivals) - {"compile"}:
+        try:
+            run = operation.rivals[rival](x)
+        except operations.Unavailable:
+            continue
+        errors = measure.error_of(run(), exact)
+        measured.add(rival)
+        assert errors and max(errors.values()) < 2e-5, (rival, errors)
+    assert {"minirl", "eager"} <= measured
+
+
+def test_an_error_is_found():
+    exact = {"logp": torch.zeros(3), "d_logits": torch.tensor([[1.0, -4.0]])}
+    errors = measure.error_of({"logp": torch.tensor([0.0, 0.5, 0.0]), "d_logits": torch.tensor([[1.0, -3.0]])}, exact)
+    assert errors["logp"] == 0.5 and errors["d_logits"] == 0.25
+    assert errors["d_logits: 1 - cosine"] == pytest.approx(1 - 13 / (17 * 10) ** 0.5)
+
+
+def test_half_of_the_sequences_have_no_signal():
+    x = operations.make_inputs("head", SHAPE, CPU, torch.float32, silent=True)
+    assert (x.advantages == 0).sum() == SHAPE.rows // 2
+    gradient = operations.OPERATIONS["linear_policy_half"].rivals["minirl"](x)()["d_hidden"]
+    assert (gradient[SHAPE.rows // 2 :] == 0).all() and (gradient[: SHAPE.rows // 2] != 0).any()
+
+
+def test_the_limit_is_the_minimal_traffic_at_the_rate_of_a_copy(monkeypatch):
+    monkeypatch.setattr(measure, "copy_rate", lambda *_: 1e9)
+    plan = kernel_suite.Plan([SHAPE], [], [], SHAPE, 3, 0.0, {"compile": "not here", "TRL": "not here"}, {})
+    record = kernel_suite.Bench(CPU, plan).measure("policy", SHAPE, plan.leave_out)
+    assert record["minimal_bytes"] == 2 * 64 * 300 * 4
+    ours = record["rivals"]["minirl"]
+    assert ours["share"] == pytest.approx(record["minimal_bytes"] / 1e9 / ours["seconds"]["median"])
+    assert record["rivals"]["compile"] == {"reason": "not here"}
+    text = kernel_suite.table(record)
+    assert "eager" in text and "compile: not here" in text and "N 64, V 300" in text
+
+
+def timed(operation: str, shape: dict, **rivals) -> dict:
+    numbers = {name: {"seconds": {"median": s}, "memory": m} for name, (s, m) in rivals.items()}
+    return {"operation": operation, "shape": shape, "rivals": numbers, "gradients": 0}
+
+
+def test_targets_are_judged_by_the_numbers():
+    shape = {"rows": 8192, "vocab": 151_936, "width": 1536}
+    whole = timed("linear_policy", shape, minirl=(0.016, 900 << 20), eager=(0.06, 20 << 30))
+    half = timed("linear_policy_half", shape, minirl=(0.008, 0))
+    result = {"records": [timed("stats", shape, minirl=(0.0007, 0)), whole, half], "checks": {"two_runs": True}}
+    judged = {t.what.strip(): t for t in targets.judge(result, cuda=True)}
+    assert judged["statistics, forward"].passed is False
+    assert judged["linear_policy_loss, forward and backward, D 1536"].passed is True
+    assert judged["eager / linear_policy_loss, memory"].measured == "22.8 x"
+    assert judged["half of the rows without signal / all rows, time"].passed is True
+    assert judged["bitwise equal: two runs"].passed is True
+    assert judged["Liger / fused loss, time"].passed is None
+    assert judged["training step of 4096 tokens, minirl / eager, memory"].passed is None
+
+
+def test_without_a_gpu_its_targets_are_not_measured():
+    lines = targets.lines(targets.judge({"records": []}, cuda=False))
+    assert ("statistics, forward", "<= 0.68 ms", "not measured: no GPU", "-") in lines
+
+
+def test_load_widths():
+    widths = {"LDG.E.128": 16, "LDG.E.EF.128.CONSTANT": 16, "LDG.E": 4, "LDG.E.64": 8, "LDG.E.U16": 2}
+    assert {name: load_width(name) for name in widths} == widths
+    assert load_width("LDG.E.ENL2.256") == 32 and load_width("LDGSTS.E.BYPASS.LTC128B.128") == 16
+
+
+def bench(*options: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "bench", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_one_operation_from_the_command_line(tmp_path):
+    done = bench("kernels", "--quick", "--device", "cpu", "--only", "gae", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "ON A CPU" in done.stdout and "GAE" in done.stdout and "not measured: no GPU" in done.stdout
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    [record] = result["records"]
+    assert record["rivals"]["eager"]["seconds"]["median"] > 0 and result["machine"]["slug"] == "cpu"
+    assert {t["what"] for t in result["targets"]} >= {"statistics, forward", "bitwise equal: two runs"}
+
+
+def test_what_cannot_run_is_said_in_a_sentence(tmp_path):
+    done = bench("kernels", "--device", "cpu", "--only", "softmax", "--out", str(tmp_path))
+    assert done.returncode == 1 and "--only softmax is unknown: choose from stats" in done.stderr
+    done = bench("compile", "--device", "cpu", "--out", str(tmp_path), TRITON_INTERPRET="1")
+    assert done.returncode == 1 and "unset it" in done.stderr
+    done = bench("sampler", "--device", "cpu", "--model", str(tmp_path), "--out", str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "holds no checkpoint: make one" in done.stderr or "pip install" in done.stderr
