@@ -227,9 +227,10 @@ def test_the_error_of_the_linear_form_is_not_above_that_of_plain_torch(dtype, ma
     if backend == "triton" and dtype not in KERNEL_DTYPES:
         pytest.skip("not a dtype of the kernels here")
     worst = []
-    for s in range(seed, seed + (4 if backend == "torch" else 2)):
-        hidden, weight, targets = random_case(33, 517, width=48, dtype=dtype, seed=s)
-        mask = random_mask(33, 517, targets, s) if masked else None
+    n, draws = (33, 4) if backend == "torch" else (18, 1)
+    for s in range(seed, seed + draws):
+        hidden, weight, targets = random_case(n, 517, width=48, dtype=dtype, seed=s)
+        mask = random_mask(n, 517, targets, s) if masked else None
         kept = kept_of(mask) if masked else None
 
         def definition(h, w, m=mask, y=targets):
@@ -331,7 +332,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ON_LOGITS)
 def test_views_of_larger_tensors_are_taken_as_they_are(form, view, seed):
     base = torch.randn(6, 264, generator=generator(seed)).to(DEVICE)
     expected_base, logits = base.clone(), VIEWS[view](base).clone()
@@ -782,7 +783,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("backend", "masked", "rows"), [("torch", False, 160), ("torch", True, 160), ("triton", False, 80)]
+    ("backend", "masked", "rows"), [("torch", False, 160), ("torch", True, 160), ("triton", False, 68)]
 )
 def test_the_whole_of_the_logits_is_never_held(backend, masked, rows):
     vocab, width = 1031, 8

@@ -286,12 +286,12 @@ def assert_right(ours, exact, computed, tolerance=3e-5) -> None:
     assert not ours[1][~computed].any() and not ours[2][~computed].any()
 
 
-def sample(seed: int, count: int):
+def sample(seed: int, count: int, n: int):
     """Options and inputs, drawn from their product."""
     draw = random.Random(seed)
     for _ in range(count):
         surrogate, level, kl, importance, old, omega = draw.choice(VARIANTS)
-        model = Model(draw.randrange(1 << 30), per_row=draw.random() < 0.5, softcap=draw.choice((None, 3.0)))
+        model = Model(draw.randrange(1 << 30), n, per_row=draw.random() < 0.5, softcap=draw.choice((None, 3.0)))
         o = options(surrogate, level, kl, importance, *draw.choice(TRIFLES))
         print(o)
         yield model, o, token_inputs(model.logp, draw.randrange(1 << 30), level, old, omega)
@@ -299,7 +299,7 @@ def sample(seed: int, count: int):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_gradients_are_those_of_float64(form, seed):
-    for model, o, x in sample(seed, 5 if "triton" in form else 30):
+    for model, o, x in sample(seed, 5 if "triton" in form else 30, 8 if form.startswith("fused") else 18):
         computed = alive(o, x) if form.startswith("linear") else x["weights"] != 0
         assert_right(model.run(form, o, x), model.truth(o, x), computed)
 
@@ -507,7 +507,7 @@ def test_a_row_with_zero_advantage_counts_where_something_else_pulls(backend, kl
 
 @pytest.mark.parametrize("form", ["fused torch", "fused triton", "linear torch", "linear triton"])
 def test_micro_batches_chunks_and_the_order_of_rows_change_nothing(form, seed):
-    n = 36 if form.endswith("torch") else 20
+    n = {"fused triton": 9, "linear triton": 20}.get(form, 36)
     model, draw = Model(seed, n=n), random.Random(seed)
     o = options("clip", "token", "k3", "token_truncate", None, 0.0, 0.03)
     x = token_inputs(model.logp, seed + 1)
@@ -573,7 +573,7 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row(form, seed):
         assert same_bits(of(rows), [z[rows] for z in whole])
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("torch", 160), ("triton", 80)])
+@pytest.mark.parametrize(("backend", "rows"), [("torch", 160), ("triton", 68)])
 def test_the_whole_of_the_logits_is_never_held(backend, rows):
     model = Model(14, n=rows, vocab=1031, width=8, softcap=None)
     x = {"advantages": torch.ones(rows, device=DEVICE), "weights": torch.ones(rows, device=DEVICE)}
