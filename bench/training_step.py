@@ -62,8 +62,9 @@ def measured(side: str, size: Size, repeats: int) -> dict:
     """In a process of its own: seconds of each step after a first one, and bytes at the peak and before any step."""
     run = step_of(side, size)
     built = measure.status("VmRSS")
-    seconds = []
+    seconds, outputs = [], None
     for _ in range(repeats + 1):
+        del outputs  # the gradients of a step go before those of the next come
         started = time.perf_counter()
         outputs = run()
         seconds.append(time.perf_counter() - started)

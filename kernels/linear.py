@@ -62,9 +62,7 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor, rows: Tensor, buffer: Tensor | None) -> Tensor:
         """Of some rows, [n, V], in the memory of `buffer` where that has room."""
-        h, n = hidden[rows], len(rows)
-        if n < MIN_ROWS and h.device.type == "cpu":
-            h = torch.nn.functional.pad(h, (0, 0, 0, MIN_ROWS - n))
+        h, n = at_least(hidden[rows]), len(rows)
         if buffer is None or len(buffer) < len(h):
             buffer = h.new_empty(len(h), len(self.weight), dtype=self.dtype)
         product(h, self.weight.t(), z := buffer[: len(h)])
@@ -90,6 +88,12 @@ class Head(NamedTuple):
         write = gradient_triton if self.triton else gradient_torch
         write(z, targets[rows], self.of(rows), stats, c, e, out, None if len(live) == len(z) else live, self.softcap)
         return out
+
+
+def at_least(rows: Tensor) -> Tensor:
+    """On a CPU the rows with zeros below them, MIN_ROWS in all where there are fewer."""
+    missing = MIN_ROWS - len(rows) if rows.device.type == "cpu" else 0
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
@@ -141,7 +145,7 @@ def gradient_torch(z, targets, temperature, stats: Stats, c, e, out: Tensor, row
             p *= column(c)
         dz = p.neg_().scatter_add_(1, column(targets), column(c)).div_(t)
         if softcap is not None:
-            dz *= 1 - (raw / softcap) ** 2
+            dz *= 1 - (raw.masked_fill(raw == float("-inf"), 0) / softcap) ** 2
         silent = ((c[chosen] == 0) & (e[chosen] == 0)).unsqueeze(1)
         out[part] = dz.masked_fill_(silent, 0) if silent.any() else dz
 
@@ -184,6 +188,10 @@ def _head(hidden, weight, targets, temperature, kept, bias, softcap, dtype, work
             f"hidden is {list(hidden.shape)} {hidden.dtype}, weight is {list(weight.shape)} {weight.dtype}: expected "
             "[N, D] and [V, D] of one dtype"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}: expected one number for each of {len(weight)} tokens")
+    if kept is not None and len(kept.offsets) != len(hidden) + 1:
+        raise ValueError(f"kept holds {len(kept.offsets) - 1} sets of tokens, and there are {len(hidden)} rows")
     if workspace is not None and workspace < 1:
         raise ValueError(f"workspace = {workspace}: give the bytes of a chunk of logits")
     triton = use_triton(backend, hidden)
@@ -208,7 +216,7 @@ class _Gradients:
     def add(self, dz: Tensor, rows: Tensor) -> None:
         """dz [n, V] of the rows."""
         if self.by_hidden is not None:
-            self.by_hidden[rows] = dz @ self.head.weight
+            self.by_hidden[rows] = (at_least(dz) @ self.head.weight)[: len(dz)]
         if self.by_weight is not None:
             product(dz.t(), self.hidden[rows], self.by_weight, beta=0.0 if self.empty else 1.0)
         if self.by_bias is not None:
@@ -313,15 +321,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
             live = ((c != 0) | (e != 0)).nonzero().squeeze(1) if any(wanted) else alive[:0]
             if len(live):
                 sums.add(head.gradient(z, targets, rows, stats, c, e, live), rows[live])
-        gradients = sums.result()
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = sums.result()
         ctx.mark_non_differentiable(logp, entropy)
         return loss.sum(), logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, grad_logp, grad_entropy):
-        gradients = ctx.saved_tensors  # refuses what a first backward pass has scaled already
+        # Given away, not kept: autograd would copy what it does not own alone, [V, D] in fp32.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("linear_policy_loss: its gradient was handed out in a first backward pass already")
         for gradient in gradients:
             if gradient is not None:
                 scale_(gradient, grad_loss)

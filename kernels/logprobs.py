@@ -38,6 +38,8 @@ def token_logprobs(
     from autograd. The definition never overwrites.
     """
     check_rows(logits.shape[:1], logits, targets=targets, temperature=temperature)
+    if kept is not None and kept.shape != logits.shape:
+        raise ValueError(f"kept has shape {list(kept.shape)}, the logits {list(logits.shape)}: they must be the same")
     if use_triton(backend, logits):
         logits = logits if kept is None else logits.masked_fill(~kept, float("-inf"))
         return _TokenLogprobs.apply(logits, targets, temperature, inplace)
@@ -190,6 +192,12 @@ def tiling(vocab: int, most: int = BLOCK) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
+def plain(targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    """As the kernels read them: side by side, or one number."""
+    per_row = isinstance(temperature, Tensor)
+    return targets.contiguous(), temperature.contiguous() if per_row else float(temperature)
+
+
 def vectors(rows: Tensor, count: int) -> list[Tensor]:
     """fp32 numbers, one a row. Each an allocation of its own: Triton compiles anew for what is not aligned, as parts
     of a larger tensor would be for some numbers of rows."""
@@ -200,9 +208,8 @@ def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor) -
     """One read of logits [N, V], whose rows may have any stride."""
     out = Stats(*vectors(logits, len(Stats._fields)))
     if len(logits):
+        args = (logits, logits.stride(0), *plain(targets, temperature), *out, logits.shape[1])
         per_row = isinstance(temperature, Tensor)
-        t = temperature if per_row else float(temperature)
-        args = (logits, logits.stride(0), targets, t, *out, logits.shape[1])
         run.launch(_stats_kernel, (len(logits),), *args, PER_ROW=per_row, **tiling(logits.shape[1]))
     return out
 
@@ -212,8 +219,7 @@ def gradient_triton(logits, targets, temperature, stats: Stats, c, e, out: Tenso
     alone, into [n, V], which may not. With `softcap`, by what went into it."""
     if len(out):
         per_row = isinstance(temperature, Tensor)
-        t = temperature if per_row else float(temperature)
-        args = (logits, logits.stride(0), rows, out, out.stride(0), targets, t)
+        args = (logits, logits.stride(0), rows, out, out.stride(0), *plain(targets, temperature))
         args += (stats.largest, stats.log_total, stats.entropy, c, e, logits.shape[1], softcap)
         run.launch(_gradient_kernel, (len(out),), *args, PER_ROW=per_row, **tiling(logits.shape[1]))
 

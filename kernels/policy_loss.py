@@ -25,6 +25,7 @@ from .logprobs import (
     BLOCK,
     check_rows,
     inverse_temperature,
+    plain,
     row_gradient,
     row_stats,
     rows_together,
@@ -511,8 +512,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
         out = logits if inplace or not gradient else logits.new_empty(n, vocab)
         if n:
             per_row = isinstance(temperature, Tensor)
-            t = temperature if per_row else float(temperature)
-            args = (logits, logits.stride(0), out, out.stride(0), targets, t, tokens, knobs(options))
+            args = (logits, logits.stride(0), out, out.stride(0), *plain(targets, temperature), tokens, knobs(options))
             args += (loss, logp, entropy, n, vocab)
             more = kinds(options) | tiling(vocab, FUSED_BYTES // logits.element_size())
             grid = (min(n, _programs(logits)),)

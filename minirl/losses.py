@@ -162,16 +162,21 @@ class _Batch:
     ref: Tensor | None = None
     rollout: Tensor | None = None
     entropy: Tensor | None = None
+    computed: Tensor | None = None  # the tokens that metrics are about, where those are not all
+
+    @property
+    def counted(self):
+        return self.keep if self.computed is None else self.computed
 
     def mean(self, x):  # over the tokens of the step, so that the means of its micro-batches add up
-        return torch.where(self.keep, x, 0).sum(dtype=torch.float64) / max(self.scored, 1)
+        return torch.where(self.counted, x, 0).sum(dtype=torch.float64) / max(self.scored, 1)
 
     @property
     def scored(self):
         return self.totals.tokens if self.totals.scored is None else self.totals.scored
 
     def max(self, x):
-        return torch.where(self.keep, x, -math.inf).amax() if x.numel() else x.new_tensor(-math.inf)
+        return torch.where(self.counted, x, -math.inf).amax() if x.numel() else x.new_tensor(-math.inf)
 
 
 def policy_loss(
@@ -238,13 +243,14 @@ def head_policy_loss(
     b, w = _batch(o, advantages, mask, group_ids, totals, logp=logp, entropy=entropy, dtype=dtype, **tensors)
     inputs = {"advantages": b.A, "weights": w, "old_logp": b.old, "ref_logp": b.ref, **_of_rows(b, o)}
     inputs = {name: flat(x) for name, x in inputs.items()}
-    loss, logp, entropy = linear_policy_loss(hidden, weight, targets, options=o, **inputs, **head)
+    loss, *computed = linear_policy_loss(hidden, weight, targets, options=o, **inputs, **head)
     with torch.no_grad():
-        keep = with_gradient(b.keep & present, b.A, o)
-        totals = b.totals if b.totals.scored is not None else b.totals.scoring(int(keep.sum()))
-        logp, entropy = grid(logp), grid(entropy)
-        b = replace(b, keep=keep, totals=totals, logp=logp, entropy=entropy, old=logp if b.old is None else b.old)
-        return loss, _terms(b, w, o)[1]
+        counted = with_gradient(b.keep & present, b.A, o)
+        totals = b.totals if b.totals.scored is not None else b.totals.scoring(int(counted.sum()))
+        if b.logp is None:
+            logp, entropy = (torch.where(b.keep, grid(x), 0) for x in computed)
+            b = replace(b, logp=logp, entropy=entropy, old=logp if b.old is None else b.old)
+        return loss, _terms(replace(b, computed=counted, totals=totals), w, o)[1]
 
 
 def with_gradient(mask, advantages, o: PolicyLoss) -> Tensor:
@@ -346,14 +352,14 @@ def _outside_band(ratio):
 
 def _ratio_metrics(b: _Batch, lr, ratio, cut) -> dict[str, Tensor]:
     high, low, dual = cut
-    rows = _Batch(b.keep.any(1, keepdim=True).expand_as(b.keep), b.totals)
+    rows = _Batch(b.counted.any(1, keepdim=True).expand_as(b.keep), b.totals)
     return {
         "clip/high": b.mean(high),
         "clip/low": b.mean(low),
         "clip/dual": b.mean(dual),
         "clip/frac": b.mean(high | low | dual),
-        "clip/seq_high_max": rows.max(_row_mean(high.to(lr), b.keep)),
-        "clip/seq_low_min": -rows.max(-_row_mean(low.to(lr), b.keep)),
+        "clip/seq_high_max": rows.max(_row_mean(high.to(lr), b.counted)),
+        "clip/seq_low_min": -rows.max(-_row_mean(low.to(lr), b.counted)),
         "ratio/mean": b.mean(ratio),
         "_ratio/square": b.mean((ratio.double() - 1) ** 2),  # around 1, where ratios are: no digits cancel
         "ratio/min": -b.max(-ratio),

@@ -1,5 +1,5 @@
 """The policy loss in PyTorch and Triton, on log-probs, on logits and from hidden states, against float64 autograd of
-the papers' formulas; and what fused forms promise: exact zeros, no wasted product, little memory, one compilation."""
+the papers' formulas; and what the fused forms promise: exact zeros, no wasted product, little memory, no recompile."""
 
 import itertools
 import math
@@ -430,7 +430,7 @@ def test_a_second_backward_pass_is_refused(form, factor):
     leaves = [z.clone().requires_grad_(True) for z in model.inputs]
     loss = model.loss(form, TokenLoss(), token_inputs(model.logp, 8), *leaves)[0] * factor
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|handed out in a first backward pass"):
         loss.backward()
 
 
@@ -487,7 +487,8 @@ def test_rows_without_signal_cost_no_product(backend):
     heads = [m for m, k, n in seen.shapes if (k, n) == (16, 123)]
     hidden = [m for m, k, n in seen.shapes if (k, n) == (123, 16)]
     weight = [k for m, k, n in seen.shapes if (m, n) == (123, 16)]
-    assert (sum(heads), sum(hidden), sum(weight)) == (rows, rows - gone, rows - gone), seen.shapes
+    padded = 32 if DEVICE.type == "cpu" else rows - gone  # two chunks with 12 live rows each; a CPU takes 16 at least
+    assert (sum(heads), sum(hidden), sum(weight)) == (rows, padded, rows - gone), seen.shapes
     assert len(seen.shapes) == len(heads) + len(hidden) + len(weight)
     plain = model.run("fused torch", TokenLoss(), x)
     assert_near(ours[3:], plain[3:], 3e-5)
@@ -539,7 +540,6 @@ def test_micro_batches_chunks_and_the_order_of_rows_change_nothing(form, seed):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU's product may add up in another order for other rows")
-@pytest.mark.xfail(strict=True, reason="dH of fewer than MIN_ROWS live rows is not padded as the logits are")
 def test_few_live_rows_in_a_chunk_have_the_same_bits(seed):
     """A product of one or two rows is another routine on a CPU."""
     model = Model(seed, n=48, width=64)
@@ -633,9 +633,7 @@ def test_views_of_larger_tensors_are_taken_as_they_are(view, inplace, seed):
 
 @pytest.mark.parametrize("name", ["targets", "temperature", "advantages"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_one_number_a_row_may_be_strided_too(backend, name, seed, request):
-    if backend == "triton" and name != "advantages":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="read as if contiguous"))
+def test_one_number_a_row_may_be_strided_too(backend, name, seed):
     logits, g = torch.randn(6, 123, generator=generator(seed)).to(DEVICE), generator(seed)
     x = {"targets": torch.randint(123, (12,), generator=g).to(DEVICE), "weights": torch.ones(12, device=DEVICE)}
     x |= {
@@ -874,7 +872,6 @@ def on_scored_tokens(batch, o) -> dict:
     return on_logits(batch, o, mask=scored, totals=totals)[1]
 
 
-@pytest.mark.xfail(strict=True, reason="ratios and weights of rows are taken anew, over the tokens with A != 0 alone")
 @pytest.mark.parametrize("name", ["gspo", "importance seq_truncate", "importance geo_mask"])
 def test_metrics_of_row_ratios_are_those_of_the_loss_where_single_tokens_have_no_advantage(name):
     o, batch = PolicyLoss(**HEAD_OPTIONS[name]), step(3, "tokens with zeros")

@@ -246,6 +246,22 @@ def test_a_token_without_probability_is_never_drawn(backend, alive, through, mon
     torch.testing.assert_close(draw.entropy, torch.full((4,), math.log(len(alive))))
 
 
+@triton.jit
+def first_past_kernel(shares, aims, out, N: tl.constexpr):
+    at, share = tl.arange(0, N), tl.load(shares + tl.arange(0, N))
+    place = sampling._first_past(tl.cumsum(share), share, tl.load(aims + tl.program_id(0)), at, N)
+    tl.store(out + tl.program_id(0), place)
+
+
+def test_an_aim_past_the_end_takes_the_last_token_with_a_share():
+    """Rounding aims there: the sum of a tile and its cumulative sum are added up in different orders."""
+    shares = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0], dtype=torch.float64)
+    aims = torch.tensor([0.0, 0.2, 0.25, 0.75, 0.999, 1.0, 1.5], dtype=torch.float64)
+    out = torch.empty(7, dtype=torch.int32, device=DEVICE)
+    first_past_kernel[(7,)](shares.to(DEVICE), aims.to(DEVICE), out, N=8)
+    assert out.tolist() == [1, 1, 3, 4, 4, 4, 4]
+
+
 @both
 @pytest.mark.parametrize("level", [1000.0, -1000.0, 120.0, -120.0])
 def test_the_level_of_the_logits_changes_nothing(backend, level):
@@ -372,6 +388,14 @@ def test_ties_with_the_last_kept_token_are_kept(backend):
         assert kept_set(logits, backend, **options).tolist() == [[True, True, True, True, False]]
     zeros = torch.tensor([[-0.0, 0.0, -1.0, -0.0]])
     assert kept_set(zeros, backend, top_k=1).tolist() == [[True, True, False, True]]
+
+
+@both
+def test_neighbouring_fp32_numbers_are_told_apart(backend):
+    tops = [torch.tensor(x) for x in (3.0, 1e-30, -7.0)]
+    logits = torch.stack([torch.stack([x.nextafter(torch.tensor(-math.inf)), x, x - 9]) for x in tops])
+    for options in ({"top_k": 1}, {"top_p": 0.3}, {"min_p": 1.0}):
+        assert kept_set(logits, backend, **options).tolist() == [[False, True, False]] * 3
 
 
 @both

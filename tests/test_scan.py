@@ -117,6 +117,17 @@ def test_gae_is_the_recursion_over_ragged_rows_with_holes(backend, dtype, time, 
 
 
 @both
+def test_value_and_advantage_are_carried_across_a_hole_of_several_blocks(backend):
+    m = torch.tensor([t < 4 or t >= 44 for t in range(60)]).expand(2, -1)
+    r, v = normal(2, 60).masked_fill(~m, NAN), normal(2, 60, seed=1).masked_fill(~m, NAN)
+    across = advantages(r, v, m, backend, gamma=0.9, lam=0.8)
+    closed = advantages(*(x[m].view(2, 20) for x in (r, v, m)), backend, gamma=0.9, lam=0.8)
+    for x, y in zip(across, closed, strict=True):
+        torch.testing.assert_close(x[m].view(2, 20), y, rtol=1e-12, atol=1e-12)
+        assert not x[~m].any()
+
+
+@both
 def test_a_reward_of_nan_takes_the_advantages_of_its_row_and_no_other(backend):
     r, v, m, after = ragged(5, 40, seed=3)
     m[1], r[1], v[1] = True, normal(40, seed=8), normal(40, seed=9)
