@@ -227,9 +227,10 @@ def test_the_error_of_the_linear_form_is_not_above_that_of_plain_torch(dtype, ma
     if backend == "triton" and dtype not in KERNEL_DTYPES:
         pytest.skip("not a dtype of the kernels here")
     worst = []
-    for s in range(seed, seed + (4 if backend == "torch" else 2)):
-        hidden, weight, targets = random_case(33, 517, width=48, dtype=dtype, seed=s)
-        mask = random_mask(33, 517, targets, s) if masked else None
+    n, draws = (33, 4) if backend == "torch" else (18, 1)
+    for s in range(seed, seed + draws):
+        hidden, weight, targets = random_case(n, 517, width=48, dtype=dtype, seed=s)
+        mask = random_mask(n, 517, targets, s) if masked else None
         kept = kept_of(mask) if masked else None
 
         def definition(h, w, m=mask, y=targets):
@@ -331,7 +332,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ON_LOGITS)
 def test_views_of_larger_tensors_are_taken_as_they_are(form, view, seed):
     base = torch.randn(6, 264, generator=generator(seed)).to(DEVICE)
     expected_base, logits = base.clone(), VIEWS[view](base).clone()
@@ -626,6 +627,17 @@ def test_chunks_change_nothing(backend):
     check()
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU's product may add up in another order for other rows")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_scored_alone_has_the_bits_that_it_has_among_others(backend, seed):
+    """A sampler scores a token at a time, a trainer thousands: on a CPU they agree to the bit."""
+    hidden, weight, targets = random_case(20, 517, 64, torch.float32, seed)
+    whole = linear_token_logprobs(hidden, weight, targets, 0.8, backend=backend)
+    for rows in (slice(3, 4), slice(5, 7), slice(0, 15), slice(0, 17)):
+        some = linear_token_logprobs(hidden[rows], weight, targets[rows], 0.8, backend=backend)
+        assert same_bits(some, [x[rows] for x in whole])
+
+
 @pytest.mark.parametrize("needs", ["hidden", "weight"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_frozen_side_is_left_alone(needs, backend):
@@ -766,7 +778,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("backend", "masked", "rows"), [("torch", False, 160), ("torch", True, 160), ("triton", False, 80)]
+    ("backend", "masked", "rows"), [("torch", False, 160), ("torch", True, 160), ("triton", False, 68)]
 )
 def test_the_whole_of_the_logits_is_never_held(backend, masked, rows):
     vocab, width = 1031, 8

@@ -220,12 +220,11 @@ def test_exponents_beyond_the_guard_are_finite_and_without_their_derivative(back
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_a_nan_shows_and_stays_alone(backend, surrogate):
-    o = TokenLoss(**SURROGATES[surrogate], kl="k3_is", kl_coef=0.1, importance="token_truncate")
     logp = numbers(-1, NAN, -2, -3)
-    x = {"old_logp": numbers(-1.5, -1, NAN, -3), "ref_logp": numbers(-1, -1, -1, -2)}
-    loss, c = one_term(o, backend, logp, rollout_logp=logp.nan_to_num(0), advantages=torch.ones_like(logp), **x)
-    for z in (loss, c):
+    x = {"old_logp": numbers(-1.5, -1, NAN, -3), "advantages": torch.ones_like(logp)}
+    for z in one_term(TokenLoss(**SURROGATES[surrogate]), backend, logp, **x):
         assert z.isnan().tolist() == [False, True, True, False]
+    o = TokenLoss(**SURROGATES[surrogate], kl="k3_is", kl_coef=0.1, importance="token_truncate")
     for name in ("ref_logp", "rollout_logp", "old_logp"):
         y = {"old_logp": numbers(-1, -1), "ref_logp": numbers(-1, -1), "rollout_logp": numbers(-1, -1)}
         y[name] = numbers(NAN, -1)
@@ -295,12 +294,12 @@ def assert_right(ours, exact, computed, tolerance=3e-5) -> None:
     assert not ours[1][~computed].any() and not ours[2][~computed].any()
 
 
-def sample(seed: int, count: int):
+def sample(seed: int, count: int, n: int):
     """Options and inputs, drawn from their product."""
     draw = random.Random(seed)
     for _ in range(count):
         surrogate, level, kl, importance, old, omega = draw.choice(VARIANTS)
-        model = Model(draw.randrange(1 << 30), per_row=draw.random() < 0.5, softcap=draw.choice((None, 3.0)))
+        model = Model(draw.randrange(1 << 30), n, per_row=draw.random() < 0.5, softcap=draw.choice((None, 3.0)))
         o = options(surrogate, level, kl, importance, *draw.choice(TRIFLES))
         print(o)
         yield model, o, token_inputs(model.logp, draw.randrange(1 << 30), level, old, omega)
@@ -308,7 +307,7 @@ def sample(seed: int, count: int):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_gradients_are_those_of_float64(form, seed):
-    for model, o, x in sample(seed, 5 if "triton" in form else 30):
+    for model, o, x in sample(seed, 5 if "triton" in form else 30, 8 if form.startswith("fused") else 18):
         computed = alive(o, x) if form.startswith("linear") else x["weights"] != 0
         assert_right(model.run(form, o, x), model.truth(o, x), computed)
 
@@ -457,9 +456,9 @@ def test_overwritten_logits_cannot_be_used_again():
     leaf, targets, ones = torch.randn(3, 37, device=DEVICE, requires_grad=True), torch.arange(3), torch.ones(3)
     targets, ones, logits = targets.to(DEVICE), ones.to(DEVICE), leaf * 1
     square = (logits**2).sum()
-    loss, _, _ = fused_policy_loss(logits, targets, ones, ones, TokenLoss(), backend="triton", inplace=True)
+    fused_policy_loss(logits, targets, ones, ones, TokenLoss(), backend="triton", inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss + square).backward()
+        square.backward()
 
 
 def test_without_a_gradient_wanted_the_logits_stay():
@@ -517,7 +516,7 @@ def test_a_row_with_zero_advantage_counts_where_something_else_pulls(backend, kl
 
 @pytest.mark.parametrize("form", ["fused torch", "fused triton", "linear torch", "linear triton"])
 def test_micro_batches_chunks_and_the_order_of_rows_change_nothing(form, seed):
-    n = 36 if form.endswith("torch") else 20
+    n = {"fused triton": 9, "linear triton": 20}.get(form, 36)
     model, draw = Model(seed, n=n), random.Random(seed)
     o = options("clip", "token", "k3", "token_truncate", None, 0.0, 0.03)
     x = token_inputs(model.logp, seed + 1)
@@ -582,7 +581,7 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row(form, seed):
         assert same_bits(of(rows), [z[rows] for z in whole])
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("torch", 160), ("triton", 80)])
+@pytest.mark.parametrize(("backend", "rows"), [("torch", 160), ("triton", 68)])
 def test_the_whole_of_the_logits_is_never_held(backend, rows):
     model = Model(14, n=rows, vocab=1031, width=8, softcap=None)
     x = {"advantages": torch.ones(rows, device=DEVICE), "weights": torch.ones(rows, device=DEVICE)}
