@@ -4,10 +4,10 @@ computes, and every function takes backend="auto" | "torch" | "triton": a CPU ru
 
 from .linear import Kept, linear_policy_loss, linear_token_logprobs
 from .logprobs import token_logprobs
+from .per_token import TokenLoss, token_loss
 from .policy_loss import fused_policy_loss
 from .sampling import Draw, keyed_uniform, sample_tokens, truncation_floor
 from .scan import gae, suffix_scan
-from .token_loss import TokenLoss, token_loss
 
 __all__ = [
     "Draw",

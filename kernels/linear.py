@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
 from .logprobs import Stats, check_rows, gradient_triton, stats_triton
+from .per_token import TokenLoss, check_tokens, token_loss, token_loss_triton
 from .policy_loss import scale_
-from .token_loss import TokenLoss, check_tokens, token_loss, token_loss_triton
 
 WORKSPACE = {"cpu": 128 << 20, "cuda": 512 << 20}  # bytes of a chunk of logits and of its gradient
 SLICE = 1 << 19  # logits that PyTorch sweeps at a time

@@ -24,7 +24,7 @@ from .logprobs import (
     token_logprobs,
     vectors,
 )
-from .token_loss import TokenLoss, check_tokens, kinds, knobs, pointers, token_loss, token_terms, token_values
+from .per_token import TokenLoss, check_tokens, kinds, knobs, pointers, token_loss, token_terms, token_values
 
 FUSED_BYTES = 32 << 10  # of logits in a tile, where one program has a multiprocessor to itself: 32 warps of bf16
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minirl.errors import InputError
 from minirl.kernels import TokenLoss, linear_policy_loss, linear_token_logprobs, token_loss
-from minirl.kernels.token_loss import GUARD, guarded_exp, importance_weight, k3
+from minirl.kernels.per_token import GUARD, guarded_exp, importance_weight, k3
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from minirl.kernels import (
     token_loss,
 )
 from minirl.kernels import backend as run
+from minirl.kernels.per_token import token_loss_triton
 from minirl.kernels.policy_loss import scale_
-from minirl.kernels.token_loss import token_loss_triton
 from minirl.losses import PolicyLoss, Totals, head_policy_loss, policy_loss, with_gradient
 
 SURROGATES = {

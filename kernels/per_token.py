@@ -126,7 +126,8 @@ def k2(d, token_lr):
 
 def k3(d, token_lr=None):
     """e^{−d} + d − 1 with slope 1 − e^{−d} (2402.03300 eq. 4); expm1 keeps the digits that the plain form loses."""
-    return (-d).clamp(-GUARD, GUARD).expm1() + d, 1 - guarded_exp(-d)[1]
+    expm1 = (-d).clamp(-GUARD, GUARD).expm1()
+    return expm1 + d, (-expm1).masked_fill(d.abs() > GUARD, 1)
 
 
 def k3_is(d, token_lr):
