@@ -652,6 +652,16 @@ def test_steps_of_a_completion_without_a_score_are_in_no_mean(make, monkeypatch)
     assert batch.advantages[[0, 1, 3, 4, 5], 0].tolist() == pytest.approx(wanted, abs=1e-4)
 
 
+def test_steps_of_what_is_excluded_are_in_no_mean(make, monkeypatch):
+    """Completions 2 and 3 were cut off."""
+    task = process(lambda text: [float(text[0])])
+    trainer = make(task=task, truncation="mask", exclude_from_baseline=True, **PS)
+    batch = trainer.batch(written(monkeypatch, trainer))
+    firsts = np.array([14.0, 2, 2, 14])
+    wanted = (firsts - firsts.mean()) / (firsts.std(ddof=1) + 1e-4)
+    assert batch.advantages[[0, 1, 4, 5], 0].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
 def test_a_step_ends_with_the_token_that_completes_its_characters():
     """Also where a token is several characters; the end of the text is the end of the completion."""
     tokenizer = Tokenizer.from_chars("ab\n;")
@@ -667,10 +677,11 @@ def test_a_step_ends_with_the_token_that_completes_its_characters():
         def decode(self, tokens):
             return "xyz" * len(tokens)
 
-    rollout = Rollout([{}], [[]], [Completion([1, 2, 3])], ["xyzxyzxyz"], torch.zeros(1), {"s": [0.0]})
+    rollout = Rollout([{}], [[]], [Completion([1, 2, 3])], ["xyzxyzxyz"], torch.zeros(1), {"s": [0.0], "off": [9.0]})
     rollout.steps["s"] = [[(1, 1.0), (3, 1.0), (4, 1.0), (6, 1.0)]]
-    values, ends = rollout.step_rewards({"s": (1.0, None)}, Wide())
+    values, ends = rollout.step_rewards({"s": (1.0, None), "off": (0.0, None)}, Wide())
     assert values.tolist() == [[2.0, 2.0, 0.0]]
+    assert ends.tolist() == [[True, True, False]]
 
 
 def test_rewards_of_steps_are_refused_where_nothing_takes_them(make):
