@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from minirl.kernels.token_loss import k3
+from minirl.kernels.per_token import k3
 from minirl.losses import PolicyLoss, adaptive_kl_ppo, adaptive_kl_ziegler
 from minirl.train.config import PolicyConfig
 from minirl.train.step import Batch
