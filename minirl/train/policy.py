@@ -30,13 +30,13 @@ from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
     Display,
     Run,
+    due,
     identity,
-    interruptible,
     load,
+    loop,
     peak_memory_gb,
     pick_device,
     pick_dtype,
-    say_if_finished,
 )
 from minirl.train.sft import order, take
 from minirl.train.step import Batch, accumulate, response_mask
@@ -311,26 +311,18 @@ def train_policy(
     task = task or parse_task(config.task)
     run = Run(config.out, identity(config, [task.train, task.heldout]), config.resume)
     trainer = kind(config, run, display, task)
-    say_if_finished(run, config.steps, display)
     if run.start == 0:
         before = trainer.evaluate(require_score=True)
         display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
-    display.progress("step", run.start, config.steps)
-    with interruptible(display) as stop_requested:
-        for step in range(run.start, config.steps):
-            metrics = trainer.step(step)
-            if step == 0:  # only now: a run whose first step fails leaves no folder
-                run.log(0, before)
-            last = step + 1 == config.steps
-            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-                metrics |= trainer.evaluate()
-            run.log(step + 1, metrics)
-            display.progress("step", step + 1, config.steps)
-            display.line(step_line(step + 1, config.steps, metrics))
-            stopping = stop_requested()  # asked once: what stops has saved
-            if last or (step + 1) % config.save_every == 0 or stopping:
-                trainer.save(step + 1)
-            if stopping and not last:
-                display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
-                raise KeyboardInterrupt
+
+    def step(number: int) -> dict[str, float]:
+        metrics = trainer.step(number)
+        if number == 0:  # only now: a run whose first step fails leaves no folder
+            run.log(0, before)
+        return metrics | (trainer.evaluate() if due(number + 1, config.steps, config.eval_every) else {})
+
+    def line(done: int, metrics: dict[str, float]) -> str:
+        return step_line(done, config.steps, metrics)
+
+    loop(run, "step", config.steps, config.save_every, display, step, line, trainer.save)
     return run.finish(trainer.model, trainer.tokenizer)

@@ -25,15 +25,16 @@ from minirl.train.ranked import Ranked, held_out, ranked_lists, read_preferences
 from minirl.train.run import (
     Display,
     Run,
+    due,
     identity,
-    interruptible,
     load,
+    loop,
     peak_memory_gb,
     refuse_below_one,
     refuse_negative,
     refuse_not_positive,
     refuse_unknown_choices,
-    say_if_finished,
+    tenth,
 )
 from minirl.train.sft import take
 
@@ -257,25 +258,19 @@ def train_prefer(config: PreferConfig, display: Display | None = None) -> Path:
     examples = read_preferences(config.data)
     run = Run(config.out, identity(config, examples), config.resume)
     trainer = Prefer(config, run, display, examples)
-    say_if_finished(run, config.steps, display)
     if run.start == 0 and (before := trainer.evaluate(before=True)):
         display.line(f"before: held-out loss {before['eval/loss']:.4f}, likelier {before['eval/likelier']:.3f}")
         run.log(0, before)
-    display.progress("prefer", run.start, config.steps)
-    with interruptible(display) as stop_requested:
-        for step in range(run.start, config.steps):
-            metrics = trainer.step(step)
-            last = step + 1 == config.steps
-            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-                metrics |= trainer.evaluate()
-            run.log(step + 1, metrics)
-            display.progress("prefer", step + 1, config.steps)
-            if last or (step + 1) % max(1, config.steps // 10) == 0:
-                display.line(step_line(step + 1, config.steps, metrics))
-            stopping = stop_requested()  # asked once: what stops has saved
-            if last or (step + 1) % config.save_every == 0 or stopping:
-                run.save(step + 1, trainer.model, trainer.tokenizer, trainer.optimizer)
-            if stopping and not last:
-                display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
-                raise KeyboardInterrupt
+
+    def step(number: int) -> dict[str, float]:
+        metrics = trainer.step(number)
+        return metrics | (trainer.evaluate() if due(number + 1, config.steps, config.eval_every) else {})
+
+    def line(done: int, metrics: dict[str, float]) -> str:
+        return step_line(done, config.steps, metrics) if tenth(done, config.steps) else ""
+
+    def save(done: int) -> None:
+        run.save(done, trainer.model, trainer.tokenizer, trainer.optimizer)
+
+    loop(run, "prefer", config.steps, config.save_every, display, step, line, save)
     return run.finish(trainer.model, trainer.tokenizer)

@@ -36,15 +36,16 @@ from minirl.train.reward_data import Line, balanced, encode, read_examples, spli
 from minirl.train.run import (
     Display,
     Run,
+    due,
     identity,
-    interruptible,
     load,
+    loop,
     peak_memory_gb,
     refuse_below_one,
     refuse_negative,
     refuse_not_positive,
     refuse_unknown_choices,
-    say_if_finished,
+    tenth,
 )
 from minirl.train.sft import demonstration_rows, read_demonstrations
 
@@ -280,41 +281,37 @@ def take(prompts: np.ndarray, share: int, seed: int, start: int, number: int) ->
 
 
 def fit(model, tokenizer, train: list[Line], heldout: list[Line], config: RewardConfig, run: Run, display) -> None:
-    """Batch, gradient, step, log, evaluate, save."""
+    """A step: batch, gradient, update, evaluation."""
     steps = config.steps or -(-len(train) // config.batch)
     optimizer, prompts = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95)), np.array(prompts_of(train))
     if run.checkpoint:
         run.restore(optimizer)
-    say_if_finished(run, steps, display)
     if run.start == 0:
         before = evaluate(model, heldout, config) if heldout else {}
         display.line(f"before: {len(train)} lines to train on, {len(heldout)} held out{heldout_line(before)}")
-    display.progress("reward", run.start, steps)
-    with interruptible(display) as stop_requested:
-        for step in range(run.start, steps):
-            started = time.perf_counter()
-            lines = [train[i] for i in take(prompts, config.share, config.seed, step * config.batch, config.batch)]
-            lr = learning_rate(step, config.lr, config.warmup, steps, config.schedule)
-            loss, scores = accumulate(model, lines, config)
-            norm = optimizer.step(lr, config.clip_norm)
-            seconds, tokens = time.perf_counter() - started, sum(line.tokens for line in lines)
-            metrics = {"loss": loss, **measures(scores, lines, config), **score_stats(scores, "reward/")}
-            metrics |= {"grad_norm": norm, "lr": lr, "tokens": tokens, "tokens_per_s/train": tokens / seconds}
-            if step == 0:
-                run.log(0, before)
-            last = step + 1 == steps
-            evaluated = heldout and (last or (config.eval_every and (step + 1) % config.eval_every == 0))
-            metrics |= evaluate(model, heldout, config) if evaluated else {}
-            run.log(step + 1, metrics | {"time/step": seconds, "memory/peak_gb": peak_memory_gb()})
-            display.progress("reward", step + 1, steps)
-            if last or evaluated or (step + 1) % max(1, steps // 10) == 0:
-                display.line(reward_line(step + 1, steps, metrics))
-            stopping = stop_requested()  # asked once: what stops has saved
-            if last or (step + 1) % config.save_every == 0 or stopping:
-                run.save(step + 1, model, tokenizer, optimizer)
-            if stopping and not last:
-                display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
-                raise KeyboardInterrupt
+
+    def step(number: int) -> dict[str, float]:
+        started = time.perf_counter()
+        lines = [train[i] for i in take(prompts, config.share, config.seed, number * config.batch, config.batch)]
+        lr = learning_rate(number, config.lr, config.warmup, steps, config.schedule)
+        loss, scores = accumulate(model, lines, config)
+        norm = optimizer.step(lr, config.clip_norm)
+        seconds, tokens = time.perf_counter() - started, sum(line.tokens for line in lines)
+        metrics = {"loss": loss, **measures(scores, lines, config), **score_stats(scores, "reward/")}
+        metrics |= {"grad_norm": norm, "lr": lr, "tokens": tokens, "tokens_per_s/train": tokens / seconds}
+        if number == 0:  # only now: a run whose first step fails leaves no folder
+            run.log(0, before)
+        if heldout and due(number + 1, steps, config.eval_every):
+            metrics |= evaluate(model, heldout, config)
+        return metrics | {"time/step": seconds, "memory/peak_gb": peak_memory_gb()}
+
+    def line(done: int, metrics: dict[str, float]) -> str:
+        return reward_line(done, steps, metrics) if "eval/loss" in metrics or tenth(done, steps) else ""
+
+    def save(done: int) -> None:
+        run.save(done, model, tokenizer, optimizer)
+
+    loop(run, "reward", steps, config.save_every, display, step, line, save)
 
 
 def _shown(m: dict, name: str, digits: str) -> str:

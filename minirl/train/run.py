@@ -246,9 +246,47 @@ def interruptible(display: Display) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def say_if_finished(run: Run, steps: int, display: Display) -> None:
+def due(done: int, steps: int, every: int) -> bool:
+    """After `done` of the steps: at each `every`-th and at the last one; every = 0 is at the last one alone."""
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def tenth(done: int, steps: int) -> bool:
+    """As often as a run of many quick steps has a line for a person."""
+    return due(done, steps, max(1, steps // 10))
+
+
+def loop(
+    run: Run,
+    stage: str,
+    steps: int,
+    save_every: int,
+    display: Display,
+    step: Callable[[int], dict[str, float]],
+    line: Callable[[int, dict[str, float]], str],
+    save: Callable[[int], object],
+) -> None:
+    """The steps from run.start on: do, log, show, save. Ctrl-C saves after the step that is under way.
+
+    `step` takes the number of the step, from 0, and returns its metrics; `line` and `save` take how many are done, and
+    an empty line is not shown.
+    """
     if run.start >= steps:
         display.line(f"the run in {run.out} is finished: all of its {steps} steps are done, none is left to resume")
+    display.progress(stage, run.start, steps)
+    with interruptible(display) as stop_requested:
+        for done in range(run.start + 1, steps + 1):
+            metrics = step(done - 1)
+            run.log(done, metrics)
+            display.progress(stage, done, steps)
+            if text := line(done, metrics):
+                display.line(text)
+            stopping = stop_requested()  # asked once: what stops has saved
+            if stopping or due(done, steps, save_every):
+                save(done)
+            if stopping and done < steps:
+                display.line(f"stopped after step {done}; continue with --resume --out {run.out}")
+                raise KeyboardInterrupt
 
 
 def refuse_below_one(config, *names: str) -> None:

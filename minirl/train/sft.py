@@ -25,14 +25,14 @@ from minirl.train.run import (
     Display,
     Run,
     identity,
-    interruptible,
     load,
+    loop,
     peak_memory_gb,
     refuse_below_one,
     refuse_negative,
     refuse_not_positive,
     refuse_unknown_choices,
-    say_if_finished,
+    tenth,
 )
 from minirl.train.step import Batch, accumulate, response_mask
 
@@ -181,32 +181,28 @@ def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
 
 
 def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, display: Display) -> Path:
-    """The loop: batch, gradient, step, log, save."""
+    """A step: batch, gradient, update."""
     optimizer = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95))
     if run.checkpoint:
         run.restore(optimizer)
-    say_if_finished(run, config.steps, display)
-    display.progress("sft", run.start, config.steps)
-    with interruptible(display) as stop_requested:
-        for step in range(run.start, config.steps):
-            started = time.perf_counter()
-            chosen = [rows[i] for i in take(len(rows), config.seed, step * config.batch, config.batch)]
-            chosen = [Row(row.prompt, row.response, group=i) for i, row in enumerate(chosen)]
-            lr = learning_rate(step, config.lr, config.warmup, config.steps, config.schedule)
-            metrics = sft_step(model, optimizer, chosen, lr, config.clip_norm, config.micro_batch_tokens)
-            seconds = time.perf_counter() - started
-            metrics |= {"time/step": seconds, "tokens_per_s/train": metrics["tokens"] / seconds}
-            run.log(step + 1, metrics | {"memory/peak_gb": peak_memory_gb()})
-            display.progress("sft", step + 1, config.steps)
-            last = step + 1 == config.steps
-            if last or (step + 1) % max(1, config.steps // 10) == 0:
-                display.line(sft_line(step + 1, config.steps, metrics))
-            stopping = stop_requested()  # asked once: what stops has saved
-            if last or (step + 1) % config.save_every == 0 or stopping:
-                run.save(step + 1, model, tokenizer, optimizer)
-            if stopping and not last:
-                display.line(f"stopped after step {step + 1}; continue with --resume --out {run.out}")
-                raise KeyboardInterrupt
+
+    def step(number: int) -> dict[str, float]:
+        started = time.perf_counter()
+        chosen = [rows[i] for i in take(len(rows), config.seed, number * config.batch, config.batch)]
+        chosen = [Row(row.prompt, row.response, group=i) for i, row in enumerate(chosen)]
+        lr = learning_rate(number, config.lr, config.warmup, config.steps, config.schedule)
+        metrics = sft_step(model, optimizer, chosen, lr, config.clip_norm, config.micro_batch_tokens)
+        seconds = time.perf_counter() - started
+        metrics |= {"time/step": seconds, "tokens_per_s/train": metrics["tokens"] / seconds}
+        return metrics | {"memory/peak_gb": peak_memory_gb()}
+
+    def line(done: int, metrics: dict[str, float]) -> str:
+        return sft_line(done, config.steps, metrics) if tenth(done, config.steps) else ""
+
+    def save(done: int) -> None:
+        run.save(done, model, tokenizer, optimizer)
+
+    loop(run, "sft", config.steps, config.save_every, display, step, line, save)
     return run.finish(model, tokenizer)
 
 
