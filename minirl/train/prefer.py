@@ -47,7 +47,8 @@ class PreferConfig:
     """Checkpoint: a Hugging Face directory or hub id. It is the reference too."""
     data: str
     """JSONL file; each line has "prompt" (a text or chat messages) and two texts "chosen" and "rejected", or
-    "responses" (texts) with their "scores" (numbers, higher is better), every pair of which is compared."""
+    "responses" (texts) with their "scores" (numbers, higher is better), every pair of which is compared. Tokens beside
+    a text ("chosen_tokens", "rejected_tokens", "responses_tokens") are taken as they are."""
     out: str = "runs/prefer"
     """Folder of the run."""
     loss: PreferenceLoss = field(default_factory=PreferenceLoss)
@@ -201,8 +202,7 @@ class Prefer:
     def _describe(self, dropped: int) -> None:
         train, held = totals_of(self.train), totals_of(self.held)
         line = f"{train.pairs} pairs in {train.prompts} examples to train on, {held.pairs} in {held.prompts} held out"
-        stop = self.tokenizer.stop_ids[0]
-        cut = sum(row.response[-1] != stop for item in self.train + self.held for row in item.rows)
+        cut = sum(item.cut for item in self.train + self.held)
         line += f"; responses that are too long and cut: {cut}" if cut else ""
         self.display.line(line + (f"; examples that are dropped, all equal or tied: {dropped}" if dropped else ""))
 

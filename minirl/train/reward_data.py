@@ -19,9 +19,10 @@ import torch
 from minirl.errors import InputError
 from minirl.model import ModelConfig
 from minirl.reward_losses import Pair, inverse_frequency, ranked_pairs
-from minirl.rewards.model import LAST, Tree, spelled_tokens, step_ends
+from minirl.rewards.model import LAST, Tree, step_ends
 from minirl.tasks.split import problem_hash
 from minirl.tokenizer import Tokenizer
+from minirl.train.ranked import response_tokens, responses_of
 
 
 @dataclass(frozen=True)
@@ -169,27 +170,23 @@ def balanced(lines: Sequence[Line]) -> list[Line]:
 
 
 def _ranked(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
-    if "responses" in example:
-        texts, scores, tokens = example["responses"], example["scores"], example.get("responses_tokens")
-    else:
-        texts, scores = [example["chosen"], example["rejected"]], [1.0, 0.0]
-        tokens = [example.get("chosen_tokens"), example.get("rejected_tokens")]
-    if tokens is not None and (not isinstance(tokens, list) or len(tokens) != len(texts)):
-        raise InputError(f"{example['where']}: 'responses_tokens' must be a list with the tokens of each response")
-    rows = tuple(_row(tokenizer, t, ids, example) for t, ids in zip(texts, tokens or [None] * len(texts), strict=True))
+    texts, scores, tokens = responses_of(example)
+    rows = tuple(map(tuple, response_tokens(tokenizer, texts, tokens, example["where"])))
     pairs = tuple(pair for pair in ranked_pairs(scores) if rows[pair[0]] != rows[pair[1]])
     tree = Tree(prompt, rows, ((LAST,),) * len(rows))
     return Line(tree, tuple(pair[2] for pair in pairs), pairs, float(example.get("margin", 0.0)))
 
 
 def _labelled(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
-    row = _row(tokenizer, example["completion"], example.get("completion_tokens"), example)
-    return Line(Tree(prompt, (row,), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),))
+    tokens = [example.get("completion_tokens")]
+    [row] = response_tokens(tokenizer, [example["completion"]], tokens, example["where"])
+    return Line(Tree(prompt, (tuple(row),), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),))
 
 
 def _steps(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     steps, labels = example["steps"], example["labels"]
-    row = _row(tokenizer, separator.join(step.removesuffix(separator) for step in steps), None, example)
+    text = separator.join(step.removesuffix(separator) for step in steps)
+    [row] = response_tokens(tokenizer, [text], None, example["where"])
     places = tuple(step_ends(tokenizer, row, separator))
     if len(places) != len(steps):
         raise InputError(
@@ -197,10 +194,4 @@ def _steps(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separat
             f"hold the separator {separator!r}"
         )
     mask = tuple(float(label is not None) for label in labels)
-    return Line(Tree(prompt, (row,), (places,)), mask, labels=tuple(float(label or 0) for label in labels))
-
-
-def _row(tokenizer: Tokenizer, text: str, tokens: list[int] | None, example: dict) -> tuple[int, ...]:
-    if tokens is None:
-        return (*tokenizer.encode(text), tokenizer.stop_ids[0])
-    return spelled_tokens(tokenizer, text, tokens, example["where"])
+    return Line(Tree(prompt, (tuple(row),), (places,)), mask, labels=tuple(float(label or 0) for label in labels))
