@@ -84,9 +84,9 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
-def read_jsonl(path: str | Path, check: Callable[[object, str], object] | None = None) -> list[dict]:
-    """The examples of a file, one a line, at least one of them. `check` takes what a line holds and where it stands,
-    and raises an InputError if the line cannot be used."""
+def read_jsonl(path: str | Path, take: Callable[[object, str], dict] = lambda example, where: example) -> list[dict]:
+    """The examples of a file, one a line, at least one of them. `take` gets what a line holds and where it stands, and
+    returns the example, or raises an InputError if the line cannot be used."""
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
@@ -97,11 +97,10 @@ def read_jsonl(path: str | Path, check: Callable[[object, str], object] | None =
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                examples.append(json.loads(line))
+                example = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not valid JSON ({error}): each line must be one object") from None
-            if check:
-                check(examples[-1], where)
+            examples.append(take(example, where))
     if not examples:
         raise InputError(f"{path} holds no examples: give at least one line")
     return examples

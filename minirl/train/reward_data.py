@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 
 from minirl.errors import InputError
+from minirl.files import read_jsonl
 from minirl.model import ModelConfig
 from minirl.reward_losses import Pair, inverse_frequency, ranked_pairs
 from minirl.rewards.model import LAST, Tree, step_ends
 from minirl.tasks.split import problem_hash
 from minirl.tokenizer import Tokenizer
 from minirl.train.ranked import response_tokens, responses_of
+from minirl.train.sft import check_prompt
 
 
 @dataclass(frozen=True)
@@ -58,30 +60,12 @@ class Lines:
 
 def read_examples(path: str | Path, kind: str) -> list[dict]:
     """The lines of a file, each with what its kind needs; "where" says which line it was."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): check the path") from None
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                example = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not valid JSON ({error}): each line must be one object") from None
-            _check(example, kind, where)
-            examples.append(example | {"where": where})
-    if not examples:
-        raise InputError(f"{path} holds no examples: give at least one line")
-    return examples
+    return read_jsonl(path, lambda example, where: _checked(example, kind, where))
 
 
-def _check(example: object, kind: str, where: str) -> None:
-    """The keys and types of a line."""
-    if not isinstance(example, dict) or not _is_prompt(example.get("prompt")):
-        raise InputError(f"{where}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'")
+def _checked(example: object, kind: str, where: str) -> dict:
+    """The line, if it has the keys and types."""
+    check_prompt(example, where)
     if kind == "pairwise" and "responses" in example:
         wanted = "'responses' (texts) and as many 'scores' (numbers)"
         fits = _are(example["responses"], str) and _are(example.get("scores"), int | float)
@@ -102,6 +86,7 @@ def _check(example: object, kind: str, where: str) -> None:
         fits = fits and example["label"] in (-1, 0, 1)
     if not fits:
         raise InputError(f"{where}: kind {kind} needs {wanted}, and it has {', '.join(example)}")
+    return example | {"where": where}
 
 
 def _are(values: object, kind) -> bool:
@@ -111,13 +96,6 @@ def _are(values: object, kind) -> bool:
     if kind == int | float and any(isinstance(value, bool) for value in values):
         return False
     return kind is str or all(math.isfinite(value) for value in values)
-
-
-def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, list):
-        texts = [message.get(key) for message in prompt if isinstance(message, dict) for key in ("role", "content")]
-        return 0 < 2 * len(prompt) == len(texts) and all(isinstance(text, str) for text in texts)
-    return isinstance(prompt, str)
 
 
 def split_by_prompt(examples: Sequence[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:

@@ -5,7 +5,6 @@
 It is the policy loss with advantage 1, no ratio, and a mean over tokens.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 
 from minirl.errors import InputError
+from minirl.files import read_jsonl
 from minirl.losses import PolicyLoss
 from minirl.model import Transformer
-from minirl.tokenizer import Tokenizer
+from minirl.tokenizer import Tokenizer, is_prompt
 from minirl.train.batch import Row
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
@@ -88,38 +88,19 @@ class SFTConfig:
 
 def read_demonstrations(path: str | Path) -> list[dict]:
     """Lines of a JSONL file with "prompt" and "completion"."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): check the path") from None
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: not valid JSON ({error.msg}): each line must be one object"
-            ) from None
-        if not isinstance(example, dict) or not isinstance(example.get("completion"), str):
-            raise InputError(f"{path}, line {number}: it must be an object with a 'prompt' and a 'completion' text")
-        if not _is_prompt(example.get("prompt")):
-            raise InputError(
-                f"{path}, line {number}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'"
-            )
-        examples.append(example)
-    if not examples:
-        raise InputError(f"{path} holds no examples: give at least one line")
-    return examples
+    return read_jsonl(path, _demonstration)
 
 
-def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, list):
-        texts = [message.get(key) for message in prompt if isinstance(message, dict) for key in ("role", "content")]
-        return 0 < 2 * len(prompt) == len(texts) and all(isinstance(text, str) for text in texts)
-    return isinstance(prompt, str)
+def _demonstration(example: object, where: str) -> dict:
+    check_prompt(example, where)
+    if not isinstance(example.get("completion"), str):
+        raise InputError(f"{where}: it must be an object with a 'prompt' and a 'completion' text")
+    return example
+
+
+def check_prompt(example: object, where: str) -> None:
+    if not isinstance(example, dict) or not is_prompt(example.get("prompt")):
+        raise InputError(f"{where}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'")
 
 
 def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Row]:
