@@ -66,6 +66,13 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return max(self._backend.get_vocab_size(with_added_tokens=False), *(index + 1 for index in added), 0)
 
+    @property
+    def stop_id(self) -> int:
+        """What stands behind a text that ended by itself."""
+        if not self.stop_ids:
+            raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
+        return self.stop_ids[0]
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -323,6 +323,11 @@ BAD_LINES = [
         "tokens of each response",
     ),
     ("pairwise", GOOD | {"prompt": ""}, "its prompt has no token"),
+    (
+        "bce",
+        {"prompt": "1=", "completion": "", "completion_tokens": [99], "label": 1},
+        "line 2 holds token 99, outside",
+    ),
     ("pairwise", GOOD | {"prompt": "a"}, "no token for 'a'"),
     ("pointwise", {"prompt": "1=", "completion": "1", "label": 0.5}, "a 'label' of 1, 0, -1"),
     ("bce", {"prompt": "1=", "completion": "1"}, "kind bce needs a text 'completion' and a 'label'"),

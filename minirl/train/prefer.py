@@ -36,7 +36,7 @@ from minirl.train.run import (
     refuse_unknown_choices,
     tenth,
 )
-from minirl.train.sft import take
+from minirl.train.sft import refuse_unknown_tokens, take
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Prefer:
             raise InputError(
                 f"{config.data}: in none of its {len(examples)} examples does one response rank above another"
             )
-        _refuse_unknown_tokens(lists, self.model.config.vocab_size)
+        refuse_unknown_tokens([row for item in lists for row in item.rows], self.model.config.vocab_size)
         self.train, self.held = held_out(lists, config.eval_share, config.seed)
         self._describe(len(examples) - len(lists))
         if config.loss.has_reference and run.start < config.steps:
@@ -234,12 +234,6 @@ class Prefer:
         seconds, tokens = time.perf_counter() - started, sum(item.tokens for item in lists)
         metrics |= {"tokens": tokens, "tokens_per_s/train": tokens / seconds, "time/step": seconds}
         return metrics | {"memory/peak_gb": peak_memory_gb()}
-
-
-def _refuse_unknown_tokens(lists: Sequence[Ranked], vocab: int) -> None:
-    largest = max(max(*row.prompt, *row.response) for item in lists for row in item.rows)
-    if largest >= vocab:
-        raise InputError(f"token {largest} is outside the model's vocabulary of {vocab}: is this its tokenizer?")
 
 
 def step_line(step: int, steps: int, m: dict) -> str:

@@ -13,6 +13,7 @@ from minirl.tasks.jsonl import read_examples
 from minirl.tasks.split import problem_hash
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, micro_batches
+from minirl.train.sft import prompt_tokens
 
 
 @dataclass
@@ -62,7 +63,7 @@ def response_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: list | N
     if not isinstance(tokens, list) or len(tokens) != len(texts):
         raise InputError(f"{where}: 'responses_tokens' must be a list with the tokens of each response")
     return [
-        [*tokenizer.encode(text), tokenizer.stop_ids[0]] if ids is None else spelled_tokens(tokenizer, text, ids, where)
+        [*tokenizer.encode(text), tokenizer.stop_id] if ids is None else spelled_tokens(tokenizer, text, ids, where)
         for text, ids in zip(texts, tokens, strict=True)
     ]
 
@@ -78,15 +79,9 @@ def ranked_lists(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int
     Of equal responses (also: equal after the cut) the first stays. Examples without a pair, where all is equal or tied,
     are left out.
     """
-    if not tokenizer.stop_ids:
-        raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
     lists = []
     for i, example in enumerate(examples, 1):
-        prompt = tokenizer.prompt_ids(example["prompt"])
-        if not prompt or len(prompt) >= max_length:
-            raise InputError(
-                f"example {i}: its prompt has {len(prompt)} tokens, and between 1 and {max_length - 1} fit"
-            )
+        prompt = prompt_tokens(tokenizer, example["prompt"], max_length, f"example {i}")
         rows = response_tokens(tokenizer, example["responses"], example["tokens"], f"example {i}")
         room, scores = max_length - len(prompt), {}
         for row, score in zip(rows, example["scores"], strict=True):

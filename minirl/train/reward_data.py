@@ -23,8 +23,9 @@ from minirl.reward_losses import Pair, inverse_frequency, ranked_pairs
 from minirl.rewards.model import LAST, Tree, step_ends
 from minirl.tasks.split import problem_hash
 from minirl.tokenizer import Tokenizer
+from minirl.train.batch import Row
 from minirl.train.ranked import response_tokens, responses_of
-from minirl.train.sft import check_prompt
+from minirl.train.sft import check_prompt, refuse_unknown_tokens
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,14 @@ def encode(
     examples: Sequence[dict], kind: str, tokenizer: Tokenizer, config: ModelConfig, separator: str = "\n"
 ) -> Lines:
     """Token trees with their pairs or labels."""
-    if not tokenizer.stop_ids:
-        raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
     found = Lines()
     for example in examples:
         prompt = tuple(tokenizer.prompt_ids(example["prompt"]))
         if not prompt:
             raise InputError(f"{example['where']}: its prompt has no token: write something to answer")
         line = {"pairwise": _ranked, "process": _steps}.get(kind, _labelled)(prompt, example, tokenizer, separator)
-        largest = max(max(row, default=0) for row in (prompt, *line.tree.responses))
-        if largest >= config.vocab_size:
-            raise InputError(
-                f"{example['where']}: it holds token {largest}, outside the model's vocabulary of {config.vocab_size}: "
-                "is this its tokenizer?"
-            )
+        rows = [Row(prompt, response, group=0) for response in line.tree.responses]
+        refuse_unknown_tokens(rows, config.vocab_size, example["where"])
         if len(prompt) + max(map(len, line.tree.responses)) > config.max_positions:
             found.too_long += 1
         elif kind == "pairwise" and not line.pairs:

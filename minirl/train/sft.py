@@ -105,26 +105,30 @@ def check_prompt(example: object, where: str) -> None:
 
 def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Row]:
     """Token rows; each completion ends with the stop token unless it had to be cut at `max_length` tokens in all."""
-    if not tokenizer.stop_ids:
-        raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
     rows = []
     for i, example in enumerate(examples):
-        prompt = tokenizer.prompt_ids(example["prompt"])
-        if not prompt or len(prompt) >= max_length:
-            raise InputError(
-                f"example {i}: its prompt has {len(prompt)} tokens, and between 1 and {max_length - 1} fit"
-            )
-        response = [*tokenizer.encode(example["completion"]), tokenizer.stop_ids[0]]
+        prompt = prompt_tokens(tokenizer, example["prompt"], max_length, f"example {i}")
+        response = [*tokenizer.encode(example["completion"]), tokenizer.stop_id]
         rows.append(Row(prompt, response[: max_length - len(prompt)], group=i))
     return rows
 
 
-def refuse_unknown_tokens(rows: Sequence[Row], vocab: int) -> None:
-    for i, row in enumerate(rows):
-        largest = max(*row.prompt, *row.response)
+def prompt_tokens(tokenizer: Tokenizer, prompt: str | list[dict], max_length: int, where: str) -> list[int]:
+    """With room for one token of a response."""
+    tokens = tokenizer.prompt_ids(prompt)
+    if not tokens or len(tokens) >= max_length:
+        raise InputError(f"{where}: its prompt has {len(tokens)} tokens, and between 1 and {max_length - 1} fit")
+    return tokens
+
+
+def refuse_unknown_tokens(rows: Sequence[Row], vocab: int, where: str = "") -> None:
+    """`where` the rows come from, if their groups are not the numbers of the examples."""
+    for row in rows:
+        largest = max((*row.prompt, *row.response))
         if largest >= vocab:
             raise InputError(
-                f"example {i} holds token {largest}, outside the model's vocabulary of {vocab}: is this its tokenizer?"
+                f"{where or f'example {row.group}'} holds token {largest}, outside the model's vocabulary of {vocab}: "
+                "is this its tokenizer?"
             )
 
 
