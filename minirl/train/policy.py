@@ -95,7 +95,7 @@ class PolicyTrainer:
 
     def _load_stored(self, lines: Sequence[dict]) -> Stored:
         c = self.config
-        stored = Stored(lines, c.data, self.tokenizer, c.group, c.seed, self.model.config.max_positions)
+        stored = Stored(lines, self.tokenizer, self.model.config, c.group, c.seed)
         self.display.line(stored.summary)
         return stored
 
@@ -371,7 +371,8 @@ def train_policy(
     display = display or Display()
     task = task or parse_task(config.task)
     stored = read_triples(config.data) if config.data else []
-    run = Run(config.out, identity(config, [task.train, task.heldout, *([stored] if stored else [])]), config.resume)
+    hashed = [{k: v for k, v in line.items() if k != "where"} for line in stored]
+    run = Run(config.out, identity(config, [task.train, task.heldout, *([hashed] if stored else [])]), config.resume)
     trainer = kind(config, run, display, task, stored)
     if run.start == 0:
         before = trainer.evaluate(require_score=True)
