@@ -74,6 +74,18 @@ def test_labels_have_the_golden_loss_and_gradient():
     close(bce_loss(pred, (target + 1) / 2).item(), case["expected"]["bce_on_01"])
 
 
+def test_steps_have_the_loss_and_gradient_worked_out_by_hand():
+    # Two solutions of three and two steps; σ of the logits is 3/4, 1/2, 1/10 and 4/5, and the second step has no label.
+    logits = f64([[math.log(3), 0.0, -math.log(9)], [math.log(4), 0.0, 0.0]])
+    labels, mask = f64([[1, 0, 1], [0, 0.5, 0]]), f64([[1, 0, 1], [1, 1, 0]])
+    # −ln 3/4, −ln 1/10, −ln 1/5, and ln 2 where the label is a half: the mean over four steps, not over two solutions
+    wanted = math.log(4 / 3 * 10 * 5 * 2) / 4
+    assert wanted == pytest.approx(1.2232131, abs=1e-7)
+    close(process_loss(logits, labels, mask).item(), wanted)
+    grad = gradients(lambda s: process_loss(s, labels, mask), logits)[0]
+    close(grad, [[-0.25 / 4, 0.0, -0.9 / 4], [0.8 / 4, 0.0, 0.0]])
+
+
 # --- gradients on paper ----------------------------------------------------------------------------------------------
 
 
