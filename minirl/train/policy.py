@@ -354,8 +354,9 @@ def step_line(step: int, steps: int, m: dict) -> str:
     held = f"  held-out {shown('eval/mean', '.3f')} (greedy {shown('eval/greedy', '.3f')})" if "eval/mean" in m else ""
     kl = "kl_ref/k3" if "kl_ref/k3" in m else "kl_old/k3"
     critic = f"critic {shown('value/explained_var', '.2f')}" if "value/mean" in m else ""
+    judge = f"judge {shown('reward_model/accuracy', '.2f')}  " if "reward_model/accuracy" in m else ""
     return (
-        f"step {step}/{steps}  reward {shown('reward/mean', '.3f')}{held}  kl {shown(kl, '.4f')}  "
+        f"step {step}/{steps}  reward {shown('reward/mean', '.3f')}{held}  {judge}kl {shown(kl, '.4f')}  "
         f"entropy {shown('entropy', '.3f')}  {critic or 'signal ' + shown('group/signal_frac', '.2f')}  "
         f"clip {shown('clip/frac', '.3f')}  "
         f"mismatch {shown('mismatch/abs_mean', '.1e')}  len {m['len/mean']:.1f}  "
