@@ -395,7 +395,7 @@ def test_held_out_points_are_drawn_as_they_are_beside_a_smoothed_line():
 
 
 def test_the_headline_of_a_run_on_pairs_is_their_order(tmp_path):
-    text = report(write(tmp_path, preference_run())).read_text(encoding="utf-8")
+    text = report(write(tmp_path / "run", preference_run())).read_text(encoding="utf-8")
     assert "60 steps: held-out pairs in the right order 50.0% → 90.0%" in text
 
 
