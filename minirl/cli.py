@@ -36,7 +36,7 @@ from minirl.train.outcomes import OutcomesConfig, write_outcomes
 from minirl.train.ppo import PPOConfig, train_ppo
 from minirl.train.prefer import PreferConfig, train_prefer
 from minirl.train.reward import RewardConfig, train_reward
-from minirl.train.rft import PairsConfig, RFTConfig, make_pairs, train_rft
+from minirl.train.rft import RFTConfig, train_rft
 from minirl.train.run import (
     load,
     refuse_below_one,
@@ -215,12 +215,6 @@ def sft(config: SFTConfig) -> None:
     print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
 
 
-def pairs(config: PairsConfig) -> None:
-    with RichDisplay() as display:
-        file = make_pairs(config, display)
-    print(f"pairs: {file}")
-
-
 def rft(config: RFTConfig) -> None:
     with RichDisplay() as display:
         model = train_rft(config, display)
@@ -253,8 +247,9 @@ def _say_written(model: Path, out: Path) -> None:
 
 def outcomes(config: OutcomesConfig) -> None:
     with RichDisplay() as display:
-        labels, pairs = write_outcomes(config, display)
-    print(f"labels: {labels}\npairs:  {pairs}")
+        files = write_outcomes(config, display)
+    for file in files:
+        print(f"{file.stem + ':':8} {file}")
 
 
 def reward(config: RewardConfig) -> None:
@@ -309,7 +304,6 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "generate": (GenerateConfig, generate),
     "eval": (EvalConfig, evaluation),
     "sft": (SFTConfig, sft),
-    "pairs": (PairsConfig, pairs),
     "rft": (RFTConfig, rft),
     "prefer": (PreferConfig, prefer),
     "outcomes": (OutcomesConfig, outcomes),

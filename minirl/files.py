@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,12 @@ def write_json(path: str | Path, content: object) -> None:
     write_atomic(path, lambda staging: staging.write_text(text, encoding="utf-8"))
 
 
+def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
+    """One object a line. Half of a surrogate pair has no UTF-8; as a backslash and its code it is JSON again."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomic(path, lambda staging: staging.write_bytes(text.encode("utf-8", "backslashreplace")))
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Fill the folder that is handed out; at the end it takes the place of `path`, whole, or on an exception
@@ -76,3 +82,25 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__} where a JSON object is needed: restore the file")
     return content
+
+
+def read_jsonl(path: str | Path, take: Callable[[object, str], dict] = lambda example, where: example) -> list[dict]:
+    """The examples of a file, one a line, at least one of them. `take` gets what a line holds and where it stands, and
+    returns the example, or raises an InputError if the line cannot be used."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): check the path") from None
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                example = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: not valid JSON ({error}): each line must be one object") from None
+            examples.append(take(example, where))
+    if not examples:
+        raise InputError(f"{path} holds no examples: give at least one line")
+    return examples

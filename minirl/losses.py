@@ -500,8 +500,12 @@ PRESETS: dict[str, Preset] = {
     "dr_grpo": Preset("grpo_mean", _DR_GRPO),
     "dapo": Preset("grpo", PolicyLoss(eps_high=0.28), dynamic_sampling=True, overlong_punishment=True),
     "gspo": Preset("grpo", _GSPO),
+    "gspo_token": Preset("grpo_process", _GSPO),
     "cispo": Preset("grpo", PolicyLoss(surrogate="is_pg", w_max=5.0)),
     "sapo": Preset("grpo", PolicyLoss(surrogate="sapo", aggregation="seq_mean")),
     "scaling_grpo": Preset("grpo_mean", _V32, keep_sampling_mask=True),
+    "dual_clip": Preset("grpo", PolicyLoss(dual_clip=3.0, aggregation="seq_mean")),
+    "tis": Preset("grpo", PolicyLoss(importance="token_truncate", aggregation="seq_mean")),
+    "mis": Preset("grpo", PolicyLoss(importance="token_mask", importance_floor=0.5, aggregation="seq_mean")),
     "online_rft": Preset("correct_only", PolicyLoss(ratio_level="none", surrogate="is_pg"), drop_zero_advantage=True),
 }

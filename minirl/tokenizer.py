@@ -66,6 +66,13 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return max(self._backend.get_vocab_size(with_added_tokens=False), *(index + 1 for index in added), 0)
 
+    @property
+    def stop_id(self) -> int:
+        """What stands behind a text that ended by itself."""
+        if not self.stop_ids:
+            raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
+        return self.stop_ids[0]
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -134,6 +141,14 @@ class Tokenizer:
             except Exception:
                 return f"the tokenizer has no token for {character!r} (at {position} in {text!r:.80}): leave it out"
         return f"the tokenizer cannot encode {text!r:.80} ({error}): check its tokenizer.json"
+
+
+def is_prompt(value: object) -> bool:
+    """What `prompt_ids` takes: a text, or chat messages with a role and a content."""
+    if isinstance(value, list):
+        texts = [message.get(key) for message in value if isinstance(message, dict) for key in ("role", "content")]
+        return 0 < 2 * len(value) == len(texts) and all(isinstance(text, str) for text in texts)
+    return isinstance(value, str)
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:

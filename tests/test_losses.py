@@ -798,6 +798,10 @@ TABLE = {  # advantage, ratio level, surrogate, kl, aggregation
     "dr_grpo": ("grpo_mean", "token", "clip", "none", "seq_sum_const"),
     "dapo": ("grpo", "token", "clip", "none", "token_mean"),
     "gspo": ("grpo", "seq_mean", "clip", "none", "seq_mean"),
+    "gspo_token": ("grpo_process", "seq_mean", "clip", "none", "seq_mean"),
+    "dual_clip": ("grpo", "token", "clip", "none", "seq_mean"),
+    "tis": ("grpo", "token", "clip", "none", "seq_mean"),
+    "mis": ("grpo", "token", "clip", "none", "seq_mean"),
     "cispo": ("grpo", "token", "is_pg", "none", "token_mean"),
     "sapo": ("grpo", "token", "sapo", "none", "seq_mean"),
     "scaling_grpo": ("grpo_mean", "token", "clip", "k3_is", "seq_mean"),
@@ -813,11 +817,16 @@ def test_presets_are_the_rows_of_the_table():
     assert rows == TABLE
     assert all(callable(getattr(adv, p.advantage)) for p in PRESETS.values())
     eps = {name: (p.loss.eps_low, p.loss.eps_high) for name, p in PRESETS.items() if p.loss.surrogate == "clip"}
-    special = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "ppo_penalty": (INF, INF)}
+    special = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "ppo_penalty": (INF, INF)}
     assert eps == {name: special.get(name, (0.2, 0.2)) for name in eps}
     assert {n for n, p in PRESETS.items() if p.kl_in_reward} == {"reinforce", "rloo", "reinforce++", "ppo"}
     assert {n for n, p in PRESETS.items() if p.critic} == {"ppo", "ppo_penalty"}
     assert PRESETS["scaling_grpo"].loss.opsm_delta == 0.5 and PRESETS["scaling_grpo"].keep_sampling_mask
+    assert [n for n, p in PRESETS.items() if p.loss.dual_clip] == ["dual_clip"]
+    assert {n: p.loss.importance for n, p in PRESETS.items() if p.loss.importance != "none"} == {
+        "tis": "token_truncate",
+        "mis": "token_mask",
+    }
     assert PRESETS["cispo"].loss.w_max == 5 and PRESETS["grpo"].loss.kl_coef == 0.04
 
 

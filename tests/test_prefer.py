@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from test_resume import check_same
-from tiny import ALPHABET, tiny_checkpoint
+from tiny import ALPHABET, full_logits, tiny_checkpoint
 
 from minirl import cli, display
 from minirl.errors import InputError
 from minirl.preferences import PreferenceLoss
 from minirl.sampler import Sampler
 from minirl.tokenizer import Tokenizer
-from minirl.train import rft
+from minirl.train import outcomes, rft
 from minirl.train.optimizer import AdamW
+from minirl.train.outcomes import OutcomesConfig, pairs_of, right_and_wrong, write_outcomes
 from minirl.train.prefer import PreferConfig, train_prefer
 from minirl.train.ranked import held_out, ranked_lists, read_preferences
-from minirl.train.rft import Checked, PairsConfig, RFTConfig, kept_of, make_pairs, pairs_of, train_rft
+from minirl.train.rft import RFTConfig, kept_of, train_rft
 from minirl.train.run import Display
 
 SUMS = [(a, b) for a in range(6) for b in range(6)]
@@ -175,6 +176,20 @@ def test_responses_of_a_prompt_are_cut_alike_and_equal_ones_are_dropped(folder):
     assert item.pairs == [(0, 1)]
 
 
+def test_tokens_beside_a_text_are_taken_as_they_are(folder):
+    tokenizer = Tokenizer.from_chars(ALPHABET)
+    twelve = tokenizer.encode("12")
+    (item,) = lists_of({"prompt": "1=", "chosen": "12", "rejected": "1", "chosen_tokens": twelve})
+    assert [row.response for row in item.rows] == [tuple(twelve), (*tokenizer.encode("1"), tokenizer.eos_id)]
+    line = {"prompt": "1=", "responses": ["12", "12"], "scores": [1, 0]}
+    (item,) = lists_of(line | {"responses_tokens": [twelve, [*twelve, tokenizer.eos_id]]})
+    assert [len(row.response) for row in item.rows] == [2, 3] and item.cut == 0
+    with pytest.raises(InputError, match="example 1: its tokens spell '12' and not '3'"):
+        lists_of({"prompt": "1=", "chosen": "3", "rejected": "1", "chosen_tokens": twelve})
+    with pytest.raises(InputError, match="example 1: 'responses_tokens' must be a list"):
+        lists_of(line | {"responses_tokens": [twelve]})
+
+
 def test_what_is_dropped_and_cut_is_said(model, folder):
     lines = [
         *PAIRS,
@@ -247,11 +262,11 @@ OPTIONS = {
     "prefer --model M --data pairs.jsonl --max-length 0": ["max_length = 0", "at least 1"],
     "prefer --model M --data pairs.jsonl --batch 0": ["batch = 0", "at least 1"],
     "prefer --resume --out nowhere": ["nowhere holds no run"],
-    "pairs --model M --out pairs.jsonl": ["pairs.jsonl exists", "--out"],
-    "pairs --model M --out even.py/pairs.jsonl": ["even.py", "no folder"],
-    "pairs --model M --samples 0": ["samples = 0", "at least 1"],
-    "pairs --model M --temperature -1": ["temperature"],
-    "pairs --model M --distinct words": ["'words'", "numbers"],
+    "outcomes --model M --out .": ["pairs.jsonl exists", "--out"],
+    "outcomes --model M --out even.py/made": ["even.py", "no folder"],
+    "outcomes --model M --samples 0": ["samples = 0", "at least 1"],
+    "outcomes --model M --temperature -1": ["temperature"],
+    "outcomes --model M --distinct words": ["'words'", "numbers"],
     "rft --model M --lr 0": ["lr = 0.0", "positive"],
     "rft --model M --max-per-prompt 0": ["max_per_prompt = 0"],
     "rft --model M --prompts 0": ["prompts = 0"],
@@ -366,14 +381,18 @@ def test_a_finished_run_and_changed_data(model, folder):
 # --- pairs and rejection sampling ------------------------------------------------------------------------------------
 
 
+def texts_of(lines: list[dict]) -> list[str]:
+    return [line["completion"] for line in lines]
+
+
 def test_rft_keeps_what_is_right_and_ended_each_once_and_at_most_so_many(model, folder):
-    seen: list[Checked] = []
+    seen: list[outcomes.Group] = []
     shown, harvest = Silent(), rft.sample_and_check
 
     def watched(*args):
-        for groups in harvest(*args):
-            seen.extend(groups)
-            yield groups
+        groups, stopped = harvest(*args)
+        seen.extend(groups)
+        return groups, stopped
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rft, "sample_and_check", watched)
@@ -382,14 +401,17 @@ def test_rft_keeps_what_is_right_and_ended_each_once_and_at_most_so_many(model, 
     texts = [(line["prompt"], line["completion"]) for line in kept]
     assert len(kept) > 12 and len(set(texts)) == len(texts)
     assert all(len(text) % 2 == 0 for _, text in texts)
-    by_prompt = {group.prompt: group for group in seen}
-    assert len(by_prompt) == 12
+    sides = {group[0]["prompt"]: [texts_of(side) for side in right_and_wrong(group, "text")] for group in seen}
+    correct = {group[0]["prompt"]: sum(line["reward"] for line in group) for group in seen}
+    assert len(sides) == len(seen) == 12
     for line in kept:
-        assert line["completion"] in by_prompt[line["prompt"]].right and line["correct"] <= 12
-        assert sum(prompt == line["prompt"] for prompt, _ in texts) == min(4, len(by_prompt[line["prompt"]].right))
-    assert all(len(text) % 2 == 1 for group in seen for text in group.wrong)
-    assert all(group.correct >= len(group.right) for group in seen) and sum(group.cut for group in seen) > 0
-    assert all(len(text) < 20 for group in seen for text in group.right + group.wrong)
+        right = sides[line["prompt"]][0]
+        assert line["completion"] in right and line["correct"] == correct[line["prompt"]] <= 12
+        assert sum(prompt == line["prompt"] for prompt, _ in texts) == min(4, len(right))
+    assert all(len(text) % 2 == 1 for _, wrong in sides.values() for text in wrong)
+    assert all(correct[prompt] >= len(right) for prompt, (right, _) in sides.items())
+    assert any(line["finish_reason"] == "length" for group in seen for line in group)
+    assert all(len(text) < 20 for right, wrong in sides.values() for text in right + wrong)
     assert read_lines("run/metrics.jsonl")[0] == {
         "step": 0,
         "rft/kept": len(kept),
@@ -402,76 +424,141 @@ def test_rft_keeps_what_is_right_and_ended_each_once_and_at_most_so_many(model, 
 def test_rft_raises_the_share_of_right_completions(model, folder):
     def share(checkpoint: str) -> float:
         loaded, config = rft.load(checkpoint, "float32", "cpu"), rft_config(checkpoint, samples=32, seed=7)
-        (groups,) = rft.sample_and_check(*loaded, rft.parse_task(task("calm")), config, Silent())
-        return sum(group.correct for group in groups) / (12 * 32)
+        groups, _ = rft.sample_and_check(*loaded, rft.parse_task(task("calm")), config, Silent())
+        return sum(line["reward"] for group in groups for line in group) / (12 * 32)
 
     config = rft_config(model, task=task("calm"), samples=32, max_per_prompt=16, steps=40, batch=32, lr=4e-3)
     assert share(str(train_rft(replace(config, save_every=99), Silent()))) > share(model) + 0.2
 
 
 def test_prompts_beyond_a_chunk_draw_their_own_completions(model, folder, monkeypatch):
-    monkeypatch.setattr(rft, "CHUNK", 2)
+    monkeypatch.setattr(outcomes, "CHUNK", 2)
     write_lines("prompts.jsonl", [{"prompt": "1+2=", "column": i} for i in range(4)])
     loaded, config = rft.load(model, "float32", "cpu"), rft_config(model, prompts=4)
-    first, second = rft.sample_and_check(*loaded, rft.parse_task(task()), config, Silent())
-    assert len(first) == len(second) == 2
-    assert len({(*group.right, *group.wrong) for group in first + second}) == 4
+    groups, stopped = rft.sample_and_check(*loaded, rft.parse_task(task()), config, Silent())
+    assert not stopped and len({tuple(texts_of(group)) for group in groups}) == len(groups) == 4
+    assert [line["column"] for line in groups[3]] == [3] * 12
+    resumed, _ = rft.sample_and_check(*loaded, rft.parse_task(task()), config, Silent(), groups[:2])
+    assert resumed == groups
+
+
+def group_of(right: list[str], wrong: list[str]) -> outcomes.Group:
+    sides = [(text, reward) for texts, reward in ((right, 1.0), (wrong, 0.0)) for text in texts]
+    tokens = {"completion_tokens": [7], "finish_reason": "stop"}
+    return [{"prompt": "p", "completion": text, "reward": reward, **tokens} for text, reward in sides]
 
 
 def test_completions_are_one_where_their_numbers_are():
     texts = ["3+4=7", "3 plus 4 is 7", "(3,4)7", "7", "7.", "3+4=7", "so", "well", "1,000=1000", "1000=1000"]
-    assert rft._without_repetitions(texts, "text") == list(dict.fromkeys(texts))
-    assert rft._without_repetitions(texts, "numbers") == ["3+4=7", "7", "so", "well", "1,000=1000"]
+    right, _ = right_and_wrong(group_of(texts, []), "text")
+    assert texts_of(right) == list(dict.fromkeys(texts))
+    right, _ = right_and_wrong(group_of(texts, []), "numbers")
+    assert texts_of(right) == ["3+4=7", "7", "so", "well", "1,000=1000"]
+
+
+def test_what_was_cut_or_not_scored_is_neither_right_nor_wrong():
+    group = group_of(["1", "2"], ["3", "4"])
+    group[0]["finish_reason"] = group[2]["finish_reason"] = "length"
+    group[3]["reward"] = None
+    assert [texts_of(side) for side in right_and_wrong(group, "text")] == [["2"], []]
 
 
 def test_a_completion_is_in_one_pair_only_and_lengths_can_be_matched():
-    group = Checked("p", ["a", "bbbb", "cc"], ["11111", "22", "3"], 3, 0)
+    group = group_of(["a", "bbbb", "cc"], ["11111", "22", "3"])
 
     def found(most: int, match: bool) -> list[tuple[str, str]]:
-        return [(pair["chosen"], pair["rejected"]) for pair in pairs_of(group, most, match)]
+        return [(pair["chosen"], pair["rejected"]) for pair in pairs_of(group, most, match_length=match)]
 
     assert found(9, False) == [("a", "11111"), ("bbbb", "22"), ("cc", "3")]
     assert found(9, True) == [("a", "3"), ("bbbb", "11111"), ("cc", "22")]
     assert found(1, True) == [("a", "3")]
-    assert pairs_of(replace(group, wrong=[]), 3) == pairs_of(replace(group, right=[]), 3) == []
-    assert [line["completion"] for line in kept_of([group], 2)] == ["a", "bbbb"]
+    assert pairs_of(group[:3], 3) == pairs_of(group[3:], 3) == []
+    assert texts_of(kept_of([group], 2)) == ["a", "bbbb"]
 
 
 def test_pairs_of_a_task_can_be_trained_on(model, folder):
-    config = PairsConfig(model, task(), out="made.jsonl", **SAMPLING, max_per_prompt=2, match_length=True)
+    config = OutcomesConfig(model, task(), out="made", **SAMPLING, max_per_prompt=2, match_length=True)
     shown = Silent()
-    assert make_pairs(config, shown) == Path("made.jsonl")
-    lines = read_lines("made.jsonl")
+    files = write_outcomes(config, shown)
+    assert files == [Path("made") / name for name in ("samples.jsonl", "labels.jsonl", "pairs.jsonl")]
+    lines = read_lines("made/pairs.jsonl")
     assert all(len(line["chosen"]) % 2 == 0 and len(line["rejected"]) % 2 == 1 for line in lines)
     counts = [sum(line["prompt"] == f"{a}+{b}=" for line in lines) for a, b in SUMS]
     assert max(counts) == 2 and sum(counts) == len(lines) > 12 and not any(counts[12:])
-    assert shown.lines[-1].startswith(f"{len(lines)} pairs from 12 prompts: ")
-    content = Path("made.jsonl").read_bytes()
-    make_pairs(replace(config, out="again.jsonl", slots=5), Silent())
-    assert Path("again.jsonl").read_bytes() == content
-    train_prefer(prefer_config(model, data="made.jsonl", steps=2), Silent())
+    assert shown.lines[-1].startswith(f"{len(lines)} pairs, ") and " from 12 prompts: " in shown.lines[-1]
+    again = write_outcomes(replace(config, out="again", slots=5), Silent())
+    assert [file.read_bytes() for file in again[1:]] == [file.read_bytes() for file in files[1:]]
+    for a, b in zip(*(read_lines(f"{out}/samples.jsonl") for out in ("made", "again")), strict=True):
+        assert a.pop("logprobs") == pytest.approx(b.pop("logprobs"), abs=1e-5) and a == b
+    train_prefer(prefer_config(model, data="made/pairs.jsonl", steps=2), Silent())
 
 
-def test_ctrl_c_writes_the_pairs_of_the_prompts_that_are_done(model, folder, monkeypatch, capsys):
-    monkeypatch.setattr(rft, "CHUNK", 4)
+def test_the_samples_are_all_that_was_drawn(model, folder):
+    write_lines("prompts.jsonl", [{"prompt": "1+2=", "level": 3, "odd": float("nan")}, {"prompt": "3+4="}])
+    write_outcomes(OutcomesConfig(model, task("calm"), out="made", samples=40, max_tokens=4), Silent())
+    lines = read_lines("made/samples.jsonl")
+    assert [line["prompt"] for line in lines] == ["1+2="] * 40 + ["3+4="] * 40
+    names = ["prompt", "level", "completion", "completion_tokens", "logprobs", "finish_reason", "reward"]
+    assert list(lines[0]) == names and lines[40]["level"] is None and lines[40]["odd"] is None
+    loaded, tokenizer = rft.load(model, "float32", "cpu")
+    for line in lines:
+        tokens, text = line["completion_tokens"], line["completion"]
+        assert tokenizer.decode(tokens) == text and line["reward"] == ("~" not in text)
+        assert (line["finish_reason"] == "length") == (tokens[-1] != tokenizer.eos_id) and len(tokens) <= 4
+        ids = tokenizer.prompt_ids(line["prompt"])
+        logp = full_logits(loaded, [*ids, *tokens])[len(ids) - 1 : -1].log_softmax(1)
+        assert line["logprobs"] == pytest.approx(logp.gather(1, torch.tensor([tokens]).t())[:, 0].tolist(), abs=1e-4)
+    drawn = [(line["prompt"], line["completion_tokens"]) for line in lines]
+    assert len({str(line) for line in drawn}) < len(drawn)  # repetitions stay
+    labels = read_lines("made/labels.jsonl")
+    assert labels and all((line["prompt"], line["completion_tokens"]) in drawn for line in labels)
+    cut = {line["completion"] for line in lines if line["finish_reason"] == "length"}
+    pairs = read_lines("made/pairs.jsonl")
+    assert cut & {line["completion"] for line in labels} and pairs
+    assert not cut & {line[side] for line in pairs for side in ("chosen", "rejected")}
+
+
+def interrupt_sampling(monkeypatch, call: int) -> None:
     generate, calls = Sampler.generate, count(1)
 
     def interrupted(*args):
-        if next(calls) == 2:
+        if next(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
         return generate(*args)
 
     monkeypatch.setattr(Sampler, "generate", interrupted)
+
+
+def test_ctrl_c_writes_the_pairs_of_the_prompts_that_are_done(model, folder, monkeypatch, capsys):
+    monkeypatch.setattr(outcomes, "CHUNK", 4)
+    interrupt_sampling(monkeypatch, 2)
     options = f"--model {model} --task {task()} --prompts 12 --samples 12 --max-tokens 20 --temperature 1"
     with pytest.raises(SystemExit) as stop:
-        cli.main(f"pairs --out made.jsonl {options}".split())
+        cli.main(f"outcomes --out made {options}".split())
     assert stop.value.code == 130
-    assert "pairs from 8 prompts" in capsys.readouterr().out
+    assert " from 8 prompts" in capsys.readouterr().out
     done = {f"{a}+{b}=" for a, b in SUMS[:8]}
-    assert {line["prompt"] for line in read_lines("made.jsonl")} <= done
+    assert {line["prompt"] for line in read_lines("made/pairs.jsonl")} <= done
+    assert {line["prompt"] for line in read_lines("made/samples.jsonl")} == done
 
 
-@pytest.mark.parametrize("command", ["pairs --out made.jsonl", "rft --out run"])
+def test_an_rft_that_is_stopped_while_it_samples_goes_on_there(model, folder, monkeypatch):
+    monkeypatch.setattr(outcomes, "CHUNK", 4)
+    run_of("rft", model, "whole")
+    with monkeypatch.context() as patch:
+        interrupt_sampling(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_of("rft", model, "run")
+    assert len(read_lines("run/sampled.jsonl")) == 8 * 12 and not Path("run/kept.jsonl").exists()
+    calls = count()
+    generate = Sampler.generate
+    monkeypatch.setattr(Sampler, "generate", lambda *args: (next(calls), generate(*args))[1])
+    run_of("rft", model, "run", resume=True)
+    assert next(calls) == 1
+    check_same(Path("run"), Path("whole"))
+
+
+@pytest.mark.parametrize("command", ["outcomes --out made", "rft --out run"])
 def test_nothing_right_and_nothing_scored_are_one_sentence(command, model, folder, capsys):
     options = "--prompts 3 --samples 2 --max-tokens 4"
     said = complaint(capsys, f"{command} --model {model} --task {task('never')} {options}")

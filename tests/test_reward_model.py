@@ -24,7 +24,7 @@ from minirl.rewards import load_reward
 from minirl.rewards.model import LAST, RewardModel, Tree, micro_batches, read, read_all, spelled_tokens, step_ends
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
-from minirl.train.outcomes import OutcomesConfig, balanced, pairs_of, write_outcomes
+from minirl.train.outcomes import OutcomesConfig, balanced, labels_of, pairs_of, write_outcomes
 from minirl.train.reward import RewardConfig, accumulate, prompts_of, take, train_reward
 from minirl.train.reward_data import balanced as class_balanced
 from minirl.train.reward_data import encode, read_examples, split_by_prompt
@@ -323,6 +323,11 @@ BAD_LINES = [
         "tokens of each response",
     ),
     ("pairwise", GOOD | {"prompt": ""}, "its prompt has no token"),
+    (
+        "bce",
+        {"prompt": "1=", "completion": "", "completion_tokens": [99], "label": 1},
+        "line 2 holds token 99, outside",
+    ),
     ("pairwise", GOOD | {"prompt": "a"}, "no token for 'a'"),
     ("pointwise", {"prompt": "1=", "completion": "1", "label": 0.5}, "a 'label' of 1, 0, -1"),
     ("bce", {"prompt": "1=", "completion": "1"}, "kind bce needs a text 'completion' and a 'label'"),
@@ -609,31 +614,40 @@ def test_balancing_keeps_as_many_right_as_wrong_ones():
     assert [line["label"] for line in kept].count(1) == 2 == len(kept) / 2
     assert [line["completion"] for line in kept] == sorted(line["completion"] for line in kept)
     assert balanced(lines_of("111"), 0) == []
-    assert [(p["chosen"], p["rejected"], p["rejected_tokens"]) for p in pairs_of(lines_of("1101110"))] == [
+
+
+def test_pairs_and_labels_of_the_completions_of_a_prompt():
+    group = [line | {"reward": float(line["label"]), "finish_reason": "stop"} for line in lines_of("1101110")]
+    assert [(p["chosen"], p["rejected"], p["rejected_tokens"]) for p in pairs_of(group, 4)] == [
         ("0", "2", [2]),
         ("1", "6", [6]),
     ]
+    group[3]["reward"], group[4]["finish_reason"] = None, "length"
+    assert labels_of([*group, group[0]]) == [line for i, line in enumerate(lines_of("1101110")) if i != 3]
 
 
 def test_a_rule_becomes_data_data_a_model_and_the_model_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = "arithmetic:op=sum,digits=1,chat=false"
     sampling = f"--model {checkpoint} --task {task} --max-tokens 4"
-    cli.main(f"outcomes {sampling} --samples 24 --out data/o.jsonl".split())
+    cli.main(f"outcomes {sampling} --samples 24 --out data".split())
     said = capsys.readouterr().out
-    assert said.endswith("labels: data/o.jsonl\npairs:  data/o-pairs.jsonl\n")
-    lines = [json.loads(line) for line in Path("data/o.jsonl").read_text().splitlines()]
-    pairs = [json.loads(line) for line in Path("data/o-pairs.jsonl").read_text().splitlines()]
+    assert said.endswith("samples: data/samples.jsonl\nlabels:  data/labels.jsonl\npairs:   data/pairs.jsonl\n")
+    lines, pairs = (
+        [json.loads(line) for line in Path(f"data/{name}.jsonl").read_text().splitlines()]
+        for name in ("labels", "pairs")
+    )
     right = [line for line in lines if line["label"]]
-    assert len(right) == len(lines) / 2 == len(pairs) > 5
-    assert f"wrote {len(right)} right and {len(right)} wrong ones, and {len(pairs)} pairs" in said
+    assert len(right) == len(lines) / 2 >= len(pairs) > 5
+    written = f"{len(pairs)} pairs, {len(right)} labels of right completions and {len(right)} of wrong ones"
+    assert f"{written} from 80 prompts" in said.replace("\n", " ")
     for line in lines:
         found = re.findall(r"\d+", line["completion"])
         a, b = map(int, re.findall(r"\d+", line["prompt"]))
         assert line["label"] == (bool(found) and int(found[-1]) == a + b)
     cut = [line for line in lines if line["completion_tokens"][-1] != 2]
     assert cut and all(len(line["completion_tokens"]) == 4 for line in cut)
-    for kind, data in (("bce", "data/o.jsonl"), ("pairwise", "data/o-pairs.jsonl")):
+    for kind, data in (("bce", "data/labels.jsonl"), ("pairwise", "data/pairs.jsonl")):
         cli.main(f"reward --model {checkpoint} --data {data} --kind {kind} --out {kind} --steps 2".split())
         assert re.search(rf"^model: {kind}/model\nplot:  {kind}/plot.png$", capsys.readouterr().out, re.MULTILINE)
     run = "--steps 1 --prompts 2 --group 4 --eval-prompts 2 --eval-samples 2 --shown 0 --out grpo"
@@ -646,8 +660,8 @@ def test_a_rule_becomes_data_data_a_model_and_the_model_a_reward(checkpoint, tmp
 
 def test_outcomes_without_any_contrast_say_so(checkpoint, tmp_path):
     task = write(tmp_path / "task.jsonl", [{"prompt": "1=", "answer": "never"}, {"prompt": "2=", "answer": "never"}])
-    config = OutcomesConfig(str(checkpoint), str(task), str(tmp_path / "o.jsonl"), samples=2, max_tokens=3)
-    with pytest.raises(InputError, match="no prompt of 1 has both right and wrong answers among 2: raise --samples"):
+    config = OutcomesConfig(str(checkpoint), str(task), out=str(tmp_path / "o"), samples=2, max_tokens=3)
+    with pytest.raises(InputError, match=r"no prompt of 1 has both right and wrong .*0 of 2 .*take more samples"):
         write_outcomes(config, Quiet())
-    labels, pairs = write_outcomes(replace(config, balance=False), Quiet())
+    _, labels, pairs = write_outcomes(replace(config, balance=False), Quiet())
     assert {json.loads(line)["label"] for line in labels.read_text().splitlines()} == {0} and pairs.read_text() == ""

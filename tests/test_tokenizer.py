@@ -144,13 +144,15 @@ def test_stop_ids_come_from_generation_config_then_config_then_the_eos_token(tmp
 
 def test_a_folder_that_names_no_eos_token_takes_the_first_stop_id(tmp_path):
     tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, config={"eos_token_id": [5, 6]}))
-    assert (tokenizer.eos_id, tokenizer.stop_ids) == (5, (5, 6))
+    assert (tokenizer.eos_id, tokenizer.stop_ids, tokenizer.stop_id) == (5, (5, 6), 5)
 
 
 def test_a_folder_without_any_configuration_still_encodes(tmp_path):
     tokenizer = Tokenizer.from_pretrained(str(write_folder(tmp_path)))
     assert tokenizer.decode(tokenizer.encode("Größe us")) == "Größe us"
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (None, None, None, ())
+    with pytest.raises(InputError, match="names no stop token: give eos_token_id"):
+        _ = tokenizer.stop_id
 
 
 def test_truncation_and_padding_saved_with_a_tokenizer_do_not_cut_prompts(tmp_path):

@@ -6,6 +6,7 @@ from typing import Literal
 from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss
 from minirl.sampler import SamplingParams
+from minirl.train.online_reward import Refresh
 from minirl.train.run import refuse_below_one, refuse_negative, refuse_not_positive, refuse_unknown_choices
 
 
@@ -47,7 +48,13 @@ class PolicyConfig:
     overlong_cache: int = 0
     """DAPO's soft punishment over the last so many tokens before max_tokens; 0 = off."""
     rewards: tuple[str, ...] = ()
-    """Further rewards beside the task's: name=weight or file.py:function=weight."""
+    """Further rewards: name=weight, file.py:function=weight, or model:FOLDER=weight for a trained reward model. The
+    name of one of the task's own gives that another weight: correct=0 only logs it."""
+    refresh: Refresh = field(default_factory=Refresh)
+    """Online reward model: the model: among the rewards learns on."""
+    data: str | None = None
+    """JSONL file of stored completions with their rewards (prompt, completion, reward; minirl outcomes writes one) to
+    train on in place of sampled ones: offline RL. The task is for evaluation only."""
     reward_timeout: float | None = None
     """Seconds a completion that a reward function may take, in a process that can be killed; one that takes longer has
     no score. None calls it directly."""
@@ -145,6 +152,14 @@ class PolicyConfig:
             (
                 self.has_reference or not self.ref_reset_every,
                 f"ref_reset_every = {self.ref_reset_every}: there is no reference: give loss.kl or kl_in_reward",
+            ),
+            (
+                self.data is None or not (self.rewards or self.refresh.every or self.overlong_cache),
+                "data holds completions with their rewards: leave rewards, refresh and overlong_cache away",
+            ),
+            (
+                not self.refresh.every or sum(spec.startswith("model:") for spec in self.rewards) == 1,
+                "refresh is about the one reward model among the rewards: give one as model:FOLDER=weight",
             ),
             (
                 several or self.target_kl is None,

@@ -108,7 +108,7 @@ class GRPO(PolicyTrainer):
                 break
         everything = Rollout.join(batches)
         rollout = everything.select(kept[: c.prompts] or range(c.prompts)) if c.dynamic_sampling else everything
-        rollout.stats = everything.metrics()
+        rollout.stats = self.statistics(everything)
         if c.dynamic_sampling:
             rollout.stats |= {"gen_batches": len(batches), "kept_frac": len(kept) / len(everything.prompts)}
             if not kept:
@@ -118,8 +118,7 @@ class GRPO(PolicyTrainer):
 
     def mixed_groups(self, rollout: Rollout) -> list[int]:
         """The groups with different accuracies."""
-        name = next(name for name, (_, function) in self.rewards.items() if function is self.task.correct)
-        groups = torch.tensor(rollout.parts[name]).view(-1, rollout.group_size)
+        groups = torch.tensor(self.verdicts(rollout)).view(-1, rollout.group_size)
         spread = groups.nan_to_num(-torch.inf).amax(1) - groups.nan_to_num(torch.inf).amin(1)
         return (spread > 1e-8).nonzero().flatten().tolist()
 

@@ -1,23 +1,33 @@
-"""Data for reward models from a rule: sample answers to a task, check them, and write which were right.
+"""Completions that a rule has checked: data for offline RL, for reward models and for preferences.
 
-Two files come out: labelled completions (for pointwise and bce) and pairs of a right and a wrong answer to one prompt
-(for pairwise). Each text has its tokens beside it, stop token included, so that training reads what was sampled.
+    training prompts -> k completions each -> right or wrong -> samples.jsonl   every one, with its log-probs
+                                                             -> labels.jsonl    each once: pointwise and bce
+                                                             -> pairs.jsonl     right beside wrong: pairwise, prefer
+
+Each text has its tokens beside it, stop token included, so that training reads what was sampled. A completion that was
+cut at max_tokens has no end that could be learned, so it is in no pair. Among the labels it stays, with the rule's
+verdict: a reward model meets such ones too.
 """
 
 import json
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from minirl.errors import InputError
-from minirl.files import write_atomic
+from minirl.files import write_jsonl
+from minirl.model import Transformer
+from minirl.rewards.numbers import NUMBER
 from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
+from minirl.tokenizer import Tokenizer
 from minirl.train.run import (
     Display,
+    interruptible,
     load,
     refuse_below_one,
     refuse_negative,
@@ -25,147 +35,239 @@ from minirl.train.run import (
     refuse_unknown_choices,
 )
 
+CHUNK = 64  # prompts sampled at a time; draws are keyed by chunk, so another number gives other completions
+FILES = ("samples.jsonl", "labels.jsonl", "pairs.jsonl")
+
+Group = list[dict]  # the lines of samples.jsonl that come of one prompt, in the order of sampling
+
 
 @dataclass(frozen=True)
-class OutcomesConfig:
-    """Sample answers to a task, check them by its rule, and write labels and pairs for `minirl reward`."""
+class SampleConfig:
+    """Sample completions of a task's training prompts, and check them."""
 
     model: str
     """Checkpoint: a Hugging Face directory or hub id."""
     task: str = "arithmetic"
     """arithmetic, countdown or a .jsonl file, with options after a colon: arithmetic:op=product,digits=2"""
-    out: str = "outcomes.jsonl"
-    """JSONL file of labelled completions; the pairs come beside it, in outcomes-pairs.jsonl."""
-    prompts: int = 256
-    """Training prompts of the task, at most."""
-    samples: int = 8
-    """Completions a prompt."""
+    prompts: int | None = None
+    """Training prompts, the first so many; None: all."""
+    samples: int = 16
+    """Completions a prompt (k)."""
+    max_per_prompt: int = 4
+    """Most right completions (rft) or pairs of one prompt that are kept, so that easy ones do not outweigh others."""
+    distinct: Literal["text", "numbers"] = "text"
+    """Of completions that are the same the first is kept: the same are their texts, or the numbers in them."""
     max_tokens: int = 256
-    """Longest completion."""
-    temperature: float = 1.0
+    """Longest completion; one that is cut there is neither fine-tuned on nor paired."""
+    temperature: float = 0.7
     """Of sampling."""
     top_p: float = 1.0
     """Keep the most likely tokens up to this mass."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion; the rule sees what comes before them."""
-    balance: bool = True
-    """As many right as wrong answers to each prompt, else a reward model learns which prompts are easy; prompts
-    without both are left out."""
+    """Texts that end a completion, beside the checkpoint's stop tokens; what is checked and kept ends before them."""
     reward_timeout: float | None = None
-    """Seconds a completion that the rule may take, in a process that can be killed; longer is left out."""
+    """Seconds a completion that the checker may take, in a process that can be killed; longer is without a score."""
+    slots: int = 64
+    """Completions sampled at a time: a memory knob that changes no completion."""
     seed: int = 0
     """Same seed, same completions."""
-    slots: int = 64
-    """Completions at a time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in."""
     device: str = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda, or auto."""
 
     def __post_init__(self):
-        refuse_below_one(self, "prompts", "samples", "slots")
+        refuse_below_one(self, "samples", "max_per_prompt", "slots")
         refuse_negative(self, "seed")
         refuse_unknown_choices(self)
+        if self.prompts is not None:
+            refuse_below_one(self, "prompts")
         if self.reward_timeout is not None:
             refuse_not_positive(self, "reward_timeout")
         _ = self.sampling  # refuses what cannot be sampled with
 
     @property
     def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            self.samples, self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, stop=self.stop, seed=self.seed
-        )
-
-    @property
-    def pairs(self) -> Path:
-        return Path(self.out).with_name(f"{Path(self.out).stem}-pairs.jsonl")
+        sizes = {"n": self.samples, "max_tokens": self.max_tokens, "stop": self.stop}
+        return SamplingParams(temperature=self.temperature, top_p=self.top_p, **sizes)
 
 
-def sample_and_label(
-    sampler: Sampler,
-    tokenizer,
+@dataclass(frozen=True)
+class OutcomesConfig(SampleConfig):
+    """Sample a task's prompts and check the completions: data for reward, prefer and offline RL."""
+
+    out: str = "runs/outcomes"
+    """Folder of samples.jsonl (all completions), labels.jsonl (which are right) and pairs.jsonl (right and wrong)."""
+    temperature: float = 1.0
+    """Of sampling."""
+    balance: bool = True
+    """As many right as wrong labels of each prompt, else a reward model learns which prompts are easy; prompts without
+    both have no label."""
+    match_length: bool = False
+    """Pair each right completion with the wrong one of nearest length (in characters), so that length tells little."""
+
+
+# ---- sampling and checking -------------------------------------------------------------------------------------------
+
+
+def sample_and_check(
+    model: Transformer,
+    tokenizer: Tokenizer,
     task: Task,
-    examples: Sequence[dict],
-    params: SamplingParams,
-    timeout=None,
-    progress=None,
-) -> list[list[dict]]:
-    """For each example its different completions in the order of sampling: {"prompt", "completion",
-    "completion_tokens", "label": 1 or 0}. What the rule cannot score is left out; nothing scored is an InputError."""
-    rollout = sample(sampler, tokenizer, examples, params, progress)
-    rollout.score({"correct": (1.0, task.correct)}, timeout)
-    rollout.require_score()
-    return [_labelled(rollout, i) for i in range(len(examples))]
+    config: SampleConfig,
+    display: Display,
+    done: Sequence[Group] = (),
+) -> tuple[list[Group], bool]:
+    """config.samples completions of each training prompt, judged by task.correct; and whether Ctrl-C came, after which
+    the CHUNK of prompts under way is finished. `done` are the groups of an earlier call that it stopped."""
+    examples = task.train[: config.prompts]
+    if not examples:
+        raise InputError(f"task {config.task!r} has no training examples: ask for some")
+    sampler = Sampler(model, config.slots, tokenizer=tokenizer)
+    params = replace(config.sampling, stop_ids=tokenizer.stop_ids)
+    groups, stopped = list(done), False
+    display.progress("prompts", len(groups), len(examples))
+    with interruptible(display) as stop_requested:
+        while len(groups) < len(examples) and not stopped:
+            start = len(groups)
+            keyed = replace(params, seed=(config.seed << 32) + start // CHUNK)
+            part = examples[start : start + CHUNK]
+            rollout = sample(sampler, tokenizer, part, keyed, lambda i, total: display.progress("samples", i, total))
+            rollout.score({"correct": (1.0, task.correct)}, config.reward_timeout)
+            if start == 0:  # later it may be a passing failure, which must not cost what was sampled
+                rollout.require_score()
+                for line in rollout.late_lines(config.reward_timeout).values():
+                    display.line(line)
+            groups += [_lines(rollout, i) for i in range(len(part))]
+            display.progress("prompts", len(groups), len(examples))
+            stopped = stop_requested()
+    return groups, stopped
 
 
-def _labelled(rollout: Rollout, i: int) -> list[dict]:
-    found: dict[tuple[int, ...], dict] = {}
-    for j in range(i * rollout.group_size, (i + 1) * rollout.group_size):
-        reward, tokens = rollout.rewards[j].item(), rollout.completions[j].tokens
-        if reward == reward:
-            line = {"prompt": rollout.examples[i]["prompt"], "completion": rollout.texts[j]}
-            found.setdefault(tuple(tokens), line | {"completion_tokens": tokens, "label": int(reward == 1)})
+def _lines(rollout: Rollout, i: int) -> Group:
+    """A reward of null could not be scored."""
+    example, lines = rollout.examples[i], []
+    columns = {"prompt": example["prompt"]} | {name: value for name, value in example.items() if _is_json(value)}
+    for row in range(i * rollout.group_size, (i + 1) * rollout.group_size):
+        completion, reward = rollout.completions[row], rollout.rewards[row].item()
+        own = {"completion": rollout.texts[row], "completion_tokens": completion.tokens}
+        own |= {"logprobs": completion.logprobs, "finish_reason": completion.finish_reason}
+        lines.append(columns | own | {"reward": reward if reward == reward else None})
+    return lines
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def right_of(group: Group) -> list[dict]:
+    return [line for line in group if line["reward"] == 1]
+
+
+def right_and_wrong(group: Group, distinct: str) -> tuple[list[dict], list[dict]]:
+    """The different completions that came to an end; what could not be scored is in neither."""
+    ended = [line for line in group if line["finish_reason"] != "length" and line["reward"] is not None]
+    kind = _numbers if distinct == "numbers" else _text
+    right, wrong = right_of(ended), [line for line in ended if line["reward"] != 1]
+    return first_of_each(kind, right), first_of_each(kind, wrong)
+
+
+def first_of_each(kind: Callable[[dict], Hashable], lines: Sequence[dict]) -> list[dict]:
+    found: dict[Hashable, dict] = {}
+    for line in lines:
+        found.setdefault(kind(line), line)
     return list(found.values())
 
 
-def balanced(lines: list[dict], seed: int) -> list[dict]:
-    """As many right as wrong ones, the rest drawn away by a seed."""
-    sides = [[i for i, line in enumerate(lines) if line["label"] == label] for label in (0, 1)]
-    count = min(map(len, sides))
-    kept = {i for side in sides for i in random.Random(seed).sample(side, count)}
-    return [line for i, line in enumerate(lines) if i in kept]
+def _text(line: dict) -> str:
+    return line["completion"]
 
 
-def pairs_of(lines: list[dict]) -> list[dict]:
-    """The right answers to one prompt, each beside a wrong one, as long as there are both."""
-    right, wrong = ([line for line in lines if line["label"] == label] for label in (1, 0))
+def _numbers(line: dict) -> Hashable:
+    """A text without any number is one of its own kind."""
+    return tuple(match[0].replace(",", "") for match in NUMBER.finditer(_text(line))) or _text(line)
+
+
+def summary(groups: Sequence[Group], config: SampleConfig) -> str:
+    right = sum(len(right_of(group)) for group in groups)
+    cut = sum(line["finish_reason"] == "length" for group in groups for line in group)
+    total = len(groups) * config.samples
+    return f"{right} of {total} completions right, {cut} cut at max_tokens = {config.max_tokens}"
+
+
+# ---- labels and pairs ------------------------------------------------------------------------------------------------
+
+
+def labels_of(group: Group) -> list[dict]:
+    """The different completions that were scored, with label 1 if right, else 0."""
+    scored = [line for line in group if line["reward"] is not None]
+    kept = ("prompt", "completion", "completion_tokens")
     return [
-        {
-            "prompt": r["prompt"],
-            "chosen": r["completion"],
-            "rejected": w["completion"],
-            "chosen_tokens": r["completion_tokens"],
-            "rejected_tokens": w["completion_tokens"],
-        }
-        for r, w in zip(right, wrong, strict=False)
+        {name: line[name] for name in kept} | {"label": int(line["reward"] == 1)}
+        for line in first_of_each(lambda line: tuple(line["completion_tokens"]), scored)
     ]
 
 
-def write_outcomes(config: OutcomesConfig, display: Display | None = None) -> tuple[Path, Path]:
-    """Run the whole of `minirl outcomes`; returns the files of labels and of pairs."""
-    display, task = display or Display(), parse_task(config.task)
-    if not task.train:
-        raise InputError(f"task {config.task!r} has no training examples: ask for some")
-    model, tokenizer = load(config.model, config.dtype, config.device)
-    params = replace(config.sampling, stop_ids=tokenizer.stop_ids)
-    groups = sample_and_label(
-        Sampler(model, config.slots, tokenizer=tokenizer),
-        tokenizer,
-        task,
-        task.train[: config.prompts],
-        params,
-        config.reward_timeout,
-        lambda done, total: display.progress("completions", done, total),
-    )
-    pairs = [pair for group in groups for pair in pairs_of(group)]
-    if config.balance and not pairs:
+def balanced(labels: list[dict], seed: int) -> list[dict]:
+    """As many right as wrong ones, the rest drawn away by a seed."""
+    sides = [[i for i, line in enumerate(labels) if line["label"] == label] for label in (0, 1)]
+    count = min(map(len, sides))
+    kept = {i for side in sides for i in random.Random(seed).sample(side, count)}
+    return [line for i, line in enumerate(labels) if i in kept]
+
+
+def pairs_of(group: Group, most: int, distinct: str = "text", match_length: bool = False) -> list[dict]:
+    """At most `most` pairs of a right and a wrong completion, each completion in one pair only."""
+    right, wrong = right_and_wrong(group, distinct)
+    pairs = []
+    for chosen in right[: min(most, len(wrong))]:
+        gaps = [abs(len(_text(line)) - len(_text(chosen))) for line in wrong]
+        rejected = wrong.pop(gaps.index(min(gaps)) if match_length else 0)
+        pair = {"prompt": chosen["prompt"], "chosen": _text(chosen), "rejected": _text(rejected)}
+        tokens = {"chosen_tokens": chosen["completion_tokens"], "rejected_tokens": rejected["completion_tokens"]}
+        pairs.append(pair | tokens)
+    return pairs
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Said before the work, not after it."""
+    for name in FILES:
+        if (out / name).exists():
+            raise InputError(f"{out / name} exists: choose another --out, or remove it")
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{place} is no folder that can be written to: choose another --out")
+
+
+def write_outcomes(config: OutcomesConfig, display: Display | None = None) -> list[Path]:
+    """Run the whole of `minirl outcomes`; returns its FILES. Ctrl-C writes those of the prompts that are done."""
+    display, out = display or Display(), Path(config.out)
+    _refuse_unwritable(out)
+    task = parse_task(config.task)
+    groups, stopped = sample_and_check(*load(config.model, config.dtype, config.device), task, config, display)
+    labels, pairs = [], []
+    for group in groups:
+        own = labels_of(group)
+        labels += balanced(own, config.seed) if config.balance else own
+        pairs += pairs_of(group, config.max_per_prompt, config.distinct, config.match_length)
+    if config.balance and not labels:
         raise InputError(
-            f"no prompt of {len(groups)} has both right and wrong answers among {config.samples}: raise --samples, or "
-            "take other prompts or another checkpoint"
+            f"no prompt of {len(groups)} has both right and wrong completions ({summary(groups, config)}): take more "
+            "samples, or prompts of another difficulty"
         )
-    kept = [balanced(group, config.seed) for group in groups] if config.balance else groups
-    lines = [line for group in kept for line in group]
-    _write(Path(config.out), lines)
-    _write(config.pairs, pairs)
-    right, contrast = sum(line["label"] for line in lines), sum({0, 1} == {x["label"] for x in g} for g in groups)
-    display.line(
-        f"{contrast} of {len(groups)} prompts have right and wrong answers; wrote {right} right and "
-        f"{len(lines) - right} wrong ones, and {len(pairs)} pairs"
-    )
-    return Path(config.out), config.pairs
-
-
-def _write(path: Path, lines: list[dict]) -> None:
-    # Half of a surrogate pair has no UTF-8; as an escape it is JSON again.
-    text = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines)
-    write_atomic(path, lambda staging: staging.write_text(text, encoding="utf-8"))
+    files = [out / name for name in FILES]
+    for file, lines in zip(files, ([line for group in groups for line in group], labels, pairs), strict=True):
+        write_jsonl(file, lines)
+    right = sum(line["label"] for line in labels)
+    written = f"{len(pairs)} pairs, {right} labels of right completions and {len(labels) - right} of wrong ones"
+    display.line(f"{written} from {len(groups)} prompts: {summary(groups, config)}")
+    if stopped:
+        raise KeyboardInterrupt
+    return files

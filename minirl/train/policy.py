@@ -7,7 +7,7 @@ GRPO and PPO differ in what they make of the rewards (`credit`) and in what has 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +19,15 @@ from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.model import Transformer
 from minirl.rewards import load_reward
-from minirl.rewards.rules import overlong_penalty
+from minirl.rewards.model import RewardModel
+from minirl.rewards.rules import Reward, overlong_penalty
 from minirl.rollout import Rollout, sample, task_rewards
 from minirl.sampler import Sampler
 from minirl.tasks import Task, parse_task
 from minirl.train.batch import Row, score
 from minirl.train.config import PolicyConfig
 from minirl.train.kl import KLWeight
+from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
     Display,
@@ -40,22 +42,24 @@ from minirl.train.run import (
 )
 from minirl.train.sft import order, take
 from minirl.train.step import Batch, accumulate, response_mask
+from minirl.train.stored import REWARD, Stored, read_triples
+
+REWARD_MODEL = "reward_model"  # folder of a refreshed one, in a checkpoint and at the end of a run
 
 
 class PolicyTrainer:
     """Everything that a run holds, and one method for each stage of a step."""
 
-    def __init__(self, config: PolicyConfig, run: Run, display: Display, task: Task):
+    def __init__(self, config: PolicyConfig, run: Run, display: Display, task: Task, stored: Sequence[dict] = ()):
+        """`stored`: lines of offline data to train on in place of samples."""
         self.config, self.run, self.display, self.task = config, run, display, task
         self.late: set[str] = set()  # the rewards that have been named for taking too long
         if not self.task.train:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
-        self.rewards = task_rewards(self.task)
-        for name, reward in map(_extra_reward, config.rewards):
-            if name in self.rewards:
-                raise InputError(f"reward {name!r} is given twice, by the task or by --rewards: leave one away")
-            self.rewards[name] = reward
         self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
+        self.stored = self._load_stored(stored) if stored else None
+        self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
+        self.judges = [self._judge(*item) for item in self.rewards.items() if isinstance(item[1][1], RewardModel)]
         self.model.checkpointing = config.recompute
         self.reference = self._load_reference() if config.has_reference else None
         self.optimizer = AdamW(self.model, weight_decay=config.weight_decay)
@@ -64,6 +68,36 @@ class PolicyTrainer:
         self.kl = KLWeight(config, run.state)
         self.sampler = Sampler(self.model, config.slots, tokenizer=self.tokenizer)
         self.params = replace(config.sampling, stop_ids=self.tokenizer.stop_ids)
+
+    def _load_rewards(self) -> dict[str, tuple[float, Reward]]:
+        """The task's rewards and those of the config, which may give one of the task's another weight."""
+        rewards, given = task_rewards(self.task), set()
+        for spec in self.config.rewards:
+            name, weight = _name_and_weight(spec)
+            if name in given:
+                raise InputError(f"reward {name!r} is given twice: leave one away")
+            given.add(name)
+            rewards[name] = (weight, rewards[name][1] if name in rewards else load_reward(name))
+        return rewards
+
+    def _judge(self, name: str, reward: tuple[float, RewardModel]) -> OnlineReward:
+        """A reward model as it is now, beside the policy."""
+        weight, model = reward
+        saved = self.run.checkpoint if self.config.refresh.every else None
+        if saved:
+            model = RewardModel.from_pretrained(saved / REWARD_MODEL)
+            self.rewards[name] = (weight, model)
+        model.model.to(self.model.device)
+        judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
+        if saved:
+            judge.restore(self.run, REWARD_MODEL)
+        return judge
+
+    def _load_stored(self, lines: Sequence[dict]) -> Stored:
+        c = self.config
+        stored = Stored(lines, c.data, self.tokenizer, c.group, c.seed, self.model.config.max_positions)
+        self.display.line(stored.summary)
+        return stored
 
     def _load_reference(self) -> Transformer:
         """The checkpoint that the run started from, or the policy of the last reset."""
@@ -83,6 +117,8 @@ class PolicyTrainer:
         trained = time.perf_counter()
         if self.config.ref_reset_every and (step + 1) % self.config.ref_reset_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
+        if self.config.refresh.every and (step + 1) % self.config.refresh.every == 0:
+            metrics |= self.refresh(step)
         self.show(rollout, step + 1)
         return metrics | {
             "tokens_per_s/rollout": metrics["sampled_tokens"] / (sampled - started),
@@ -113,14 +149,36 @@ class PolicyTrainer:
     def collect(self, step: int) -> Rollout:
         """Sample the step's prompts and score what comes back."""
         rollout = self.draw(step)
-        rollout.stats = rollout.metrics()
+        rollout.stats = self.statistics(rollout)
         self.say_idle(rollout, step)
         return rollout
+
+    def statistics(self, rollout: Rollout) -> dict[str, float]:
+        """Of everything that was sampled for a step, also how far reward models agree with the rule."""
+        labels, stats = torch.tensor(self.verdicts(rollout), dtype=torch.float64), rollout.metrics()
+        for i, judge in enumerate(self.judges):
+            found = agreement(torch.tensor(rollout.parts[judge.name]), labels, rollout.group_ids)
+            stats |= {f"reward_model{i or ''}/{name}": value for name, value in found.items()}
+        return stats
+
+    def verdicts(self, rollout: Rollout) -> list[float]:
+        """What the task's rule says of each completion, 1 is right; of stored completions their reward."""
+        names = [name for name, (_, function) in self.rewards.items() if function is self.task.correct]
+        return rollout.parts[(names or [REWARD])[0]]
+
+    def refresh(self, step: int) -> dict[str, float]:
+        """Let the reward model learn from what was sampled since the last time."""
+        metrics, alarm = self.judges[0].refresh()
+        if alarm:
+            self.display.line(f"step {step + 1}: {alarm}")
+        return metrics
 
     def draw(self, number: int, steps: bool = False) -> Rollout:
         """Sample and score batch `number` of prompts, which is a function of the config alone. `steps`: rewards may be
         those of steps."""
         c = self.config
+        if self.stored:
+            return self.stored.batch(number * c.prompts, c.prompts)
         chosen = take(len(self.task.train), c.seed, number * c.prompts, c.prompts)
         params = replace(self.params, seed=(c.seed << 32) + number)
 
@@ -130,6 +188,8 @@ class PolicyTrainer:
         rollout = sample(self.sampler, self.tokenizer, [self.task.train[i] for i in chosen], params, progress)
         rollout.score(self.rewards, c.reward_timeout, steps)
         self.name_late(rollout)
+        for judge in self.judges:
+            judge.watch(rollout, self.verdicts(rollout))
         if c.overlong_cache:
             rollout.rewards += torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
         if c.truncation == "penalty":
@@ -162,10 +222,11 @@ class PolicyTrainer:
             for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
         ]
         present = response_mask(rows, device)
-        sampled = torch.zeros(present.shape, device=device)
-        sampled[present] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
-        old = ref = None
-        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl == "ppo_penalty":
+        old = ref = sampled = None
+        if self.stored is None or self.stored.logprobs:
+            sampled = torch.zeros(present.shape, device=device)
+            sampled[present] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
+        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl == "ppo_penalty" or sampled is None:
             old = self.score(self.model, rows)
         if self.reference is not None:
             ref = self.score(self.reference, rows)
@@ -272,15 +333,15 @@ class PolicyTrainer:
         """What a checkpoint holds beside the policy."""
         if self.config.ref_reset_every:
             self.reference.save_pretrained(folder / "reference")
+        if self.config.refresh.every:
+            self.judges[0].save(folder / REWARD_MODEL)
 
 
-def _extra_reward(spec: str) -> tuple[str, tuple[float, object]]:
+def _name_and_weight(spec: str) -> tuple[str, float]:
     name, _, weight = spec.rpartition("=")
     try:
-        return name, (float(weight), load_reward(name))
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
+        return name, float(weight)
+    except ValueError:
         raise InputError(f"reward {spec!r} must be given as name=weight, for instance format=0.2") from None
 
 
@@ -309,8 +370,9 @@ def train_policy(
     """A whole run, from its config or from its last checkpoint; returns the folder of the trained model."""
     display = display or Display()
     task = task or parse_task(config.task)
-    run = Run(config.out, identity(config, [task.train, task.heldout]), config.resume)
-    trainer = kind(config, run, display, task)
+    stored = read_triples(config.data) if config.data else []
+    run = Run(config.out, identity(config, [task.train, task.heldout, *([stored] if stored else [])]), config.resume)
+    trainer = kind(config, run, display, task, stored)
     if run.start == 0:
         before = trainer.evaluate(require_score=True)
         display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
@@ -325,4 +387,7 @@ def train_policy(
         return step_line(done, config.steps, metrics)
 
     loop(run, "step", config.steps, config.save_every, display, step, line, trainer.save)
+    if config.refresh.every:
+        reward = trainer.judges[0].reward
+        run.finish(reward.model, reward.tokenizer, REWARD_MODEL)
     return run.finish(trainer.model, trainer.tokenizer)

@@ -7,6 +7,7 @@ The token is the action, and V(s_t) is read before it. With `--preset ppo_penalt
 takes the place of the clip. PPO without a critic is `minirl grpo --preset ppo_actor_only`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -94,8 +95,8 @@ def preset_defaults(name: str, max_tokens: int = PPOConfig.max_tokens) -> dict:
 class PPO(PolicyTrainer):
     """Advantages from a critic that is trained beside the policy."""
 
-    def __init__(self, config: PPOConfig, run: Run, display: Display, task: Task):
-        super().__init__(config, run, display, task)
+    def __init__(self, config: PPOConfig, run: Run, display: Display, task: Task, stored: Sequence[dict] = ()):
+        super().__init__(config, run, display, task, stored)
         saved = run.checkpoint / "critic" if run.checkpoint else None
         source = (saved or config.model) if config.critic == "own" else None
         self.critic = Critic(self.model, source, config.value_clip, config.value_coef, config.weight_decay)

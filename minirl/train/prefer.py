@@ -36,7 +36,7 @@ from minirl.train.run import (
     refuse_unknown_choices,
     tenth,
 )
-from minirl.train.sft import take
+from minirl.train.sft import refuse_unknown_tokens, take
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class PreferConfig:
     """Checkpoint: a Hugging Face directory or hub id. It is the reference too."""
     data: str
     """JSONL file; each line has "prompt" (a text or chat messages) and two texts "chosen" and "rejected", or
-    "responses" (texts) with their "scores" (numbers, higher is better), every pair of which is compared."""
+    "responses" (texts) with their "scores" (numbers, higher is better), every pair of which is compared. Tokens beside
+    a text ("chosen_tokens", "rejected_tokens", "responses_tokens") are taken as they are."""
     out: str = "runs/prefer"
     """Folder of the run."""
     loss: PreferenceLoss = field(default_factory=PreferenceLoss)
@@ -185,7 +186,7 @@ class Prefer:
             raise InputError(
                 f"{config.data}: in none of its {len(examples)} examples does one response rank above another"
             )
-        _refuse_unknown_tokens(lists, self.model.config.vocab_size)
+        refuse_unknown_tokens([row for item in lists for row in item.rows], self.model.config.vocab_size)
         self.train, self.held = held_out(lists, config.eval_share, config.seed)
         self._describe(len(examples) - len(lists))
         if config.loss.has_reference and run.start < config.steps:
@@ -201,8 +202,7 @@ class Prefer:
     def _describe(self, dropped: int) -> None:
         train, held = totals_of(self.train), totals_of(self.held)
         line = f"{train.pairs} pairs in {train.prompts} examples to train on, {held.pairs} in {held.prompts} held out"
-        stop = self.tokenizer.stop_ids[0]
-        cut = sum(row.response[-1] != stop for item in self.train + self.held for row in item.rows)
+        cut = sum(item.cut for item in self.train + self.held)
         line += f"; responses that are too long and cut: {cut}" if cut else ""
         self.display.line(line + (f"; examples that are dropped, all equal or tied: {dropped}" if dropped else ""))
 
@@ -234,12 +234,6 @@ class Prefer:
         seconds, tokens = time.perf_counter() - started, sum(item.tokens for item in lists)
         metrics |= {"tokens": tokens, "tokens_per_s/train": tokens / seconds, "time/step": seconds}
         return metrics | {"memory/peak_gb": peak_memory_gb()}
-
-
-def _refuse_unknown_tokens(lists: Sequence[Ranked], vocab: int) -> None:
-    largest = max(max(*row.prompt, *row.response) for item in lists for row in item.rows)
-    if largest >= vocab:
-        raise InputError(f"token {largest} is outside the model's vocabulary of {vocab}: is this its tokenizer?")
 
 
 def step_line(step: int, steps: int, m: dict) -> str:

@@ -8,10 +8,12 @@ import torch
 
 from minirl.errors import InputError
 from minirl.preferences import ranked_pairs
+from minirl.rewards.model import spelled_tokens
 from minirl.tasks.jsonl import read_examples
 from minirl.tasks.split import problem_hash
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, micro_batches
+from minirl.train.sft import prompt_tokens
 
 
 @dataclass
@@ -22,6 +24,7 @@ class Ranked:
     pairs: list[tuple[int, int]]  # (better, worse), each an index of `rows`
     best: int  # index of the first row with the highest score
     ref_logp: torch.Tensor | None = None  # [K], sums over the tokens
+    cut: int = 0  # rows that were too long
 
     @property
     def tokens(self) -> int:
@@ -29,22 +32,40 @@ class Ranked:
 
 
 def read_preferences(path: str | Path) -> list[dict]:
-    """Lines of a JSONL file as {"prompt", "responses", "scores"}; chosen and rejected become scores 1 and 0."""
+    """Lines of a JSONL file as {"prompt", "responses", "scores", "tokens"}; chosen and rejected become scores 1 and 0,
+    and tokens are None where they do not stand beside the texts."""
     examples = read_examples(Path(path), {"prompt": "prompt", "answer": "answer"})
     return [_ranked_example(example, f"{path}, example {i}") for i, example in enumerate(examples, 1)]
 
 
 def _ranked_example(example: dict, where: str) -> dict:
-    if "chosen" in example or "rejected" in example:
-        responses, scores = [example.get("chosen"), example.get("rejected")], [1.0, 0.0]
-        what = "its 'chosen' and its 'rejected' must both be texts"
-    else:
-        responses, scores = example.get("responses"), example.get("scores")
-        what = "it needs 'chosen' and 'rejected', or 'responses' (two texts or more) and 'scores' (as many numbers)"
+    responses, scores, tokens = responses_of(example)
     lists = isinstance(responses, list) and isinstance(scores, list) and len(responses) == len(scores) >= 2
     if not lists or not all(isinstance(response, str) for response in responses) or not all(map(_is_number, scores)):
-        raise InputError(f"{where}: {what}")
-    return {"prompt": example["prompt"], "responses": responses, "scores": [float(score) for score in scores]}
+        what = "texts 'chosen' and 'rejected', or 'responses' (two texts or more) and 'scores' (as many numbers)"
+        raise InputError(f"{where}: it needs {what}")
+    numbers = [float(score) for score in scores]
+    return {"prompt": example["prompt"], "responses": responses, "scores": numbers, "tokens": tokens}
+
+
+def responses_of(example: dict) -> tuple[list[str], list[float], list | None]:
+    """Texts of a line's responses, their scores, and the tokens beside them, as they stand there."""
+    if "responses" in example:
+        return example["responses"], example.get("scores"), example.get("responses_tokens")
+    pair = ("chosen", "rejected")
+    return [example.get(name) for name in pair], [1.0, 0.0], [example.get(f"{name}_tokens") for name in pair]
+
+
+def response_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: list | None, where: str) -> list[list[int]]:
+    """Of each text the tokens that stand beside it, or else its own and the stop token: it ended by itself."""
+    if tokens is None:
+        tokens = [None] * len(texts)
+    if not isinstance(tokens, list) or len(tokens) != len(texts):
+        raise InputError(f"{where}: 'responses_tokens' must be a list with the tokens of each response")
+    return [
+        [*tokenizer.encode(text), tokenizer.stop_id] if ids is None else spelled_tokens(tokenizer, text, ids, where)
+        for text, ids in zip(texts, tokens, strict=True)
+    ]
 
 
 def _is_number(score: object) -> bool:
@@ -52,27 +73,22 @@ def _is_number(score: object) -> bool:
 
 
 def ranked_lists(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Ranked]:
-    """Token rows, each with its stop token unless it had to be cut at `max_length` tokens in all.
+    """Token rows, each with its stop token (or as its tokens stand in the file) unless it had to be cut at `max_length`
+    tokens in all.
 
     Of equal responses (also: equal after the cut) the first stays. Examples without a pair, where all is equal or tied,
     are left out.
     """
-    if not tokenizer.stop_ids:
-        raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
     lists = []
     for i, example in enumerate(examples, 1):
-        prompt = tokenizer.prompt_ids(example["prompt"])
-        if not prompt or len(prompt) >= max_length:
-            raise InputError(
-                f"example {i}: its prompt has {len(prompt)} tokens, and between 1 and {max_length - 1} fit"
-            )
-        responses: dict[tuple[int, ...], float] = {}
-        for text, score in zip(example["responses"], example["scores"], strict=True):
-            tokens = [*tokenizer.encode(text), tokenizer.stop_ids[0]]
-            responses.setdefault(tuple(tokens[: max_length - len(prompt)]), score)
-        rows, scores = [Row(prompt, tokens, group=i) for tokens in responses], list(responses.values())
-        if pairs := ranked_pairs(scores):
-            lists.append(Ranked(rows, pairs, scores.index(max(scores))))
+        prompt = prompt_tokens(tokenizer, example["prompt"], max_length, f"example {i}")
+        rows = response_tokens(tokenizer, example["responses"], example["tokens"], f"example {i}")
+        room, scores = max_length - len(prompt), {}
+        for row, score in zip(rows, example["scores"], strict=True):
+            scores.setdefault(tuple(row[:room]), score)
+        if pairs := ranked_pairs(ranks := list(scores.values())):
+            cut = len({tuple(row[:room]) for row in rows if len(row) > room})
+            lists.append(Ranked([Row(prompt, row, group=i) for row in scores], pairs, ranks.index(max(ranks)), cut=cut))
     return lists
 
 

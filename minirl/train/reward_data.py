@@ -17,11 +17,15 @@ from pathlib import Path
 import torch
 
 from minirl.errors import InputError
+from minirl.files import read_jsonl
 from minirl.model import ModelConfig
 from minirl.reward_losses import Pair, inverse_frequency, ranked_pairs
-from minirl.rewards.model import LAST, Tree, spelled_tokens, step_ends
+from minirl.rewards.model import LAST, Tree, step_ends
 from minirl.tasks.split import problem_hash
 from minirl.tokenizer import Tokenizer
+from minirl.train.batch import Row
+from minirl.train.ranked import response_tokens, responses_of
+from minirl.train.sft import check_prompt, refuse_unknown_tokens
 
 
 @dataclass(frozen=True)
@@ -57,30 +61,12 @@ class Lines:
 
 def read_examples(path: str | Path, kind: str) -> list[dict]:
     """The lines of a file, each with what its kind needs; "where" says which line it was."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): check the path") from None
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                example = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not valid JSON ({error}): each line must be one object") from None
-            _check(example, kind, where)
-            examples.append(example | {"where": where})
-    if not examples:
-        raise InputError(f"{path} holds no examples: give at least one line")
-    return examples
+    return read_jsonl(path, lambda example, where: _checked(example, kind, where))
 
 
-def _check(example: object, kind: str, where: str) -> None:
-    """The keys and types of a line."""
-    if not isinstance(example, dict) or not _is_prompt(example.get("prompt")):
-        raise InputError(f"{where}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'")
+def _checked(example: object, kind: str, where: str) -> dict:
+    """The line, if it has the keys and types."""
+    check_prompt(example, where)
     if kind == "pairwise" and "responses" in example:
         wanted = "'responses' (texts) and as many 'scores' (numbers)"
         fits = _are(example["responses"], str) and _are(example.get("scores"), int | float)
@@ -101,6 +87,7 @@ def _check(example: object, kind: str, where: str) -> None:
         fits = fits and example["label"] in (-1, 0, 1)
     if not fits:
         raise InputError(f"{where}: kind {kind} needs {wanted}, and it has {', '.join(example)}")
+    return example | {"where": where}
 
 
 def _are(values: object, kind) -> bool:
@@ -110,13 +97,6 @@ def _are(values: object, kind) -> bool:
     if kind == int | float and any(isinstance(value, bool) for value in values):
         return False
     return kind is str or all(math.isfinite(value) for value in values)
-
-
-def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, list):
-        texts = [message.get(key) for message in prompt if isinstance(message, dict) for key in ("role", "content")]
-        return 0 < 2 * len(prompt) == len(texts) and all(isinstance(text, str) for text in texts)
-    return isinstance(prompt, str)
 
 
 def split_by_prompt(examples: Sequence[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -138,20 +118,14 @@ def encode(
     examples: Sequence[dict], kind: str, tokenizer: Tokenizer, config: ModelConfig, separator: str = "\n"
 ) -> Lines:
     """Token trees with their pairs or labels."""
-    if not tokenizer.stop_ids:
-        raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
     found = Lines()
     for example in examples:
         prompt = tuple(tokenizer.prompt_ids(example["prompt"]))
         if not prompt:
             raise InputError(f"{example['where']}: its prompt has no token: write something to answer")
         line = {"pairwise": _ranked, "process": _steps}.get(kind, _labelled)(prompt, example, tokenizer, separator)
-        largest = max(max(row, default=0) for row in (prompt, *line.tree.responses))
-        if largest >= config.vocab_size:
-            raise InputError(
-                f"{example['where']}: it holds token {largest}, outside the model's vocabulary of {config.vocab_size}: "
-                "is this its tokenizer?"
-            )
+        rows = [Row(prompt, response, group=0) for response in line.tree.responses]
+        refuse_unknown_tokens(rows, config.vocab_size, example["where"])
         if len(prompt) + max(map(len, line.tree.responses)) > config.max_positions:
             found.too_long += 1
         elif kind == "pairwise" and not line.pairs:
@@ -169,27 +143,23 @@ def balanced(lines: Sequence[Line]) -> list[Line]:
 
 
 def _ranked(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
-    if "responses" in example:
-        texts, scores, tokens = example["responses"], example["scores"], example.get("responses_tokens")
-    else:
-        texts, scores = [example["chosen"], example["rejected"]], [1.0, 0.0]
-        tokens = [example.get("chosen_tokens"), example.get("rejected_tokens")]
-    if tokens is not None and (not isinstance(tokens, list) or len(tokens) != len(texts)):
-        raise InputError(f"{example['where']}: 'responses_tokens' must be a list with the tokens of each response")
-    rows = tuple(_row(tokenizer, t, ids, example) for t, ids in zip(texts, tokens or [None] * len(texts), strict=True))
+    texts, scores, tokens = responses_of(example)
+    rows = tuple(map(tuple, response_tokens(tokenizer, texts, tokens, example["where"])))
     pairs = tuple(pair for pair in ranked_pairs(scores) if rows[pair[0]] != rows[pair[1]])
     tree = Tree(prompt, rows, ((LAST,),) * len(rows))
     return Line(tree, tuple(pair[2] for pair in pairs), pairs, float(example.get("margin", 0.0)))
 
 
 def _labelled(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
-    row = _row(tokenizer, example["completion"], example.get("completion_tokens"), example)
-    return Line(Tree(prompt, (row,), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),))
+    tokens = [example.get("completion_tokens")]
+    [row] = response_tokens(tokenizer, [example["completion"]], tokens, example["where"])
+    return Line(Tree(prompt, (tuple(row),), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),))
 
 
 def _steps(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     steps, labels = example["steps"], example["labels"]
-    row = _row(tokenizer, separator.join(step.removesuffix(separator) for step in steps), None, example)
+    text = separator.join(step.removesuffix(separator) for step in steps)
+    [row] = response_tokens(tokenizer, [text], None, example["where"])
     places = tuple(step_ends(tokenizer, row, separator))
     if len(places) != len(steps):
         raise InputError(
@@ -197,10 +167,4 @@ def _steps(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separat
             f"hold the separator {separator!r}"
         )
     mask = tuple(float(label is not None) for label in labels)
-    return Line(Tree(prompt, (row,), (places,)), mask, labels=tuple(float(label or 0) for label in labels))
-
-
-def _row(tokenizer: Tokenizer, text: str, tokens: list[int] | None, example: dict) -> tuple[int, ...]:
-    if tokens is None:
-        return (*tokenizer.encode(text), tokenizer.stop_ids[0])
-    return spelled_tokens(tokenizer, text, tokens, example["where"])
+    return Line(Tree(prompt, (tuple(row),), (places,)), mask, labels=tuple(float(label or 0) for label in labels))

@@ -35,7 +35,7 @@ from minirl.train.optimizer import AdamW
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
 KNOBS = ("slots", "micro_batch_tokens", "recompute", "device", "save_every", "shown")  # may change on resume
-WRITTEN = ("config.json", *LOGS, "model", "checkpoints/step")  # atomically, from beside the place
+WRITTEN = ("config.json", *LOGS, "model", "reward_model", "checkpoints/step")  # atomically, from beside the place
 TIMED = (
     "time/",
     "memory/",
@@ -149,12 +149,12 @@ class Run:
                 f"{file} is truncated or missing ({error}): remove {self.checkpoint} to resume earlier"
             ) from None
 
-    def finish(self, model: Transformer, tokenizer: Tokenizer) -> Path:
-        """Write the trained model to `model/`, for `minirl eval` or any other engine."""
-        with _whole_folder(self.out / "model") as staging:
+    def finish(self, model: Transformer, tokenizer: Tokenizer, folder: str = "model") -> Path:
+        """Write a trained model to `folder`, for `minirl eval` or any other engine."""
+        with _whole_folder(self.out / folder) as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-        return self.out / "model"
+        return self.out / folder
 
 
 @contextmanager

@@ -5,7 +5,6 @@
 It is the policy loss with advantage 1, no ratio, and a mean over tokens.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 
 from minirl.errors import InputError
+from minirl.files import read_jsonl
 from minirl.losses import PolicyLoss
 from minirl.model import Transformer
-from minirl.tokenizer import Tokenizer
+from minirl.tokenizer import Tokenizer, is_prompt
 from minirl.train.batch import Row
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.run import (
@@ -88,62 +88,47 @@ class SFTConfig:
 
 def read_demonstrations(path: str | Path) -> list[dict]:
     """Lines of a JSONL file with "prompt" and "completion"."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): check the path") from None
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: not valid JSON ({error.msg}): each line must be one object"
-            ) from None
-        if not isinstance(example, dict) or not isinstance(example.get("completion"), str):
-            raise InputError(f"{path}, line {number}: it must be an object with a 'prompt' and a 'completion' text")
-        if not _is_prompt(example.get("prompt")):
-            raise InputError(
-                f"{path}, line {number}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'"
-            )
-        examples.append(example)
-    if not examples:
-        raise InputError(f"{path} holds no examples: give at least one line")
-    return examples
+    return read_jsonl(path, _demonstration)
 
 
-def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, list):
-        texts = [message.get(key) for message in prompt if isinstance(message, dict) for key in ("role", "content")]
-        return 0 < 2 * len(prompt) == len(texts) and all(isinstance(text, str) for text in texts)
-    return isinstance(prompt, str)
+def _demonstration(example: object, where: str) -> dict:
+    check_prompt(example, where)
+    if not isinstance(example.get("completion"), str):
+        raise InputError(f"{where}: it must be an object with a 'prompt' and a 'completion' text")
+    return example
+
+
+def check_prompt(example: object, where: str) -> None:
+    if not isinstance(example, dict) or not is_prompt(example.get("prompt")):
+        raise InputError(f"{where}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'")
 
 
 def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Row]:
     """Token rows; each completion ends with the stop token unless it had to be cut at `max_length` tokens in all."""
-    if not tokenizer.stop_ids:
-        raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
     rows = []
     for i, example in enumerate(examples):
-        prompt = tokenizer.prompt_ids(example["prompt"])
-        if not prompt or len(prompt) >= max_length:
-            raise InputError(
-                f"example {i}: its prompt has {len(prompt)} tokens, and between 1 and {max_length - 1} fit"
-            )
-        response = [*tokenizer.encode(example["completion"]), tokenizer.stop_ids[0]]
+        prompt = prompt_tokens(tokenizer, example["prompt"], max_length, f"example {i}")
+        response = [*tokenizer.encode(example["completion"]), tokenizer.stop_id]
         rows.append(Row(prompt, response[: max_length - len(prompt)], group=i))
     return rows
 
 
-def refuse_unknown_tokens(rows: Sequence[Row], vocab: int) -> None:
-    for i, row in enumerate(rows):
-        largest = max(*row.prompt, *row.response)
+def prompt_tokens(tokenizer: Tokenizer, prompt: str | list[dict], max_length: int, where: str) -> list[int]:
+    """With room for one token of a response."""
+    tokens = tokenizer.prompt_ids(prompt)
+    if not tokens or len(tokens) >= max_length:
+        raise InputError(f"{where}: its prompt has {len(tokens)} tokens, and between 1 and {max_length - 1} fit")
+    return tokens
+
+
+def refuse_unknown_tokens(rows: Sequence[Row], vocab: int, where: str = "") -> None:
+    """`where` the rows come from, if their groups are not the numbers of the examples."""
+    for row in rows:
+        largest = max((*row.prompt, *row.response))
         if largest >= vocab:
             raise InputError(
-                f"example {i} holds token {largest}, outside the model's vocabulary of {vocab}: is this its tokenizer?"
+                f"{where or f'example {row.group}'} holds token {largest}, outside the model's vocabulary of {vocab}: "
+                "is this its tokenizer?"
             )
 
 

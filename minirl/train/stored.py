@@ -1,0 +1,120 @@
+"""Offline data: completions that somebody sampled and scored before, in place of the sampler's.
+
+    {"prompt", "completion", "reward"[, "completion_tokens"][, "logprobs"][, "finish_reason"]}
+
+`minirl outcomes` writes such lines (samples.jsonl). They go the way of fresh ones: advantages in the group of a prompt,
+the same update. The ratio is taken to the policy at the start of the step, as always; what the sampler's own log-probs
+say of the distance to the policy that drew is `mismatch` in the logs, and `--loss.importance` and `--loss.opsm-delta`
+act on it where they are stored.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from minirl.errors import InputError
+from minirl.rewards.model import spelled_tokens
+from minirl.rollout import Rollout
+from minirl.sampler import Completion
+from minirl.tokenizer import Tokenizer
+from minirl.train.sft import order, read_demonstrations, take
+
+REWARD = "stored"  # the name of the stored reward among the rewards
+
+
+def read_triples(path: str | Path) -> list[dict]:
+    """The lines of a JSONL file, each with a finite "reward" (null: it has none), and all or none with "logprobs"."""
+    lines = read_demonstrations(path)
+    for number, line in enumerate(lines, 1):
+        known, tokens = line.get("logprobs"), line.get("completion_tokens")
+        listed = isinstance(known, list) and isinstance(tokens, list) and len(known) == len(tokens)
+        for fine, sentence in (
+            (
+                "reward" in line and (line["reward"] is None or _is_number(line["reward"])),
+                "its 'reward' must be a finite number, or null where it has none",
+            ),
+            (
+                (known is None) == (lines[0].get("logprobs") is None),
+                "some lines have 'logprobs' and some have none: give all or none",
+            ),
+            (
+                known is None or (listed and all(map(_is_number, known))),
+                "its 'logprobs' must be a number for each of its 'completion_tokens'",
+            ),
+        ):
+            if not fine:
+                raise InputError(f"{path}, example {number}: {sentence}")
+    return lines
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+class Stored:
+    """Stored completions by prompt, handed out as rollouts of `group` completions a prompt."""
+
+    def __init__(self, triples: list[dict], path: str, tokenizer: Tokenizer, group: int, seed: int, longest: int):
+        """`longest`: tokens that a prompt and a completion may have together."""
+        self.group, self.seed, self.groups, self.short, self.too_long = group, seed, [], 0, 0
+        self.logprobs = "logprobs" in triples[0]
+        by_prompt: dict[str, list[dict]] = {}
+        for number, line in enumerate(triples, 1):
+            by_prompt.setdefault(json.dumps(line["prompt"], sort_keys=True), []).append(
+                line | {"where": f"{path}, example {number}"}
+            )
+        for lines in by_prompt.values():
+            prompt = tokenizer.prompt_ids(lines[0]["prompt"])
+            found = [(line, _completion(line, tokenizer)) for line in lines]
+            fitting = [(line, c) for line, c in found if len(prompt) + len(c.tokens) <= longest]
+            self.too_long += len(found) - len(fitting)
+            if prompt and len(fitting) >= group:
+                self.groups.append((prompt, fitting))
+            else:
+                self.short += 1
+        if not self.groups:
+            raise InputError(
+                f"{path}: none of its {len(by_prompt)} prompts has {group} completions of at most {longest} tokens: "
+                "lower --group, or store more"
+            )
+
+    @property
+    def summary(self) -> str:
+        total = sum(len(lines) for _, lines in self.groups)
+        line = f"{total} stored completions of {len(self.groups)} prompts"
+        line += f"; prompts with fewer than {self.group}, left out: {self.short}" if self.short else ""
+        return line + (f"; completions that are too long, left out: {self.too_long}" if self.too_long else "")
+
+    def batch(self, start: int, prompts: int) -> Rollout:
+        """Prompts start .. start+prompts of the endless sequence of epochs; which completions stand for a prompt is
+        drawn anew in each of them."""
+        rows = []
+        for at, i in enumerate(take(len(self.groups), self.seed, start, prompts), start):
+            ids, lines = self.groups[i]
+            chosen = order(len(lines), self.seed, 1 + at)[: self.group]
+            rows.append((ids, [lines[j] for j in sorted(chosen)]))
+        flat = [line for _, lines in rows for line in lines]
+        rollout = Rollout(
+            examples=[{"prompt": lines[0][0]["prompt"]} for _, lines in rows],
+            prompts=[ids for ids, _ in rows],
+            completions=[completion for _, completion in flat],
+            texts=[line["completion"] for line, _ in flat],
+        )
+        values = [math.nan if line["reward"] is None else float(line["reward"]) for line, _ in flat]
+        rollout.rewards, rollout.parts = torch.tensor(values, dtype=torch.float64), {REWARD: values}
+        return rollout
+
+
+def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
+    """The tokens as they were sampled where they are known, else those of a text that ended by itself."""
+    tokens = line.get("completion_tokens")
+    if tokens is None:
+        tokens = [*tokenizer.encode(line["completion"]), tokenizer.stop_ids[0]]
+    else:
+        tokens = list(spelled_tokens(tokenizer, line["completion"], tokens, line["where"]))
+    if not tokens:
+        raise InputError(f"{line['where']}: its completion has no token: leave the line away")
+    ended = "stop" if tokens[-1] in tokenizer.stop_ids else "length"
+    return Completion(tokens, list(line.get("logprobs") or []), line.get("finish_reason") or ended)

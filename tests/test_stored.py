@@ -1,0 +1,203 @@
+"""Offline data: stored completions take the way of sampled ones, and nothing of them is invented."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import EXAMPLES, SMALL, TASK, Quiet, check_close, has_seven, records, taken_by
+from tiny import tiny_checkpoint
+
+from minirl.errors import InputError
+from minirl.losses import PolicyLoss
+from minirl.tokenizer import Tokenizer
+from minirl.train.grpo import GRPO, GRPOConfig, train_grpo
+from minirl.train.ppo import PPOConfig, train_ppo
+from minirl.train.run import Run
+from minirl.train.stored import Stored, read_triples
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(lines, name: str = "triples.jsonl") -> Path:
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    return written
+
+
+def triples(prompts: int = 6, completions: int = 6) -> list[dict]:
+    texts = [("7", "17", "3+7", "20", "5=", "771")[j % 6] * (1 + j // 6) for j in range(completions)]
+    return [
+        {"prompt": example["prompt"], "completion": text, "reward": has_seven([0], [text])[0] + i / 10}
+        for i, example in enumerate(EXAMPLES[:prompts])
+        for text in texts
+    ]
+
+
+def settings(checkpoint: Path, data: Path, out: Path, **changes) -> dict:
+    return {"model": str(checkpoint), "out": str(out), **SMALL, "data": str(data), **changes}
+
+
+@pytest.fixture
+def make(checkpoint, tmp_path):
+    def trainer(data: Path, **changes) -> GRPO:
+        config = GRPOConfig(**settings(checkpoint, data, tmp_path / "run", **changes))
+        return GRPO(config, Run(tmp_path / "run", {}), Quiet(), TASK, read_triples(data))
+
+    return trainer
+
+
+# --- the way of a sampled one ----------------------------------------------------------------------------------------
+
+
+def test_sampled_completions_that_were_stored_give_the_gradient_of_the_sampled_ones(make, write, checkpoint, tmp_path):
+    """With their tokens and log-probs nothing is lost, cut completions included."""
+    config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "o"), **SMALL)
+    online = GRPO(config, Run(tmp_path / "o", {}), Quiet(), TASK)
+    rollout = online.collect(0)
+    assert len({c.finish_reason for c in rollout.completions}) == 2
+    lines = [
+        {
+            "prompt": rollout.examples[i // 6]["prompt"],
+            "completion": rollout.texts[i],
+            "reward": rollout.rewards[i].item(),
+            "completion_tokens": c.tokens,
+            "logprobs": c.logprobs,
+            "finish_reason": c.finish_reason,
+        }
+        for i, c in enumerate(rollout.completions)
+    ]
+    offline = make(write(lines))
+    stored = offline.collect(0)
+    assert sorted(stored.texts) == sorted(rollout.texts)
+    assert sorted(stored.truncated.tolist()) == sorted(rollout.truncated.tolist())
+    got, wanted = taken_by(offline, offline.batch(stored)), taken_by(online, online.batch(rollout))
+    check_close(got, wanted, 1e-5)
+
+
+def test_a_text_alone_is_taken_to_have_ended_by_itself(make, write, checkpoint):
+    trainer, tokenizer = make(write(triples())), Tokenizer.from_pretrained(checkpoint)
+    rollout = trainer.collect(0)
+    for text, completion in zip(rollout.texts, rollout.completions, strict=True):
+        assert completion.tokens == [*tokenizer.encode(text), tokenizer.eos_id] and completion.finish_reason == "stop"
+    assert trainer.batch(rollout).rollout_logp is None
+
+
+def test_stored_log_probs_show_how_far_the_policy_is_from_the_one_that_drew(make, write, checkpoint):
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    lines = [line | {"completion_tokens": tokenizer.encode(line["completion"])} for line in triples()]
+    lines = [line | {"logprobs": [-0.5] * len(line["completion_tokens"])} for line in lines]
+    trainer = make(write(lines), loss=PolicyLoss(importance="token_truncate"))
+    metrics = trainer.step(0)
+    assert metrics["mismatch/abs_mean"] > 0.5  # a random model says about -2.8
+    assert metrics["tis/mean"] < 0.5
+
+
+def test_groups_hold_different_completions_of_one_prompt_and_others_in_the_next_epoch(make, write):
+    trainer = make(write(triples(prompts=4, completions=10)), prompts=4, group=6)
+    seen = []
+    for step in range(2):
+        rollout = trainer.collect(step)
+        assert sorted(e["prompt"] for e in rollout.examples) == sorted(e["prompt"] for e in EXAMPLES[:4])
+        for group in range(4):
+            texts = rollout.texts[6 * group : 6 * group + 6]
+            assert len(set(texts)) == 6
+            seen.append((rollout.examples[group]["prompt"], frozenset(texts)))
+    assert len(set(seen)) > 4
+    wanted = {(line["prompt"], line["completion"]): line["reward"] for line in triples(4, 10)}
+    for i, text in enumerate(rollout.texts):
+        assert rollout.rewards[i].item() == wanted[rollout.examples[i // 6]["prompt"], text]
+
+
+@pytest.mark.parametrize("train", ["grpo", "ppo"])
+def test_a_run_on_stored_data_learns_it(train, checkpoint, write, tmp_path):
+    kind, function = {"grpo": (GRPOConfig, train_grpo), "ppo": (PPOConfig, train_ppo)}[train]
+    more = {"critic_lr": 1e-2, "kl_in_reward": 0.0} if train == "ppo" else {}
+    data, display = write(triples(20)), Quiet()
+    config = kind(**settings(checkpoint, data, tmp_path / train, steps=30, eval_every=0, **more))
+    function(config, display, TASK)
+    lines = records(tmp_path / train)
+    assert lines[-1]["eval/mean"] > lines[0]["eval/mean"] + 0.2
+    assert any("120 stored completions of 20 prompts" in line for line in display.lines)
+
+
+def test_dynamic_sampling_takes_groups_whose_stored_rewards_differ(make, write):
+    lines = triples(8)
+    for line in lines[:24]:
+        line["reward"] = 1.0
+    trainer = make(write(lines), prompts=4, dynamic_sampling=True, max_gen_batches=2)
+    rollout = trainer.collect(0)
+    assert {e["prompt"] for e in rollout.examples} == {line["prompt"] for line in lines[24:]}
+
+
+def test_a_line_without_a_reward_teaches_nothing(make, write):
+    lines = [line | {"reward": None if "20" in line["completion"] else line["reward"]} for line in triples()]
+    trainer = make(write(lines))
+    rollout = trainer.collect(0)
+    batch = trainer.batch(rollout)
+    unknown = torch.tensor(["20" in text for text in rollout.texts])
+    assert unknown.any() and not batch.advantages[unknown].any()
+    assert math.isfinite(rollout.stats["reward/mean"])
+
+
+# --- what is left out, and what is refused ---------------------------------------------------------------------------
+
+
+def test_prompts_with_too_few_completions_and_long_completions_are_left_out_and_counted(checkpoint, write):
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    lines = [*triples(3), {"prompt": "1+1=", "completion": "2", "reward": 1}]
+    lines += [{"prompt": "0+0=", "completion": "9" * 40, "reward": 0}]
+    stored = Stored(read_triples(write(lines)), "x.jsonl", tokenizer, 3, 0, 32)
+    assert stored.summary == (
+        "18 stored completions of 3 prompts; prompts with fewer than 3, left out: 1; "
+        "completions that are too long, left out: 1"
+    )
+    with pytest.raises(InputError, match=r"x.jsonl: none of its 4 prompts has 7 completions of at most 32 tokens"):
+        Stored(read_triples(write(lines)), "x.jsonl", tokenizer, 7, 0, 32)
+
+
+GOOD = {"prompt": "1+1=", "completion": "2", "reward": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ([{"reward": "1"}], "example 1: its 'reward' must be a finite number"),
+        ([{"reward": True}], "example 1: its 'reward' must be a finite number"),
+        ([{"reward": math.nan}], "example 1: its 'reward' must be a finite number"),
+        (
+            [{}, {"completion_tokens": [1], "logprobs": [0.5]}],
+            "example 2: some lines have 'logprobs' and some",
+        ),
+        ([{"logprobs": [-0.5]}], "example 1: its 'logprobs' must be a number for each of its 'completion_tokens'"),
+        ([{"completion_tokens": [1, 2], "logprobs": [-0.5]}], "must be a number for each"),
+        ([{"completion_tokens": [1], "logprobs": ["a"]}], "must be a number for each"),
+    ],
+)
+def test_a_broken_line_is_named(changes, sentence, write):
+    with pytest.raises(InputError, match=sentence):
+        read_triples(write([GOOD | change for change in changes]))
+
+
+def test_a_line_without_a_reward_column_is_named(write):
+    with pytest.raises(InputError, match="example 2: its 'reward' must be a finite number, or null"):
+        read_triples(write([GOOD, {"prompt": "1", "completion": "2"}]))
+
+
+def test_tokens_of_another_tokenizer_are_refused(checkpoint, write):
+    lines = read_triples(write([GOOD | {"completion_tokens": [1, 2, 3]}]))
+    with pytest.raises(InputError, match="its tokens spell"):
+        Stored(lines, "x.jsonl", Tokenizer.from_pretrained(checkpoint), 1, 0, 32)
+
+
+@pytest.mark.parametrize("other", [{"rewards": ("format=1",)}, {"overlong_cache": 2}])
+def test_stored_rewards_take_no_others(other, checkpoint):
+    with pytest.raises(InputError, match="data holds completions with their rewards"):
+        GRPOConfig(model=str(checkpoint), data="x.jsonl", **other)
