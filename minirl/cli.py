@@ -209,40 +209,16 @@ def _prompt_text(prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def sft(config: SFTConfig) -> None:
-    with RichDisplay() as display:
-        model = train_sft(config, display)
-    print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
+def training(train: Callable) -> Callable:
+    """The command of a run that trains: do it, then draw it."""
 
+    def command(config) -> None:
+        with RichDisplay() as display:
+            model = train(config, display)
+        print(f"model:  {model}")
+        draw(ReportConfig(config.out))
 
-def rft(config: RFTConfig) -> None:
-    with RichDisplay() as display:
-        model = train_rft(config, display)
-    out = Path(config.out)
-    print(f"kept:  {out / 'kept.jsonl'}\nmodel: {model}\nplot:  {plot([out], out / 'plot.png')}")
-
-
-def prefer(config: PreferConfig) -> None:
-    with RichDisplay() as display:
-        model = train_prefer(config, display)
-    out = Path(config.out)
-    print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
-
-
-def grpo(config: GRPOConfig) -> None:
-    with RichDisplay() as display:
-        model = train_grpo(config, display)
-    _say_written(model, Path(config.out))
-
-
-def ppo(config: PPOConfig) -> None:
-    with RichDisplay() as display:
-        model = train_ppo(config, display)
-    _say_written(model, Path(config.out))
-
-
-def _say_written(model: Path, out: Path) -> None:
-    print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
+    return command
 
 
 def outcomes(config: OutcomesConfig) -> None:
@@ -250,12 +226,6 @@ def outcomes(config: OutcomesConfig) -> None:
         files = write_outcomes(config, display)
     for file in files:
         print(f"{file.stem + ':':8} {file}")
-
-
-def reward(config: RewardConfig) -> None:
-    with RichDisplay() as display:
-        model = train_reward(config, display)
-    print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
 
 
 def demo(config: DemoConfig) -> None:
@@ -303,13 +273,13 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "demo": (DemoConfig, demo),
     "generate": (GenerateConfig, generate),
     "eval": (EvalConfig, evaluation),
-    "sft": (SFTConfig, sft),
-    "rft": (RFTConfig, rft),
-    "prefer": (PreferConfig, prefer),
+    "sft": (SFTConfig, training(train_sft)),
+    "rft": (RFTConfig, training(train_rft)),
+    "prefer": (PreferConfig, training(train_prefer)),
     "outcomes": (OutcomesConfig, outcomes),
-    "reward": (RewardConfig, reward),
-    "grpo": (GRPOConfig, grpo),
-    "ppo": (PPOConfig, ppo),
+    "reward": (RewardConfig, training(train_reward)),
+    "grpo": (GRPOConfig, training(train_grpo)),
+    "ppo": (PPOConfig, training(train_ppo)),
     "report": (ReportConfig, draw),
 }
 
