@@ -14,7 +14,7 @@ import torch
 from test_resume import check_same
 from tiny import ALPHABET, full_logits, tiny_checkpoint
 
-from minirl import cli, display
+from minirl import cli, commands, display
 from minirl.errors import InputError
 from minirl.preferences import PreferenceLoss
 from minirl.sampler import Sampler
@@ -361,8 +361,8 @@ def test_ctrl_c_saves_and_the_command_goes_on_from_there(kind, model, folder, mo
         with pytest.raises(KeyboardInterrupt):
             run_of(kind, model, "run")
     assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["step-000002", "step-000003"]
-    monkeypatch.setattr(cli, "plot", lambda *args: None)
-    monkeypatch.setattr(cli, "report", lambda *args: None)
+    monkeypatch.setattr(commands, "plot", lambda *args: None)
+    monkeypatch.setattr(commands, "report", lambda *args: None)
     cli.main([kind, "--resume", "--out", "run"])
     check_same(Path("run"), Path("whole"))
 
