@@ -649,7 +649,8 @@ def test_a_rule_becomes_data_data_a_model_and_the_model_a_reward(checkpoint, tmp
     assert cut and all(len(line["completion_tokens"]) == 4 for line in cut)
     for kind, data in (("bce", "data/labels.jsonl"), ("pairwise", "data/pairs.jsonl")):
         cli.main(f"reward --model {checkpoint} --data {data} --kind {kind} --out {kind} --steps 2".split())
-        assert re.search(rf"^model: {kind}/model\nplot:  {kind}/plot.png$", capsys.readouterr().out, re.MULTILINE)
+        written = f"model:  {kind}/model\nplot:   {kind}/plot.png\nreport: {kind}/report.html\n"
+        assert capsys.readouterr().out.endswith(written) and "Accuracy" in Path(kind, "report.html").read_text()
     run = "--steps 1 --prompts 2 --group 4 --eval-prompts 2 --eval-samples 2 --shown 0 --out grpo"
     cli.main(f"grpo {sampling} {run} --rewards model:bce/model=1.0 model:pairwise/model=0.5".split())
     record = records(Path("grpo"))[-1]

@@ -8,7 +8,6 @@ say of the distance to the policy that drew is `mismatch` in the logs, and `--lo
 act on it where they are stored.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from minirl.model import ModelConfig
 from minirl.rewards.model import spelled_tokens
 from minirl.rollout import Rollout
 from minirl.sampler import Completion
+from minirl.tasks.split import prompt_key
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.sft import check_demonstration, order, refuse_unknown_tokens, take
@@ -64,7 +64,7 @@ class Stored:
         self.logprobs = "logprobs" in triples[0]
         by_prompt: dict[str, list[dict]] = {}
         for line in triples:
-            by_prompt.setdefault(json.dumps(line["prompt"], sort_keys=True), []).append(line)
+            by_prompt.setdefault(prompt_key(line), []).append(line)
         for lines in by_prompt.values():
             prompt = tokenizer.prompt_ids(lines[0]["prompt"])
             found = [(line, _completion(line, tokenizer)) for line in lines]
