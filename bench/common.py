@@ -57,7 +57,7 @@ def run(main: Callable[[], None]) -> None:
 
     try:
         main()
-    except InputError as error:
+    except (InputError, RuntimeError) as error:
         sys.exit(str(error))
 
 
@@ -186,8 +186,8 @@ def events_of(command: Sequence[str]) -> Iterator[dict]:
 
 
 def minirl(command: str, log: Path | None = None, threads: int | None = None) -> tuple[str, dict]:
-    """What a command of minirl prints, and its CPU seconds, wall seconds and peak memory; where it fails, its last
-    words end the program. With a log it prints there."""
+    """What a command of minirl prints, and its CPU seconds, wall seconds and peak memory; with a log it prints there.
+    A RuntimeError holds its last words where it fails."""
     log = log or Path(tempfile.mkstemp(prefix="minirl-", suffix=".log")[1])
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     began = time.perf_counter()
@@ -198,7 +198,7 @@ def minirl(command: str, log: Path | None = None, threads: int | None = None) ->
     process.returncode = os.waitstatus_to_exitcode(status)
     said = log.read_text(encoding="utf-8", errors="replace")
     if process.returncode:
-        sys.exit(f"{said[-2000:]}\n`{' '.join(args)}` ended with status {process.returncode}")
+        raise RuntimeError(f"{said[-2000:]}\n`{' '.join(args)}` ended with status {process.returncode}")
     seconds = {"seconds": usage.ru_utime + usage.ru_stime, "wall_seconds": time.perf_counter() - began}
     return said, seconds | {"memory_gb": usage.ru_maxrss * RSS_UNIT / 1e9}
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,8 @@ ONLINE = f"""{TASK} {SIZES} --steps {STEPS} --prompts 32 --group 8 --warmup 5 --
     --eval-prompts 256 --eval-samples 4 --save-every {STEPS} --shown 0"""
 GRPO = f"grpo {ONLINE} --lr 4e-4"
 PPO = f"ppo {ONLINE} --lr 3e-4 --critic-lr 1e-3"
-JUDGED = "--rewards correct=0 model:{reward}=1"
+JUDGED = "--rewards correct=0 model:{reward}=1"  # the rule is only logged
+FREE = f"{PPO} --preset ppo {JUDGED} --value-clip None"  # scores are not of the order of 1
 DATA = "--data {outcomes}/samples.jsonl --group 8"
 PREFER = f"prefer --data {{outcomes}}/pairs.jsonl --steps {STEPS} --batch 64 --warmup 5 --lr 3e-4"
 NO_SAMPLES = "offline: learns from the start's own samples only"
@@ -67,8 +69,9 @@ METHODS = {
     "ppo": Row(f"{PPO} --preset ppo"),
     "ppo, shared critic": Row(f"{PPO} --preset ppo --critic shared"),
     "ppo_penalty": Row(f"{PPO} --preset ppo_penalty"),
-    "ppo, reward model": Row(f"{PPO} --preset ppo {JUDGED}"),
-    "ppo, online reward model": Row(f"{PPO} --preset ppo {JUDGED} --refresh.every 5 --refresh.lr 3e-4"),
+    "ppo, reward model": Row(f"{FREE} --kl-in-reward 0.5"),
+    "ppo, reward model, little KL": Row(FREE, "the frozen model is hacked: see the plot"),
+    "ppo, online reward model": Row(f"{FREE} --refresh.every 5 --refresh.lr 3e-4"),
     "grpo, reward model": Row(f"{GRPO} --preset grpo {JUDGED}"),
     "more sft": Row(SFT, "control: there is no reward in it"),
     "rft": Row(f"rft {TASK} {SIZES} --samples 8 --temperature 1 --steps {STEPS} --batch 256 --lr 1e-3", NO_SAMPLES),
@@ -88,12 +91,21 @@ class Lab:
 
     def __init__(self, work: Path, jobs: int):
         self.work, self.jobs, self.done, self.total, self.began = work, jobs, 0, 0, time.perf_counter()
+        self.failed: set[str] = set()  # the names of what failed for some seed
 
     def run_all(self, steps: Sequence[tuple[int, str, str]]) -> None:
         """Commands (seed, name, command), `jobs` of them at a time, each on one core."""
         self.total = self.done + len(steps)
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(lambda step: self._step(*step), steps))
+            list(pool.map(lambda step: self._try(*step), steps))
+
+    def _try(self, seed: int, name: str, command: str) -> None:
+        """The others go on when one fails."""
+        try:
+            self._step(seed, name, command)
+        except RuntimeError as error:
+            self.failed.add(name)
+            common.progress(f"FAILED: {name}, seed {seed}: {error}")
 
     def result(self, seed: int, name: str) -> dict:
         return json.loads((self.folder(seed, name) / "result.json").read_text())
@@ -229,7 +241,10 @@ def main() -> None:
             for seed in args.seeds
         ]
     )
-    lines, judges = summary(lab, args.seeds, args.only), reward_models(lab, args.seeds)
+    if lab.failed & {"start", "outcomes", "reward"}:
+        sys.exit("what every row starts from has failed, see above")
+    names = [name for name in args.only if name not in lab.failed]
+    lines, judges = summary(lab, args.seeds, names), reward_models(lab, args.seeds)
     rows = [cells(line) for line in lines]
     print(common.table(HEAD, rows))
     print(f"\nreward model, held-out pairs: accuracy {mean_and_spread([x['accuracy'] for x in judges], 3)}")
@@ -243,8 +258,10 @@ def main() -> None:
     common.write_json(args, found, args.out / "learning.json")
     from bench import learning_plots
 
-    for file in learning_plots.draw(lab, args.seeds, args.only, lines, args.out):
+    for file in learning_plots.draw(lab, args.seeds, names, lines, args.out):
         common.progress(f"wrote {file}")
+    if lab.failed:
+        sys.exit(f"failed, and in no table: {', '.join(sorted(lab.failed))}")
 
 
 if __name__ == "__main__":

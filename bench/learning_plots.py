@@ -11,7 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CURVES = {"reinforce": ("REINFORCE", "#0072b2"), "grpo": ("GRPO", "#d55e00"), "ppo": ("PPO with a critic", "#009e73")}
-FROZEN, ONLINE = "ppo, reward model", "ppo, online reward model"
+JUDGED = "ppo, reward model"
+FROZEN, ONLINE = "ppo, reward model, little KL", "ppo, online reward model"
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
 
 
@@ -44,7 +45,7 @@ def draw(lab, seeds: Sequence[int], names: Sequence[str], lines: list[dict], out
         _finish(axes, "step (32 prompts x 8 completions)", "held-out accuracy, mean of 4 samples")
         yield _save(figure, "Same start, same task: thin lines are seeds, thick ones their mean", out / "learning.png")
     yield methods(lines, out / "learning_methods.png")
-    if FROZEN in names:
+    if JUDGED in names:
         yield judged(lab, seeds, out / "learning_reward_model.png")
     if {FROZEN, ONLINE} <= set(names):
         figure, axes = plt.subplots(figsize=(7, 4.2))
@@ -59,13 +60,13 @@ def draw(lab, seeds: Sequence[int], names: Sequence[str], lines: list[dict], out
 def judged(lab, seeds: Sequence[int], file: Path) -> Path:
     """PPO against a learned reward only: its score, and what the rule says, which the policy never sees."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    metric = next(name for name in _names(lab, seeds[0], FROZEN) if name.startswith("reward/model:"))
+    metric = next(name for name in _names(lab, seeds[0], JUDGED) if name.startswith("reward/model:"))
     for seed in seeds:
-        own = next(name for name in _names(lab, seed, FROZEN) if name.startswith("reward/model:"))
-        left.plot(*series(lab, seed, FROZEN, own), color=ORANGE, lw=1, label="reward model" if own == metric else None)
+        own = next(name for name in _names(lab, seed, JUDGED) if name.startswith("reward/model:"))
+        left.plot(*series(lab, seed, JUDGED, own), color=ORANGE, lw=1, label="reward model" if own == metric else None)
     _finish(left, "step", "mean score of the samples", share=False)
-    curves(right, lab, seeds, FROZEN, "eval/mean", "held-out sums", BLUE)
-    curves(right, lab, seeds, FROZEN, "reward/correct", "samples in training", GREEN, width=5)
+    curves(right, lab, seeds, JUDGED, "eval/mean", "held-out sums", BLUE)
+    curves(right, lab, seeds, JUDGED, "reward/correct", "samples in training", GREEN, width=5)
     _finish(right, "step", "right by the rule, which training does not see")
     return _save(figure, "PPO against a learned reward model, three seeds", file)
 

@@ -20,7 +20,7 @@ from minirl.checkpoint import load_model, save_model
 from minirl.errors import InputError
 from minirl.model import ScalarHead, Transformer
 from minirl.reward_losses import bce_loss, pairwise_loss, pointwise_loss
-from minirl.rewards import load_reward
+from minirl.rewards import load_reward, score
 from minirl.rewards.model import LAST, RewardModel, Tree, micro_batches, read, read_all, spelled_tokens, step_ends
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
@@ -471,6 +471,15 @@ def test_the_mean_score_of_the_reference_is_taken_away(trained, checkpoint, tmp_
     judge = RewardModel.from_pretrained(train_reward(config, Quiet()))
     assert judge.model.head.bias != 0
     assert sum(judge(["1+2=", "4="], ["03", ""])) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_timeout_does_not_take_a_model_to_another_process(trained, monkeypatch):
+    judge, prompts, texts = RewardModel.from_pretrained(trained[0] / "model"), ["1+2=", "4="], ["03", ""]
+    wanted = judge(prompts, texts)
+    monkeypatch.setattr("minirl.rewards.scoring.map_with_timeout", None)
+    assert score({"judge": (1.0, judge)}, prompts, texts, {}, timeout=1e-9)[0] == wanted
+    with pytest.raises(TypeError):
+        score({"other": (1.0, lambda **k: [0.0, 0.0])}, prompts, texts, {}, timeout=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["pointwise", "bce", "process"])
