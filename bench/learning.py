@@ -34,6 +34,7 @@ JUDGED = "--rewards correct=0 model:{reward}=1"  # the rule is only logged
 FREE = f"{PPO} --preset ppo {JUDGED} --value-clip None"  # scores are not of the order of 1
 DATA = "--data {outcomes}/samples.jsonl --group 8"
 PREFER = f"prefer --data {{outcomes}}/pairs.jsonl --steps {STEPS} --batch 64 --warmup 5 --lr 3e-4"
+HACKED = "the frozen model is hacked: its score rises, the rule's accuracy does not"
 NO_SAMPLES = "offline: learns from the start's own samples only"
 REWARD = """reward --data {outcomes}/pairs.jsonl --kind pairwise --steps 60 --batch 64 --lr 1e-3 --weight-decay 0.01
     --eval-every 10"""
@@ -70,15 +71,16 @@ METHODS = {
     "ppo, shared critic": Row(f"{PPO} --preset ppo --critic shared"),
     "ppo_penalty": Row(f"{PPO} --preset ppo_penalty"),
     "ppo, reward model": Row(f"{FREE} --kl-in-reward 0.5"),
-    "ppo, reward model, little KL": Row(FREE, "the frozen model is hacked: see the plot"),
+    "ppo, reward model, little KL": Row(FREE, HACKED),
     "ppo, online reward model": Row(f"{FREE} --refresh.every 5 --refresh.lr 3e-4"),
-    "grpo, reward model": Row(f"{GRPO} --preset grpo {JUDGED}"),
+    "grpo, reward model": Row(f"{GRPO} --preset grpo {JUDGED}", HACKED),
+    "grpo, online reward model": Row(f"{GRPO} --preset grpo {JUDGED} --refresh.every 5 --refresh.lr 3e-4"),
     "more sft": Row(SFT, "control: there is no reward in it"),
     "rft": Row(f"rft {TASK} {SIZES} --samples 8 --temperature 1 --steps {STEPS} --batch 256 --lr 1e-3", NO_SAMPLES),
-    "dpo": Row(PREFER, NO_SAMPLES),
-    "cdpo": Row(f"{PREFER} --loss.label-smoothing 0.1", NO_SAMPLES),
-    "robust dpo": Row(f"{PREFER} --loss.kind robust --loss.label-smoothing 0.1", NO_SAMPLES),
-    "hinge": Row(f"{PREFER} --loss.kind hinge", NO_SAMPLES),
+    "dpo": Row(f"{PREFER} --loss.beta 0.5", NO_SAMPLES),
+    "cdpo": Row(f"{PREFER} --loss.label-smoothing 0.1 --loss.beta 0.5", NO_SAMPLES),
+    "robust dpo": Row(f"{PREFER} --loss.kind robust --loss.label-smoothing 0.1 --loss.beta 0.5", NO_SAMPLES),
+    "hinge": Row(f"{PREFER} --loss.kind hinge --loss.beta 0.5", NO_SAMPLES),
     "ipo": Row(f"{PREFER} --loss.kind ipo", NO_SAMPLES),
     "rrhf": Row(f"{PREFER} --loss.kind rrhf", NO_SAMPLES),
     "offline grpo": Row(f"{GRPO} --preset grpo {DATA}", NO_SAMPLES),
