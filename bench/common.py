@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 PACKAGES = ("minirl", "torch", "triton", "transformers", "trl", "liger_kernel")
 
 if importlib.util.find_spec("minirl") is None:
@@ -56,7 +57,7 @@ def run(main: Callable[[], None]) -> None:
 
     try:
         main()
-    except InputError as error:
+    except (InputError, RuntimeError) as error:
         sys.exit(str(error))
 
 
@@ -127,8 +128,7 @@ def peak_gb(device: str = "cpu") -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -183,6 +183,24 @@ def events_of(command: Sequence[str]) -> Iterator[dict]:
         if child.returncode:
             noise.seek(0)
             sys.exit(f"{noise.read()[-3000:]}\n`{' '.join(command)}` ended with status {child.returncode}")
+
+
+def minirl(command: str, log: Path | None = None, threads: int | None = None) -> tuple[str, dict]:
+    """What a command of minirl prints, and its CPU seconds, wall seconds and peak memory; with a log it prints there.
+    A RuntimeError holds its last words where it fails."""
+    log = log or Path(tempfile.mkstemp(prefix="minirl-", suffix=".log")[1])
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    began = time.perf_counter()
+    with log.open("w") as output:
+        args = [sys.executable, "-m", "minirl", *command.split()]
+        process = subprocess.Popen(args, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    said = log.read_text(encoding="utf-8", errors="replace")
+    if process.returncode:
+        raise RuntimeError(f"{said[-2000:]}\n`{' '.join(args)}` ended with status {process.returncode}")
+    seconds = {"seconds": usage.ru_utime + usage.ru_stime, "wall_seconds": time.perf_counter() - began}
+    return said, seconds | {"memory_gb": usage.ru_maxrss * RSS_UNIT / 1e9}
 
 
 def run_child(command: Sequence[str], name: str) -> dict:

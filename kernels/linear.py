@@ -23,7 +23,9 @@ from .policy_loss import scale_
 
 WORKSPACE = {"cpu": 128 << 20, "cuda": 512 << 20}  # bytes of a chunk of logits and of its gradient
 SLICE = 1 << 19  # logits that PyTorch sweeps at a time
-MIN_ROWS = 16  # a CPU's product of fewer rows adds in another order: results would depend on the chunk
+# A CPU's product of fewer rows adds in another order: results would depend on the chunk. From 16 rows on they are the
+# same to the bit for most shapes.
+MIN_ROWS = 16
 
 
 class Kept(NamedTuple):
@@ -227,8 +229,9 @@ class _Gradients:
     def add(self, dz: Tensor, rows: Tensor) -> None:
         """dz [n, V] of the rows."""
         if self.by_hidden is not None:
-            part = self.hidden.new_empty(max(len(dz), len(at_least(dz))), self.hidden.shape[1])
-            product(at_least(dz), self.head.weight, part)
+            padded = at_least(dz)
+            part = self.hidden.new_empty(len(padded), self.hidden.shape[1])
+            product(padded, self.head.weight, part)
             self.by_hidden[rows] = part[: len(dz)]
         if self.by_weight is not None:
             product(dz.t(), self.hidden[rows], self.by_weight, beta=0.0 if self.empty else 1.0)

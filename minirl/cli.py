@@ -1,4 +1,4 @@
-"""The commands. Each is a config dataclass, whose field docstrings are its --help, and a function that takes it.
+"""From the command line to a command: its options, its config, and one sentence where something is wrong.
 
 Whatever a user can get wrong ends in one sentence on stderr and exit code 2; Ctrl-C saves and ends with 130.
 """
@@ -6,312 +6,20 @@ Whatever a user can get wrong ends in one sentence on stderr and exit code 2; Ct
 import contextlib
 import errno
 import io
-import json
 import re
-import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 
-from minirl.demo import DemoConfig, run_demo
-from minirl.display import RichDisplay, table
+from minirl.commands import COMMANDS
 from minirl.errors import InputError
-from minirl.evaluate import evaluate
 from minirl.files import read_json
-from minirl.report import plot, read_metrics, report
 from minirl.rewards.registry import did_you_mean
-from minirl.rollout import completion_text
-from minirl.sampler import Sampler, SamplingParams
-from minirl.tasks import parse_task
-from minirl.train import grpo as grpo_module
-from minirl.train import ppo as ppo_module
-from minirl.train.grpo import GRPOConfig, train_grpo
-from minirl.train.outcomes import OutcomesConfig, write_outcomes
-from minirl.train.ppo import PPOConfig, train_ppo
-from minirl.train.prefer import PreferConfig, train_prefer
-from minirl.train.reward import RewardConfig, train_reward
-from minirl.train.rft import RFTConfig, train_rft
-from minirl.train.run import (
-    load,
-    refuse_below_one,
-    refuse_negative,
-    refuse_not_positive,
-    refuse_unknown_choices,
-)
-from minirl.train.sft import SFTConfig, train_sft
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Complete prompts with a checkpoint."""
-
-    model: str
-    """Checkpoint: a Hugging Face directory or hub id."""
-    prompts: tuple[str, ...]
-    """Prompts; a checkpoint with a chat template takes each as a user message."""
-    raw: bool = False
-    """Continue the text as it stands, without the chat template."""
-    n: int = 1
-    """Completions a prompt."""
-    max_tokens: int = 256
-    """Longest completion."""
-    temperature: float = 1.0
-    """0 takes the most likely token."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the most likely tokens up to this mass."""
-    min_p: float = 0.0
-    """Keep tokens with at least this share of the largest probability."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion; what is printed ends before them."""
-    seed: int = 0
-    """Same seed, same completions."""
-    slots: int = 64
-    """Completions at a time."""
-    json: bool = False
-    """Print one JSON object a completion, with tokens and log-probs."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the model computes in."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-
-    def __post_init__(self):
-        refuse_unknown_choices(self)
-        refuse_below_one(self, "slots")
-        if not self.prompts:
-            raise InputError("--prompts is empty: give at least one")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Accuracy of a checkpoint on a task's held-out problems: greedy, mean@k, pass@k and maj@k with 95 % intervals."""
-
-    model: str
-    """Checkpoint: a Hugging Face directory or hub id."""
-    task: str = "arithmetic"
-    """arithmetic, countdown or a .jsonl file, with options after a colon: arithmetic:op=product,digits=2"""
-    prompts: int = 256
-    """Held-out prompts, at most."""
-    samples: int = 8
-    """Completions a prompt (k)."""
-    max_tokens: int = 256
-    """Longest completion."""
-    temperature: float = 1.0
-    """Of the k samples; the greedy completion comes on top."""
-    top_p: float = 1.0
-    """Keep the most likely tokens up to this mass."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion; the checker sees what comes before them."""
-    reward_timeout: float | None = None
-    """Seconds a completion that the checker may take, in a process that can be killed; longer is without a score."""
-    shown: int = 4
-    """Completions to print."""
-    seed: int = 0
-    """Same seed, same completions."""
-    slots: int = 64
-    """Completions at a time."""
-    json: bool = False
-    """Print the numbers as one JSON object."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the model computes in."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-
-    def __post_init__(self):
-        refuse_unknown_choices(self)
-        refuse_below_one(self, "prompts", "samples", "slots")
-        refuse_negative(self, "shown")
-        if self.reward_timeout is not None:
-            refuse_not_positive(self, "reward_timeout")
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Draw a run: plot.png and report.html in its folder."""
-
-    run: str
-    """Folder of the run."""
-
-
-def generate(c: GenerateConfig) -> None:
-    model, tokenizer = load(c.model, c.dtype, c.device)
-    params = SamplingParams(
-        c.n, c.temperature, c.top_k, c.top_p, c.min_p, c.max_tokens, tokenizer.stop_ids, c.stop, c.seed
-    )
-    chat = tokenizer.chat_template is not None and not c.raw
-    ids = [tokenizer.prompt_ids([{"role": "user", "content": p}] if chat else p) for p in c.prompts]
-    with RichDisplay() as display:
-        groups = Sampler(model, c.slots, tokenizer=tokenizer).generate(
-            ids, params, lambda done, total: display.progress("completions", done, total)
-        )
-    for prompt, group in zip(c.prompts, groups, strict=True):
-        for completion in group:
-            text = completion_text(tokenizer, completion, params)
-            if c.json:
-                record = {"prompt": prompt, "text": text, "finish_reason": completion.finish_reason}
-                print(json.dumps(record | {"tokens": completion.tokens, "logprobs": completion.logprobs}))
-            else:  # the display lets no escape code of a completion through to the terminal
-                display.line(f"{prompt!r} [{len(completion.tokens)} tokens, {completion.finish_reason}]\n{text}\n")
-
-
-def evaluation(c: EvalConfig) -> None:
-    task = parse_task(c.task)
-    model, tokenizer = load(c.model, c.dtype, c.device)
-    params = SamplingParams(
-        c.samples,
-        c.temperature,
-        top_p=c.top_p,
-        max_tokens=c.max_tokens,
-        stop_ids=tokenizer.stop_ids,
-        stop=c.stop,
-        seed=c.seed,
-    )
-    sampler = Sampler(model, c.slots, tokenizer=tokenizer)
-    with RichDisplay() as display:
-        result = evaluate(
-            sampler,
-            tokenizer,
-            task,
-            params,
-            task.heldout[: c.prompts],
-            timeout=c.reward_timeout,
-            progress=lambda done, total: display.progress("evaluation", done, total),
-        )
-    if c.json:
-        print(json.dumps({"metrics": result.metrics, "intervals": result.intervals}))
-        return
-    rows = [
-        (name.removeprefix("eval/"), f"{result.metrics[name]:.3f}", f"{low:.3f} to {high:.3f}")
-        for name, (low, high) in result.intervals.items()
-    ]
-    table(
-        f"{task.name}: {len(result.correct)} held-out prompts, k = {c.samples}, T = {c.temperature:g}",
-        ("accuracy", "value", "95 % interval"),
-        rows,
-    )
-    for line in result.rollout.late_lines(c.reward_timeout).values():
-        display.line(line)
-    for i in range(min(c.shown, len(result.correct))):
-        j = i * c.samples
-        first = result.correct[i][0]
-        mark = "right" if first == 1 else "unscored" if np.isnan(first) else "wrong"
-        display.line(f"\n{_prompt_text(result.rollout.examples[i]['prompt'])}\n[{mark}] {result.rollout.texts[j]}")
-
-
-def _prompt_text(prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
-def sft(config: SFTConfig) -> None:
-    with RichDisplay() as display:
-        model = train_sft(config, display)
-    print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
-
-
-def rft(config: RFTConfig) -> None:
-    with RichDisplay() as display:
-        model = train_rft(config, display)
-    out = Path(config.out)
-    print(f"kept:  {out / 'kept.jsonl'}\nmodel: {model}\nplot:  {plot([out], out / 'plot.png')}")
-
-
-def prefer(config: PreferConfig) -> None:
-    with RichDisplay() as display:
-        model = train_prefer(config, display)
-    out = Path(config.out)
-    print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
-
-
-def grpo(config: GRPOConfig) -> None:
-    with RichDisplay() as display:
-        model = train_grpo(config, display)
-    _say_written(model, Path(config.out))
-
-
-def ppo(config: PPOConfig) -> None:
-    with RichDisplay() as display:
-        model = train_ppo(config, display)
-    _say_written(model, Path(config.out))
-
-
-def _say_written(model: Path, out: Path) -> None:
-    print(f"model:  {model}\nplot:   {plot([out], out / 'plot.png')}\nreport: {report(out)}")
-
-
-def outcomes(config: OutcomesConfig) -> None:
-    with RichDisplay() as display:
-        files = write_outcomes(config, display)
-    for file in files:
-        print(f"{file.stem + ':':8} {file}")
-
-
-def reward(config: RewardConfig) -> None:
-    with RichDisplay() as display:
-        model = train_reward(config, display)
-    print(f"model: {model}\nplot:  {plot([Path(config.out)], Path(config.out) / 'plot.png')}")
-
-
-def demo(config: DemoConfig) -> None:
-    out = Path(config.out)
-    for seed in config.seeds:  # the demo owns its folders; nothing else in `out` is touched
-        shutil.rmtree(out / f"seed-{seed}", ignore_errors=True)
-    with RichDisplay() as display:
-        runs = [run_demo(config, seed, display)[1] for seed in config.seeds]
-    rows = []
-    for seed, run in zip(config.seeds, runs, strict=True):
-        metrics = [m for m in read_metrics(run) if m.get("eval/mean") is not None]
-        before, after = metrics[0], metrics[-1]
-        pairs = ((f"{before[k]:.3f}", f"{after[k]:.3f}") for k in ("eval/mean", "eval/greedy", "eval/pass@8"))
-        rows.append((str(seed), *(value for pair in pairs for value in pair)))
-    columns = (
-        "seed",
-        "mean@8 after SFT",
-        "after GRPO",
-        "greedy after SFT",
-        "after GRPO",
-        "pass@8 after SFT",
-        "after GRPO",
-    )
-    table("held-out accuracy on sums of two numbers below 100", columns, rows)
-    for line in _last_completions(runs[0]):
-        display.line(line)
-    png = plot(runs, out / "demo.png", [f"seed {seed}" for seed in config.seeds])
-    print(f"curves: {png}\nmodel:  {runs[0] / 'model'}")
-
-
-def _last_completions(run: Path, count: int = 6) -> list[str]:
-    lines = (run / "completions.jsonl").read_bytes().split(b"\n")[:-1]  # not splitlines: a text may hold other ends
-    records = [json.loads(line) for line in (*lines[: count // 2], *lines[-count // 2 :])]
-    return [
-        f"step {r['step']:>3}: {_prompt_text(r['prompt'])} {r['completion']}  (reward {r['reward']:g})" for r in records
-    ]
-
-
-def draw(c: ReportConfig) -> None:
-    folder = Path(c.run)
-    print(f"plot:   {plot([folder], folder / 'plot.png')}\nreport: {report(folder)}")
-
-
-COMMANDS: dict[str, tuple[type, Callable]] = {
-    "demo": (DemoConfig, demo),
-    "generate": (GenerateConfig, generate),
-    "eval": (EvalConfig, evaluation),
-    "sft": (SFTConfig, sft),
-    "rft": (RFTConfig, rft),
-    "prefer": (PreferConfig, prefer),
-    "outcomes": (OutcomesConfig, outcomes),
-    "reward": (RewardConfig, reward),
-    "grpo": (GRPOConfig, grpo),
-    "ppo": (PPOConfig, ppo),
-    "report": (ReportConfig, draw),
-}
+from minirl.train import grpo, ppo
 
 
 def usage() -> str:
@@ -372,7 +80,7 @@ def _defaults(kind: type, args: Sequence[str]):
         if not (out / "config.json").exists():
             raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
         return _from_json(kind, read_json(out / "config.json"), str(out))
-    presets = {GRPOConfig: grpo_module.preset_defaults, PPOConfig: ppo_module.preset_defaults}
+    presets = {grpo.GRPOConfig: grpo.preset_defaults, ppo.PPOConfig: ppo.preset_defaults}
     preset = _value(args, "--preset") if kind in presets else None
     if preset and preset.lower() != "none":
         budget = _value(args, "--max-tokens")

@@ -18,9 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
-# A CPU's BLAS sums in another order below about 16 rows: a token's result would depend on how many others share its
-# batch, and so would the completions. From 16 rows on it is the same to the bit for most shapes.
-MIN_ROWS = 16
+from minirl.kernels.linear import at_least
 
 
 @dataclass(frozen=True)
@@ -170,11 +168,10 @@ def _yarn(frequency: torch.Tensor, s: dict, config: ModelConfig) -> tuple[torch.
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [N, in] @ weight [out, in].T + bias, on a CPU never on fewer than MIN_ROWS rows at once."""
-    rows = x.shape[0]
-    if rows < MIN_ROWS and x.device.type == "cpu":
-        return F.linear(F.pad(x, (0, 0, 0, MIN_ROWS - rows)), weight, bias)[:rows]
-    return F.linear(x, weight, bias)
+    """x [N, in] @ weight [out, in].T + bias, never on too few rows at once: a token's result, and with it a completion,
+    would depend on how many others share its batch."""
+    padded = at_least(x)
+    return F.linear(padded, weight, bias)[: len(x)] if padded is not x else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):

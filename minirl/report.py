@@ -106,9 +106,11 @@ PARTS = r"reward/(?!(?:mean|std|min|max|unscored_frac|group_std_mean)$)(.+)"
 PANELS = (
     Panel("Held-out accuracy", "of prompts", {"eval/(mean|greedy|(?:pass|maj)@.+)": r"\1"}, "share", exact=True),
     Panel("Reward", "mean of a step", {"reward/mean": "total", PARTS: r"\1"}),
-    Panel("Loss", "nats a token", {"loss": "loss"}),
+    Panel("Loss", "", {"loss": "loss"}),
     Panel("Accuracy", "of pairs", {"accuracy": "training", "eval/accuracy": "held-out"}, "share"),
+    Panel("Reward model", "right above wrong", {"reward_model/accuracy": "fresh pairs"}, "share"),
     Panel("KL", "nats a token", {"kl_ref/k3": "to the reference", "kl_old/k3": "to the policy before"}, steady=False),
+    Panel("Weight of the KL", "", {"beta": "weight"}, exact=True, steady=False),
     Panel("Entropy", "nats a token", {"entropy": "entropy"}),
     Panel("Completion length", "tokens", {"len/mean": "mean", "len/p95": "95th percentile"}),
     Panel("Truncated", "of completions", {"truncated_frac": "truncated"}, "share"),
@@ -164,7 +166,8 @@ def _draw_panel(axes: Axes, panel: Panel, lines: dict[str, str], runs: Sequence[
         for i, records in enumerate(runs):
             look = {"color": COLOURS[i % len(COLOURS)] if several else colour, "ls": style}
             steps, values = series(records, name)
-            mean = width > 1 and len(values) > 0 and not panel.exact
+            sparse = panel.exact or name.startswith("eval/")  # neighbours are many steps apart
+            mean = width > 1 and len(values) > 0 and not sparse
             if mean:
                 axes.plot(steps, values, lw=0.6, alpha=0.15 if several else 0.3, **look)
             look |= {"marker": "o", "ms": 2.5, "clip_on": False} if panel.exact and panel.scale == "share" else {}
@@ -296,7 +299,9 @@ def _headline(records: Records) -> str:
     """Held-out accuracy before and after, and what it was measured on."""
     steps, values = series(records, "eval/mean")
     if not len(steps):
-        return f"{records[-1]['step']} steps"
+        steps, values = series(records, "eval/accuracy")
+        found = f": held-out pairs in the right order {values[0]:.1%} → {values[-1]:.1%}" if len(steps) else ""
+        return f"{records[-1]['step']} steps{found}"
     latest = {name: value for record in records for name, value in record.items()}
     measured = f"mean of {latest.get('eval/samples')} samples for each of {latest.get('eval/prompts')} prompts"
     return f"held-out accuracy {values[0]:.1%} → {values[-1]:.1%} at step {steps[-1]} ({measured})"

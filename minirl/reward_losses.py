@@ -14,15 +14,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from minirl.preferences import ranked_pairs
+
 Pair = tuple[int, int, float]  # index of the better one, of the worse one, weight
 
 
-def ranked_pairs(scores: Sequence[float]) -> list[Pair]:
-    """All pairs of a ranked list of K with the better one first, each of weight 1/C(K,2) (InstructGPT 2203.02155,
-    eq. 1); ties are dropped."""
-    weight = 1 / max(math.comb(len(scores), 2), 1)
-    indices = range(len(scores))
-    return [(i, j, weight) for i in indices for j in indices if scores[i] > scores[j]]
+def weighted_pairs(scores: Sequence[float]) -> list[Pair]:
+    """The `ranked_pairs` of a list of K, each of weight 1/C(K,2) (InstructGPT 2203.02155, eq. 1)."""
+    return [(better, worse, 1 / math.comb(len(scores), 2)) for better, worse in ranked_pairs(scores)]
 
 
 def pairwise_loss(

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ALPHABET, tiny_checkpoint
 
-from minirl import cli, display
+from minirl import cli, commands, display
 from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
 from minirl.train import run as run_module
@@ -128,7 +128,7 @@ def grpo(*args: str, task: str = TASK) -> list[str]:
 
 def trained(*args: str) -> None:
     """A whole run, without its plot."""
-    cli.train_grpo(cli.parse("grpo", grpo(*args)[1:]))
+    commands.train_grpo(cli.parse("grpo", grpo(*args)[1:]))
 
 
 def sft(*args: str) -> list[str]:
@@ -524,7 +524,7 @@ def test_a_changed_data_file_is_refused(command, complaint):
     line = '{"prompt": "%d+2=", "answer": "3", "completion": "3"}\n'
     Path("data.jsonl").write_text("".join(line % i for i in range(4)))
     args = grpo("--steps", "1", task="data.jsonl") if command == "grpo" else sft("--steps", "1")
-    getattr(cli, f"train_{command}")(cli.parse(command, args[1:]))
+    getattr(commands, f"train_{command}")(cli.parse(command, args[1:]))
     Path("data.jsonl").write_text("".join(line % i for i in range(5)))
     assert "the data of the run in run has changed" in complaint(command, "--resume", "--out", "run")
     said = complaint(command, "--resume", "--out", "run", "--lr", "0.5")
@@ -605,7 +605,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(full, folder, capsys, monkeypa
     assert "earlier checkpoints are intact" in said
     (left,) = (folder / "run" / "checkpoints").iterdir()  # nothing hidden beside it either
     assert left.name == "step-000002"
-    cli.train_grpo(cli.parse("grpo", ["--resume", "--out", "run"]))
+    commands.train_grpo(cli.parse("grpo", ["--resume", "--out", "run"]))
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4]
 

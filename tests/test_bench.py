@@ -12,8 +12,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import kernel_suite, measure, operations, targets  # noqa: E402
+from bench import kernel_suite, learning, measure, operations, steps, targets  # noqa: E402
 from bench.compiled import load_width  # noqa: E402
+from minirl import cli  # noqa: E402
+from minirl.losses import PRESETS  # noqa: E402
+from minirl.train.grpo import GRPOConfig  # noqa: E402
 
 CPU = torch.device("cpu")
 SHAPE = operations.Shape(64, 300, 12, 4)
@@ -158,3 +161,81 @@ def test_what_cannot_run_is_said_in_a_sentence(tmp_path):
     done = bench("sampler", "--device", "cpu", "--model", str(tmp_path), "--out", str(tmp_path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "holds no checkpoint: make one" in done.stderr or "pip install" in done.stderr
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+def test_every_preset_and_every_command_that_trains_is_a_row():
+    commands = [row.command.split() for row in learning.METHODS.values()]
+    presets = {words[words.index("--preset") + 1] for words in commands if "--preset" in words}
+    assert presets == set(PRESETS)
+    assert {words[0] for words in commands} == {"grpo", "ppo", "sft", "rft", "prefer"}
+    kinds = {words[words.index("--loss.kind") + 1] for words in commands if "--loss.kind" in words}
+    assert kinds == {"robust", "hinge", "ipo", "rrhf"}
+
+
+@pytest.mark.parametrize("name", learning.METHODS)
+def test_every_row_is_a_command_line_that_parses(name, tmp_path):
+    lab = learning.Lab(tmp_path, 1)
+    command, *words = lab.fill(3, learning.METHODS[name].command).split()
+    config = cli.parse(command, [*words, "--model", "m", "--seed", "3", "--out", "o"])
+    assert config.seed == 3 and not any("{" in word for word in words if "template=" not in word)
+    if isinstance(config, GRPOConfig):
+        assert config.steps == learning.STEPS and config.preset == words[words.index("--preset") + 1]
+
+
+def test_a_table_says_what_missed_its_gain_and_why():
+    line = {"before": [0.4, 0.4], "greedy": [0.5, 0.5], "seconds": 3.0, "memory_gb": 0.5, "why": ""}
+    fine, missed, excused = (
+        learning.cells(line | {"method": "x", "after": after, "gain": [100 * (a - 0.4) for a in after], "why": why})
+        for after, why in (([0.9, 0.7], ""), ([0.5, 0.5], ""), ([0.5, 0.5], "offline"))
+    )
+    assert fine[1:5] == ("0.400", "0.800 ± 0.141", "0.500 ± 0.000", "40.0 ± 14.1") and fine[-1] == ""
+    assert missed[-1].startswith("MISSED") and excused[-1] == "offline"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("(12,12)122", [(7, 0.5), (10, 0.0)]),
+        ("(12,11)122", [(7, 0.0), (10, 0.0)]),
+        ("(12,12)", [(7, 0.0)]),
+        ("~122", [(4, 0.0)]),
+        ("", [(0, 0.0)]),
+    ],
+)
+def test_the_working_is_worth_something_where_it_is_right(text, wanted):
+    assert steps.working(["37+85="], [text]) == [wanted]
+
+
+def test_commands_run_once_and_again_when_they_change(tmp_path, monkeypatch):
+    said = []
+
+    def fake(command, log=None, threads=None):
+        said.append(command)
+        return json.dumps({"metrics": {"eval/mean": 0.5}}), {"seconds": 1.0, "memory_gb": 0.1}
+
+    monkeypatch.setattr(learning.common, "minirl", fake)
+    lab = learning.Lab(tmp_path, 1)
+    lab.folder(0, "x").mkdir(parents=True)
+    for command in ("grpo --lr 1", "grpo --lr 1", "grpo --lr 2"):
+        (tmp_path / "seed-0" / "x").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(learning.shutil, "rmtree", lambda *a, **k: None)
+        lab.run_all([(0, "x", command)])
+    assert [words.split(" --out")[0] for words in said if words.startswith("grpo")] == ["grpo --lr 1", "grpo --lr 2"]
+    assert lab.result(0, "x")["eval/mean"] == 0.5
+
+
+def test_a_row_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def fake(command, log=None, threads=None):
+        if command.startswith("ppo"):
+            raise RuntimeError("out of luck")
+        Path(command.split("--out ")[1]).mkdir(parents=True) if "--out" in command else None
+        return json.dumps({"metrics": {"eval/mean": 0.5}}), {"seconds": 1.0, "memory_gb": 0.1}
+
+    monkeypatch.setattr(learning.common, "minirl", fake)
+    lab = learning.Lab(tmp_path, 1)
+    lab.run_all([(0, "bad", "ppo"), (0, "good", "grpo")])
+    assert lab.failed == {"bad"} and lab.result(0, "good")["eval/mean"] == 0.5
+    assert "FAILED: bad, seed 0: out of luck" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [  # from the top; a file may import from its own layer or from one below
-    {"cli", "__main__"},
+    {"cli", "commands", "__main__"},
     {"report", "display"},
     {"demo"},
     {"train"},
@@ -30,7 +30,14 @@ DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 ENGINE = {"torch", "triton", "safetensors", "tokenizers", "numpy"}
 KERNELS = {"torch", "triton"}  # the folder can be lifted out and used alone
 EXTRAS = {"tyro", "rich", "matplotlib", "jinja2", "math_verify"}
-ADAPTERS = {"minirl.cli", "minirl.report", "minirl.display", "minirl.chat_template", "minirl.rewards.math"}
+ADAPTERS = {
+    "minirl.cli",
+    "minirl.commands",
+    "minirl.report",
+    "minirl.display",
+    "minirl.chat_template",
+    "minirl.rewards.math",
+}
 LAZY = {"minirl.checkpoint": {"huggingface_hub"}}  # inside a function only: fetching a model by its hub name
 
 

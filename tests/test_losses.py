@@ -1,8 +1,10 @@
 """The policy loss against golden numbers, a scalar derivation, autograd on the papers' formulas, and its promises."""
 
+import ast
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,6 +232,23 @@ def test_end_to_end_logit_gradient_is_c_and_e_through_the_softmax():
     close(logits.grad, expected)
 
 
+def named_cases(statement: ast.stmt) -> Iterator[str]:
+    """The texts in a test that reads the golden numbers, and what its f-strings make of them."""
+    nodes = list(ast.walk(statement))
+    if {"golden", "GOLDEN"} & {node.id for node in nodes if isinstance(node, ast.Name)}:
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        yield from texts
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+                yield from ("".join(text if part is None else part for part in parts) for text in texts)
+
+
+def test_every_golden_case_is_read_by_some_test():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(__file__).parent.glob("test_*.py")]
+    assert not GOLDEN.keys() - {name for tree in trees for part in tree.body for name in named_cases(part)}
+
+
 # ---- the product of all options against two other derivations --------------------------------------------------------
 
 
@@ -301,7 +320,7 @@ def by_autograd(o, x):
     keep, n = x["mask"] > 0, x["mask"].sum(1, keepdim=True).double().clamp(min=1)
     logp, entropy = x["logp"].clone().requires_grad_(), x["entropy"].clone().requires_grad_()
     lr = (logp - x["old_logp"]).masked_fill(~keep, 0)
-    A = x["advantages"][:, None].expand_as(lr)
+    A = x["advantages"] if x["advantages"].dim() == 2 else x["advantages"][:, None].expand_as(lr)
     row = {"seq_mean": lr.sum(1, keepdim=True) / n, "seq_sum": lr.sum(1, keepdim=True)}.get(o.ratio_level, 0 * lr)
     rho = lr.exp() if o.ratio_level == "token" else (row.detach() + logp - logp.detach()).exp()
     if o.surrogate == "is_pg":
@@ -311,14 +330,32 @@ def by_autograd(o, x):
         S = -4 / tau * torch.sigmoid(tau * (rho - 1)) * A
     else:
         S = -torch.min(rho * A, rho.clamp(1 - o.eps_low, 1 + o.eps_high) * A)
-        S = torch.where(A < 0, torch.min(S, -o.dual_clip * A), S)
+        S = torch.where(A < 0, torch.min(S, -(o.dual_clip or INF) * A), S)
     d = logp - x["ref_logp"]
     k3 = (-d).exp() + d - 1
-    K = {"none": 0 * d, "k2": d**2 / 2, "k3": k3, "k3_is": lr.exp() * k3}[o.kl]
+    K = {"none": 0 * d, "k2": d**2 / 2, "k3": k3, "k3_is": lr.exp() * k3}[o.kl].clamp(max=o.kl_clamp or INF)
+    K = o.kl_coef * K + o.kl_old_coef * (lr.exp() - 1 - lr)
+    S = S * omega_by_torch(o, x, keep, n, A)
     w = aggregation_weights(x["mask"], o, Totals.of(x["mask"], x["group_ids"]), x["group_ids"], torch.float64)
-    loss = (w * (S + o.kl_coef * K - o.entropy_coef * entropy)).sum()
+    loss = (w * (S + K - o.entropy_coef * entropy)).sum()
     loss.backward()
     return loss.detach(), logp.grad, torch.zeros_like(entropy) if entropy.grad is None else entropy.grad
+
+
+def omega_by_torch(o, x, keep, n, A):
+    """Importance weight × off-policy sequence mask (2512.02556 §3.1) × the tokens of highest entropy, as constants."""
+    level, _, mode = o.importance.partition("_")
+    lr = (x["old_logp"] - x["rollout_logp"]).masked_fill(~keep, 0)
+    log_u = {"token": lr, "seq": lr.sum(1, keepdim=True), "geo": lr.sum(1, keepdim=True) / n}.get(level, 0 * lr)
+    u = log_u.exp().expand_as(A)
+    inside = (o.importance_floor <= u) & (u <= o.importance_cap)
+    omega = {"": torch.ones_like(A), "truncate": u.clamp(max=o.importance_cap), "mask": u * inside}[mode]
+    if o.opsm_delta is not None:
+        drift = (x["rollout_logp"] - x["logp"]).masked_fill(~keep, 0).sum(1, keepdim=True) / n
+        omega = omega * ~((A < 0) & (drift > o.opsm_delta))
+    if o.entropy_quantile is not None:
+        omega = omega * (x["entropy"] >= x["entropy"][keep].quantile(1 - o.entropy_quantile))
+    return omega
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -335,11 +372,38 @@ def test_loss_and_gradient_equal_the_closed_form_and_autograd(surrogate, level, 
         close(loss, hand, 1e-12)
         close(c, hand_c, 1e-12)
         close(e, hand_e, 1e-12)
-        if importance == "none":
-            theirs, their_c, their_e = by_autograd(o, x)
-            close(loss, theirs, 1e-12)
-            close(c, their_c, 1e-12)
-            close(e, their_e, 1e-12)
+        theirs, their_c, their_e = by_autograd(o, x)
+        close(loss, theirs, 1e-12)
+        close(c, their_c, 1e-12)
+        close(e, their_e, 1e-12)
+
+
+FURTHER = {
+    "no clip": {"eps_low": INF, "eps_high": INF, "dual_clip": None},
+    "penalty to the old policy": {"kl_old_coef": 0.5},
+    "clamped KL": {"kl_clamp": 0.05},
+    "off-policy sequence mask": {"opsm_delta": 0.05},
+    "top entropy": {"entropy_quantile": 0.4},
+}
+
+
+@pytest.mark.parametrize("of_tokens", [False, True])
+@pytest.mark.parametrize("kl", ["none", "k3"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", FURTHER)
+def test_loss_and_gradient_under_every_further_option_are_those_of_autograd(name, level, kl, of_tokens):
+    x = batch(seed=26, rows=8)
+    if of_tokens:
+        x["advantages"] = torch.randn(8, 6, generator=torch.Generator().manual_seed(27), dtype=torch.float64)
+    moved = False
+    for surrogate, importance in itertools.product(SURROGATE_OPTIONS, ("none", "seq_mask")):
+        plain = options(surrogate, level, kl, "seq_mean", importance, entropy_coef=0.03)
+        o = replace(plain, **FURTHER[name])
+        found, wanted = run(o, x), by_autograd(o, x)
+        for ours, theirs in zip((found[0], found[2], found[3]), wanted, strict=True):
+            close(ours, theirs, 1e-12)
+        moved = moved or not found[2].equal(run(plain, x)[2])
+    assert moved == ((name, kl) != ("clamped KL", "none") and (name, level) != ("no clip", "none"))
 
 
 @pytest.mark.parametrize("kl", KLS)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from test_train import SMALL, TASK, Quiet, check_close, has_seven, records, sevens
-from tiny import hidden_states, randomise, tiny_checkpoint
+from tiny import hidden_states, randomise, tiny_checkpoint, tiny_model
 
+from minirl.checkpoint import load_model
 from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss
-from minirl.model import Transformer
+from minirl.model import ScalarHead, Transformer
 from minirl.tasks import Task
 from minirl.train.policy import step_line
 from minirl.train.ppo import PPO, PPOConfig, preset_defaults, runnable_presets, train_ppo
@@ -309,3 +310,37 @@ def test_a_lost_head_is_named(checkpoint, tmp_path):
     head.write_bytes(head.read_bytes()[:-3])
     with pytest.raises(InputError, match=r"head.safetensors is truncated or missing .*: remove .*step-000001 to"):
         PPO(config, Run(tmp_path, {}, resume=True), Quiet(), TASK)
+
+
+# --- a critic that starts from another checkpoint --------------------------------------------------------------------
+
+
+@pytest.fixture
+def judge(checkpoint, tmp_path) -> Path:
+    """A reward model."""
+    model = load_model(checkpoint, scalar_head=ScalarHead("linear", "pairwise", bias=0.3))
+    randomise(model, seed=9).save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+def test_a_critic_can_start_from_a_reward_model_with_its_head(judge, make, checkpoint, tmp_path):
+    config = PPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), critic_from=str(judge), **QUICK)
+    critic = PPO(config, Run(tmp_path / "run", {}), Quiet(), TASK).critic
+    wanted = bits(load_model(judge, scalar_head=True))
+    assert all(same(critic.trunk, wanted)) and wanted["score.weight"].any()
+    assert not any(same(critic.trunk, bits(make().critic.trunk)))
+
+
+def test_a_critic_that_does_not_fit_is_refused(judge, checkpoint, tmp_path):
+    def start(source: Path):
+        config = PPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), critic_from=str(source), **QUICK)
+        return PPO(config, Run(tmp_path / "run", {}), Quiet(), TASK)
+
+    load_model(checkpoint, scalar_head=ScalarHead("mlp")).initialise_score(0).save_pretrained(tmp_path / "mlp")
+    with pytest.raises(InputError, match="has a head of kind mlp, not linear"):
+        start(tmp_path / "mlp")
+    tiny_model(vocab_size=11, width=32, layers=1, heads=4, head_dim=8).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="has a vocabulary of 11 and the policy one of"):
+        start(tmp_path / "other")
+    with pytest.raises(InputError, match="critic_from is where a critic of its own starts"):
+        PPOConfig(model=str(checkpoint), critic="shared", critic_from=str(judge))

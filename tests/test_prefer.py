@@ -3,6 +3,7 @@ that were stopped."""
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from itertools import count
@@ -13,7 +14,7 @@ import torch
 from test_resume import check_same
 from tiny import ALPHABET, full_logits, tiny_checkpoint
 
-from minirl import cli, display
+from minirl import cli, commands, display
 from minirl.errors import InputError
 from minirl.preferences import PreferenceLoss
 from minirl.sampler import Sampler
@@ -147,6 +148,18 @@ def test_the_commands_print_what_they_wrote_and_report_draws_it(model, folder, c
     page = Path("run/report.html").read_text()
     assert all(word in page for word in ("Accuracy", "held-out", "chosen", "rejected"))
     cli.main(["report", "--run", "run"])
+
+
+def test_fine_tuning_prints_and_draws_what_it_wrote_too(model, folder, capsys):
+    sampling = f"--task {task()} --prompts 12 --samples 12 --max-tokens 20 --temperature 1"
+    cli.main(f"rft --model {model} {sampling} --out run --steps 2".split())
+    out, err = capsys.readouterr()
+    assert re.search(r"^kept \d+ completions of 12 prompts in run/kept.jsonl: ", out, re.MULTILINE) and err == ""
+    assert out.endswith("model:  run/model\nplot:   run/plot.png\nreport: run/report.html\n")
+    cli.main(f"sft --model {model} --data run/kept.jsonl --out own --steps 2".split())
+    assert capsys.readouterr().out.endswith("model:  own/model\nplot:   own/plot.png\nreport: own/report.html\n")
+    for page in ("run/report.html", "own/report.html"):
+        assert "Loss" in Path(page).read_text()
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -348,8 +361,8 @@ def test_ctrl_c_saves_and_the_command_goes_on_from_there(kind, model, folder, mo
         with pytest.raises(KeyboardInterrupt):
             run_of(kind, model, "run")
     assert sorted(p.name for p in Path("run/checkpoints").iterdir()) == ["step-000002", "step-000003"]
-    monkeypatch.setattr(cli, "plot", lambda *args: None)
-    monkeypatch.setattr(cli, "report", lambda *args: None)
+    monkeypatch.setattr(commands, "plot", lambda *args: None)
+    monkeypatch.setattr(commands, "report", lambda *args: None)
     cli.main([kind, "--resume", "--out", "run"])
     check_same(Path("run"), Path("whole"))
 

@@ -375,3 +375,32 @@ def test_broken_completions_are_named(tmp_path):
     with pytest.raises(InputError, match=r"completions\.jsonl, line 1"):
         report(folder)
     assert not (folder / "report.html").exists()
+
+
+def preference_run(steps: int = 60) -> list[dict]:
+    """Loss and accuracy of each step; held-out accuracy before and at every twentieth."""
+    lines = [{"step": 0, "eval/accuracy": 0.5}]
+    for step in range(1, steps + 1):
+        held = {"eval/accuracy": 0.5 + 0.4 * step / steps} if step % 20 == 0 else {}
+        lines.append({"step": step, "loss": 0.7 - step / 200, "accuracy": 0.5 + step / 200, **held})
+    return lines
+
+
+def test_held_out_points_are_drawn_as_they_are_beside_a_smoothed_line():
+    records = preference_run()
+    accuracy = panels(draw([records], ["x"]))["Accuracy"]
+    drawn = [line.get_ydata().tolist() for line in accuracy.lines]
+    assert series(records, "eval/accuracy")[1].tolist() in drawn
+    assert len(drawn) == 3  # of training each step and their mean
+
+
+def test_the_headline_of_a_run_on_pairs_is_their_order(tmp_path):
+    text = report(write(tmp_path / "run", preference_run())).read_text(encoding="utf-8")
+    assert "60 steps: held-out pairs in the right order 50.0% → 90.0%" in text
+
+
+def test_a_reward_model_and_a_moving_weight_have_their_panels():
+    records = run_of()
+    for record in records:
+        record |= {"reward_model/accuracy": 1 - record["step"] / 200, "beta": 0.1 + record["step"] / 1000}
+    assert {"Reward model", "Weight of the KL"} <= panels(draw([records], ["x"])).keys()

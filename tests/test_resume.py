@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 
-from minirl import cli
+from minirl import cli, commands
 from minirl.checkpoint import load_model
 from minirl.model import ScalarHead
 from minirl.train.run import TIMED, Run, _truncate
@@ -113,7 +113,7 @@ class Lab:
 def command(args: list[str], log: str, fate: tuple | None) -> None:
     """The body of a process. `fate` is (signal, "module:function", n): it comes with the n-th call of the function."""
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - until the process ends
-    cli.plot = cli.report = lambda *args: None  # slow, and no part of what is resumed
+    commands.plot = commands.report = lambda *args: None  # slow, and no part of what is resumed
     if fate:
         number, (module, _, path) = fate[0], fate[1].partition(":")
         *owners, name = path.split(".")
@@ -386,7 +386,7 @@ def test_numbers_that_json_does_not_have_become_null(tmp_path):
 
 def test_completions_of_the_demo_are_read_line_by_line(tmp_path):
     finished(tmp_path, steps=4)
-    assert [line.partition(":")[0] for line in cli._last_completions(tmp_path, 4)] == [
+    assert [line.partition(":")[0] for line in commands._last_completions(tmp_path, 4)] == [
         f"step   {i}" for i in range(1, 5)
     ]
 

@@ -23,9 +23,9 @@ from minirl.reward_losses import (
     pairwise_loss,
     pointwise_loss,
     process_loss,
-    ranked_pairs,
     ranking_accuracy,
     score_stats,
+    weighted_pairs,
 )
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
@@ -72,6 +72,18 @@ def test_labels_have_the_golden_loss_and_gradient():
     close(pointwise_loss(pred, target).item(), case["expected"]["mse"])
     close(gradients(lambda r: pointwise_loss(r, target), pred)[0], case["expected"]["dpred"])
     close(bce_loss(pred, (target + 1) / 2).item(), case["expected"]["bce_on_01"])
+
+
+def test_steps_have_the_loss_and_gradient_worked_out_by_hand():
+    # Two solutions of three and two steps; σ of the logits is 3/4, 1/2, 1/10 and 4/5, and the second step has no label.
+    logits = f64([[math.log(3), 0.0, -math.log(9)], [math.log(4), 0.0, 0.0]])
+    labels, mask = f64([[1, 0, 1], [0, 0.5, 0]]), f64([[1, 0, 1], [1, 1, 0]])
+    # −ln 3/4, −ln 1/10, −ln 1/5, and ln 2 where the label is a half: the mean over four steps, not over two solutions
+    wanted = math.log(4 / 3 * 10 * 5 * 2) / 4
+    assert wanted == pytest.approx(1.2232131, abs=1e-7)
+    close(process_loss(logits, labels, mask).item(), wanted)
+    grad = gradients(lambda s: process_loss(s, labels, mask), logits)[0]
+    close(grad, [[-0.25 / 4, 0.0, -0.9 / 4], [0.8 / 4, 0.0, 0.0]])
 
 
 # --- gradients on paper ----------------------------------------------------------------------------------------------
@@ -170,7 +182,7 @@ def test_centring_pulls_the_level_down_and_leaves_the_gap_alone():
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=6), st.integers(0, 99))
 def test_a_ranked_list_is_the_mean_of_its_pairs_and_ties_are_dropped(ranks, seed):
     k, r = len(ranks), normal(len(ranks), seed=seed)
-    pairs = ranked_pairs(ranks)
+    pairs = weighted_pairs(ranks)
     by_hand = [(i, j) if ranks[i] > ranks[j] else (j, i) for i, j in combinations(range(k), 2) if ranks[i] != ranks[j]]
     assert sorted((i, j) for i, j, _ in pairs) == sorted(by_hand)
     assert {weight for *_, weight in pairs} <= {1 / math.comb(k, 2)}
@@ -181,10 +193,10 @@ def test_a_ranked_list_is_the_mean_of_its_pairs_and_ties_are_dropped(ranks, seed
 
 
 def test_lists_of_all_lengths_weigh_the_same():
-    long, short = ranked_pairs([3, 2, 1, 0, 5]), ranked_pairs([0, 1])
+    long, short = weighted_pairs([3, 2, 1, 0, 5]), weighted_pairs([0, 1])
     assert (len(long), len(short)) == (10, 1)
     close(sum(w for *_, w in long), sum(w for *_, w in short))
-    assert ranked_pairs([2, 2, 2]) == [] and ranked_pairs([1.0]) == []
+    assert weighted_pairs([2, 2, 2]) == [] and weighted_pairs([1.0]) == []
 
 
 @given(st.integers(1, 9), st.integers(0, 99))

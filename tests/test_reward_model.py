@@ -20,7 +20,7 @@ from minirl.checkpoint import load_model, save_model
 from minirl.errors import InputError
 from minirl.model import ScalarHead, Transformer
 from minirl.reward_losses import bce_loss, pairwise_loss, pointwise_loss
-from minirl.rewards import load_reward
+from minirl.rewards import load_reward, score
 from minirl.rewards.model import LAST, RewardModel, Tree, micro_batches, read, read_all, spelled_tokens, step_ends
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
@@ -473,6 +473,15 @@ def test_the_mean_score_of_the_reference_is_taken_away(trained, checkpoint, tmp_
     assert sum(judge(["1+2=", "4="], ["03", ""])) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_timeout_does_not_take_a_model_to_another_process(trained, monkeypatch):
+    judge, prompts, texts = RewardModel.from_pretrained(trained[0] / "model"), ["1+2=", "4="], ["03", ""]
+    wanted = judge(prompts, texts)
+    monkeypatch.setattr("minirl.rewards.scoring.map_with_timeout", None)
+    assert score({"judge": (1.0, judge)}, prompts, texts, {}, timeout=1e-9)[0] == wanted
+    with pytest.raises(TypeError):
+        score({"other": (1.0, lambda **k: [0.0, 0.0])}, prompts, texts, {}, timeout=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["pointwise", "bce", "process"])
 def test_every_kind_learns_and_scores(kind, checkpoint, tmp_path):
     data = write(tmp_path / "lines.jsonl", sums(kind, 600, 5))
@@ -649,7 +658,8 @@ def test_a_rule_becomes_data_data_a_model_and_the_model_a_reward(checkpoint, tmp
     assert cut and all(len(line["completion_tokens"]) == 4 for line in cut)
     for kind, data in (("bce", "data/labels.jsonl"), ("pairwise", "data/pairs.jsonl")):
         cli.main(f"reward --model {checkpoint} --data {data} --kind {kind} --out {kind} --steps 2".split())
-        assert re.search(rf"^model: {kind}/model\nplot:  {kind}/plot.png$", capsys.readouterr().out, re.MULTILINE)
+        written = f"model:  {kind}/model\nplot:   {kind}/plot.png\nreport: {kind}/report.html\n"
+        assert capsys.readouterr().out.endswith(written) and "Accuracy" in Path(kind, "report.html").read_text()
     run = "--steps 1 --prompts 2 --group 4 --eval-prompts 2 --eval-samples 2 --shown 0 --out grpo"
     cli.main(f"grpo {sampling} {run} --rewards model:bce/model=1.0 model:pairwise/model=0.5".split())
     record = records(Path("grpo"))[-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import EXAMPLES, SMALL, TASK, Quiet, check_close, has_seven, records, taken_by
-from tiny import tiny_checkpoint
+from tiny import tiny_checkpoint, tiny_config
 
 from minirl.errors import InputError
 from minirl.losses import PolicyLoss
@@ -154,13 +154,14 @@ def test_prompts_with_too_few_completions_and_long_completions_are_left_out_and_
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     lines = [*triples(3), {"prompt": "1+1=", "completion": "2", "reward": 1}]
     lines += [{"prompt": "0+0=", "completion": "9" * 40, "reward": 0}]
-    stored = Stored(read_triples(write(lines)), "x.jsonl", tokenizer, 3, 0, 32)
+    read, model = read_triples(write(lines)), tiny_config(vocab_size=tokenizer.vocab_size, max_positions=32)
+    stored = Stored(read, tokenizer, model, 3, 0)
     assert stored.summary == (
         "18 stored completions of 3 prompts; prompts with fewer than 3, left out: 1; "
         "completions that are too long, left out: 1"
     )
-    with pytest.raises(InputError, match=r"x.jsonl: none of its 4 prompts has 7 completions of at most 32 tokens"):
-        Stored(read_triples(write(lines)), "x.jsonl", tokenizer, 7, 0, 32)
+    with pytest.raises(InputError, match="none of the 4 stored prompts has 7 completions of at most 32 tokens"):
+        Stored(read, tokenizer, model, 7, 0)
 
 
 GOOD = {"prompt": "1+1=", "completion": "2", "reward": 1}
@@ -169,14 +170,14 @@ GOOD = {"prompt": "1+1=", "completion": "2", "reward": 1}
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ([{"reward": "1"}], "example 1: its 'reward' must be a finite number"),
-        ([{"reward": True}], "example 1: its 'reward' must be a finite number"),
-        ([{"reward": math.nan}], "example 1: its 'reward' must be a finite number"),
+        ([{"reward": "1"}], "line 1: its 'reward' must be a finite number"),
+        ([{"reward": True}], "line 1: its 'reward' must be a finite number"),
+        ([{"reward": math.nan}], "line 1: its 'reward' must be a finite number"),
         (
             [{}, {"completion_tokens": [1], "logprobs": [0.5]}],
-            "example 2: some lines have 'logprobs' and some",
+            "line 2: some lines have 'logprobs' and some",
         ),
-        ([{"logprobs": [-0.5]}], "example 1: its 'logprobs' must be a number for each of its 'completion_tokens'"),
+        ([{"logprobs": [-0.5]}], "line 1: its 'logprobs' must be a number for each of its 'completion_tokens'"),
         ([{"completion_tokens": [1, 2], "logprobs": [-0.5]}], "must be a number for each"),
         ([{"completion_tokens": [1], "logprobs": ["a"]}], "must be a number for each"),
     ],
@@ -187,14 +188,20 @@ def test_a_broken_line_is_named(changes, sentence, write):
 
 
 def test_a_line_without_a_reward_column_is_named(write):
-    with pytest.raises(InputError, match="example 2: its 'reward' must be a finite number, or null"):
+    with pytest.raises(InputError, match="line 2: its 'reward' must be a finite number, or null"):
         read_triples(write([GOOD, {"prompt": "1", "completion": "2"}]))
 
 
 def test_tokens_of_another_tokenizer_are_refused(checkpoint, write):
     lines = read_triples(write([GOOD | {"completion_tokens": [1, 2, 3]}]))
     with pytest.raises(InputError, match="its tokens spell"):
-        Stored(lines, "x.jsonl", Tokenizer.from_pretrained(checkpoint), 1, 0, 32)
+        Stored(lines, Tokenizer.from_pretrained(checkpoint), tiny_config(), 1, 0)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(checkpoint, write):
+    lines = read_triples(write([GOOD]))
+    with pytest.raises(InputError, match=r"line 1 holds token [0-9]+, outside the model's vocabulary of 2"):
+        Stored(lines, Tokenizer.from_pretrained(checkpoint), tiny_config(vocab_size=2), 1, 0)
 
 
 @pytest.mark.parametrize("other", [{"rewards": ("format=1",)}, {"overlong_cache": 2}])

@@ -24,9 +24,9 @@ def score(
 
     A completion that one of the rewards cannot score has the total NaN. With `timeout` each completion is scored by
     itself in a child process, at most that many seconds each; one that takes longer is an error, or unscorable with
-    on_timeout="nan", and also with a function, which is told the reward's name and the completion's index. InputError
-    names the reward and the completion when a reward raises or returns anything but one finite number, NaN or None a
-    completion.
+    on_timeout="nan", and also with a function, which is told the reward's name and the completion's index. A reward
+    with a true attribute `in_process` has no child: a model is slow to copy and cannot hang. InputError names the
+    reward and the completion when a reward raises or returns anything but one finite number, NaN or None a completion.
 
     With `on_steps` a reward may also return for a completion the rewards of its steps: a list with a number for each of
     its lines, or (end, reward) pairs with rising ends, in characters of the completion. They count as their sum, and
@@ -43,7 +43,7 @@ def score(
     for name, (weight, function) in rewards.items():
         if not _is_number(weight) or not math.isfinite(weight):
             raise InputError(f"reward {name!r}: its weight must be a finite number, not {weight!r}.")
-        if timeout is None:
+        if timeout is None or getattr(function, "in_process", False):
             values = _call(name, function, batch)
         else:
             values = _call_each(name, function, batch, timeout, on_timeout)

@@ -11,7 +11,7 @@ from minirl.rewards.numbers import whole_number
 from minirl.rewards.registry import load_reward
 from minirl.rewards.rules import Reward
 from minirl.tasks.arithmetic import last_number_text
-from minirl.tasks.split import problem_hash
+from minirl.tasks.split import prompt_key, split_by_problem
 from minirl.tasks.task import Task
 
 
@@ -45,7 +45,9 @@ def jsonl(
     columns = {"prompt": prompt_column, "answer": answer_column}
     examples = read_examples(Path(path), columns, chat, limit)
     if heldout_path is None:
-        train, heldout = _split(examples, 0.1 if heldout_fraction is None else heldout_fraction, seed)
+        share = 0.1 if heldout_fraction is None else heldout_fraction
+        refusal = "jsonl: one prompt cannot be split: add more, or set heldout_fraction=0 or a heldout_path."
+        train, heldout = split_by_problem(examples, prompt_key, share, seed, refusal)
     else:
         train, heldout = examples, read_examples(Path(heldout_path), columns, chat)
         _warn_of_overlap(train, heldout, heldout_path)
@@ -114,26 +116,10 @@ def _text(text: str, where: str, column: str) -> str:
     return text
 
 
-def _split(examples: list[dict], fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """A seeded share of the distinct prompts is held out, each with all its lines; at least one if the fraction is not
-    0.
-    """
-    prompts = sorted({_key(example) for example in examples}, key=lambda prompt: problem_hash(seed, prompt))
-    if fraction > 0 and len(prompts) == 1:
-        raise InputError("jsonl: one prompt cannot be split: add more, or set heldout_fraction=0 or a heldout_path.")
-    held = set(prompts[: max(1, round(fraction * len(prompts)))] if fraction > 0 else [])
-    train = [example for example in examples if _key(example) not in held]
-    return train, [example for example in examples if _key(example) in held]
-
-
 def _warn_of_overlap(train: list[dict], heldout: list[dict], heldout_path: str) -> None:
-    shared = {_key(example) for example in train} & {_key(example) for example in heldout}
+    shared = set(map(prompt_key, train)) & set(map(prompt_key, heldout))
     if shared:
         warnings.warn(f"{heldout_path}: {len(shared)} of its prompts are in the training file too.", stacklevel=3)
-
-
-def _key(example: dict) -> str:
-    return json.dumps(example["prompt"], sort_keys=True)
 
 
 def _fill(examples: list[dict]) -> None:

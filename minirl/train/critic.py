@@ -16,7 +16,7 @@ from torch import nn
 from minirl.checkpoint import load_model
 from minirl.errors import InputError
 from minirl.losses import Totals, combine_metrics, value_loss
-from minirl.model import Transformer
+from minirl.model import ScalarHead, Transformer
 from minirl.train.batch import MicroBatch, Row, micro_batches
 from minirl.train.optimizer import AdamW
 from minirl.train.step import Batch
@@ -37,13 +37,19 @@ class Critic:
         """
         self.own, self.clip, self.coef = source is not None, clip, 1.0 if source is not None else coef
         if self.own:
-            self.trunk = load_model(source, policy.dtype, policy.device, scalar_head=True)
+            self.trunk = load_model(source, policy.dtype, policy.device, scalar_head=ScalarHead())
+            self._refuse_another_vocabulary(policy, source)
             self.trunk.checkpointing = policy.checkpointing
             self.head = self.trunk.score
         else:
             self.trunk, self.head = policy, nn.Linear(policy.config.width, 1, bias=False, device=policy.device)
             nn.init.zeros_(self.head.weight)
         self.optimizer = AdamW(self.trunk if self.own else self.head, weight_decay=weight_decay)
+
+    def _refuse_another_vocabulary(self, policy: Transformer, source: str | Path) -> None:
+        own, wanted = self.trunk.config.vocab_size, policy.config.vocab_size
+        if own != wanted:
+            raise InputError(f"{source} has a vocabulary of {own} and the policy one of {wanted}: they must read alike")
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, D] -> fp32 values [M]."""

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from minirl.errors import InputError
-from minirl.reward_losses import label_metrics, ranked_pairs
+from minirl.reward_losses import label_metrics, weighted_pairs
 from minirl.rewards.model import LAST, RewardModel, Tree, read_all
 from minirl.rollout import Rollout
 from minirl.train.optimizer import AdamW
@@ -113,7 +113,7 @@ class OnlineReward:
             found = {tuple(rollout.completions[i].tokens): float(labels[i] == 1) for i in known}
             responses, truth = tuple(found), list(found.values())
             if self.reward.model.head.kind == "pairwise":
-                pairs = tuple(ranked_pairs(truth))
+                pairs = tuple(weighted_pairs(truth))
                 if pairs:  # weighted so that a prompt counts once
                     tree = Tree(tuple(prompt), responses, ((LAST,),) * len(responses))
                     lines.append(Line(tree, (1 / len(pairs),) * len(pairs), pairs))

@@ -95,7 +95,7 @@ class PolicyTrainer:
 
     def _load_stored(self, lines: Sequence[dict]) -> Stored:
         c = self.config
-        stored = Stored(lines, c.data, self.tokenizer, c.group, c.seed, self.model.config.max_positions)
+        stored = Stored(lines, self.tokenizer, self.model.config, c.group, c.seed)
         self.display.line(stored.summary)
         return stored
 
@@ -354,8 +354,9 @@ def step_line(step: int, steps: int, m: dict) -> str:
     held = f"  held-out {shown('eval/mean', '.3f')} (greedy {shown('eval/greedy', '.3f')})" if "eval/mean" in m else ""
     kl = "kl_ref/k3" if "kl_ref/k3" in m else "kl_old/k3"
     critic = f"critic {shown('value/explained_var', '.2f')}" if "value/mean" in m else ""
+    judge = f"judge {shown('reward_model/accuracy', '.2f')}  " if "reward_model/accuracy" in m else ""
     return (
-        f"step {step}/{steps}  reward {shown('reward/mean', '.3f')}{held}  kl {shown(kl, '.4f')}  "
+        f"step {step}/{steps}  reward {shown('reward/mean', '.3f')}{held}  {judge}kl {shown(kl, '.4f')}  "
         f"entropy {shown('entropy', '.3f')}  {critic or 'signal ' + shown('group/signal_frac', '.2f')}  "
         f"clip {shown('clip/frac', '.3f')}  "
         f"mismatch {shown('mismatch/abs_mean', '.1e')}  len {m['len/mean']:.1f}  "
@@ -371,7 +372,8 @@ def train_policy(
     display = display or Display()
     task = task or parse_task(config.task)
     stored = read_triples(config.data) if config.data else []
-    run = Run(config.out, identity(config, [task.train, task.heldout, *([stored] if stored else [])]), config.resume)
+    hashed = [{k: v for k, v in line.items() if k != "where"} for line in stored]
+    run = Run(config.out, identity(config, [task.train, task.heldout, *([hashed] if stored else [])]), config.resume)
     trainer = kind(config, run, display, task, stored)
     if run.start == 0:
         before = trainer.evaluate(require_score=True)

@@ -44,6 +44,9 @@ class PPOConfig(PolicyConfig):
     critic: Literal["own", "shared"] = "own"
     """A model of its own that starts from the policy's checkpoint, or a head on the policy's trunk, which then learns
     from both losses: half the memory."""
+    critic_from: str | None = None
+    """critic=own: another checkpoint to start from, for instance a reward model with a linear head, which is kept
+    (InstructGPT). None: the policy's, with a head of zeros."""
     critic_lr: float = 1e-5
     """Peak learning rate of the critic; warm-up and schedule are the policy's."""
     critic_warmup: int = 0
@@ -73,6 +76,10 @@ class PPOConfig(PolicyConfig):
                 f"critic_warmup = {self.critic_warmup}: there are only {self.steps} steps, so the policy would stay",
             ),
             (
+                self.critic == "own" or self.critic_from is None,
+                "critic_from is where a critic of its own starts: leave it away, or take critic = own",
+            ),
+            (
                 self.truncation != "penalty" or not self.bootstrap_truncated,
                 "bootstrap_truncated lets a cut completion go on, truncation = penalty punishes it: choose one",
             ),
@@ -98,7 +105,7 @@ class PPO(PolicyTrainer):
     def __init__(self, config: PPOConfig, run: Run, display: Display, task: Task, stored: Sequence[dict] = ()):
         super().__init__(config, run, display, task, stored)
         saved = run.checkpoint / "critic" if run.checkpoint else None
-        source = (saved or config.model) if config.critic == "own" else None
+        source = (saved or config.critic_from or config.model) if config.critic == "own" else None
         self.critic = Critic(self.model, source, config.value_clip, config.value_coef, config.weight_decay)
         if saved:
             if config.critic == "shared":

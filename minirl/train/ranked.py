@@ -10,7 +10,7 @@ from minirl.errors import InputError
 from minirl.preferences import ranked_pairs
 from minirl.rewards.model import spelled_tokens
 from minirl.tasks.jsonl import read_examples
-from minirl.tasks.split import problem_hash
+from minirl.tasks.split import split_by_problem
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, micro_batches
 from minirl.train.sft import prompt_tokens
@@ -95,14 +95,8 @@ def ranked_lists(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int
 def held_out(lists: Sequence[Ranked], share: float, seed: int) -> tuple[list[Ranked], list[Ranked]]:
     """(training, held out): a seeded share of the distinct prompts, each with all its lists; at least one of them if
     the share is not 0."""
-    prompts = sorted({tuple(item.rows[0].prompt) for item in lists}, key=lambda prompt: problem_hash(seed, prompt))
-    if share and len(prompts) == 1:
-        raise InputError("one prompt cannot be both trained on and held out: add more, or set eval_share = 0")
-    held = set(prompts[: min(max(1, round(share * len(prompts))), len(prompts) - 1)]) if share else set()
-    sides: tuple[list[Ranked], list[Ranked]] = [], []
-    for item in lists:
-        sides[tuple(item.rows[0].prompt) in held].append(item)
-    return sides
+    refusal = "one prompt cannot be both trained on and held out: add more, or set eval_share = 0"
+    return split_by_problem(lists, lambda item: tuple(item.rows[0].prompt), share, seed, refusal)
 
 
 def whole_lists(lists: Sequence[Ranked], budget: int) -> list[list[int]]:

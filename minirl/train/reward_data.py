@@ -8,7 +8,6 @@ A prompt is a text or chat messages. A completion is taken to have ended by itse
 tokens stand beside it ("completion_tokens", "chosen_tokens", "rejected_tokens", "responses_tokens"), it has these.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,9 @@ import torch
 from minirl.errors import InputError
 from minirl.files import read_jsonl
 from minirl.model import ModelConfig
-from minirl.reward_losses import Pair, inverse_frequency, ranked_pairs
+from minirl.reward_losses import Pair, inverse_frequency, weighted_pairs
 from minirl.rewards.model import LAST, Tree, step_ends
-from minirl.tasks.split import problem_hash
+from minirl.tasks.split import prompt_key, split_by_problem
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.ranked import response_tokens, responses_of
@@ -101,17 +100,8 @@ def _are(values: object, kind) -> bool:
 
 def split_by_prompt(examples: Sequence[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
     """Training and held-out lines: a seeded share of the prompts is held out with all their lines, one at least."""
-    if not share:
-        return list(examples), []
-    keys = [json.dumps(example["prompt"], sort_keys=True) for example in examples]
-    prompts = sorted(set(keys), key=lambda prompt: problem_hash(seed, prompt))
-    if len(prompts) == 1:
-        raise InputError("all lines have one prompt, so none can be held out: set --heldout 0 or give --heldout-data")
-    held = set(prompts[: max(1, round(share * len(prompts)))])
-    sides = ([], [])
-    for key, example in zip(keys, examples, strict=True):
-        sides[key in held].append(example)
-    return sides
+    refusal = "all lines have one prompt, so none can be held out: set --heldout 0 or give --heldout-data"
+    return split_by_problem(examples, prompt_key, share, seed, refusal)
 
 
 def encode(
@@ -145,7 +135,7 @@ def balanced(lines: Sequence[Line]) -> list[Line]:
 def _ranked(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     texts, scores, tokens = responses_of(example)
     rows = tuple(map(tuple, response_tokens(tokenizer, texts, tokens, example["where"])))
-    pairs = tuple(pair for pair in ranked_pairs(scores) if rows[pair[0]] != rows[pair[1]])
+    pairs = tuple(pair for pair in weighted_pairs(scores) if rows[pair[0]] != rows[pair[1]])
     tree = Tree(prompt, rows, ((LAST,),) * len(rows))
     return Line(tree, tuple(pair[2] for pair in pairs), pairs, float(example.get("margin", 0.0)))
 

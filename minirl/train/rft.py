@@ -18,6 +18,7 @@ from minirl.train.outcomes import Group, SampleConfig, right_and_wrong, right_of
 from minirl.train.run import Display, Run, identity, load
 from minirl.train.sft import SFTConfig, demonstration_rows, fit, read_demonstrations, refuse_unknown_tokens
 
+KEPT = "kept.jsonl"
 SAMPLED = "sampled.jsonl"  # in the folder of a run that was stopped while it sampled
 
 
@@ -58,7 +59,7 @@ class RFTConfig(SampleConfig):
     @property
     def sft(self) -> SFTConfig:
         shared = {f.name: getattr(self, f.name) for f in fields(SFTConfig) if f.name != "data"}
-        return SFTConfig(**shared, data=str(Path(self.out) / "kept.jsonl"))
+        return SFTConfig(**shared, data=str(Path(self.out) / KEPT))
 
 
 def kept_of(groups: Sequence[Group], most: int, distinct: str = "text") -> list[dict]:
@@ -82,7 +83,9 @@ def sample_and_keep(model, tokenizer, task: Task, config: RFTConfig, run: Run, d
         display.line(f"stopped after {len(groups)} prompts; continue with --resume --out {run.out}")
         raise KeyboardInterrupt
     kept = kept_of(groups, config.max_per_prompt, config.distinct)
-    display.line(f"kept {len(kept)} completions of {len(groups)} prompts: {summary(groups, config)}")
+    display.line(
+        f"kept {len(kept)} completions of {len(groups)} prompts in {run.out / KEPT}: {summary(groups, config)}"
+    )
     if not kept:
         raise InputError(
             f"no completion is right and ended ({summary(groups, config)}): take more samples, or a better model"
@@ -95,7 +98,7 @@ def train_rft(config: RFTConfig, display: Display | None = None) -> Path:
     display, task = display or Display(), parse_task(config.task)
     run = Run(config.out, identity(config, task.train), config.resume)
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
-    file = run.out / "kept.jsonl"
+    file = run.out / KEPT
     if run.checkpoint or (config.resume and file.exists()):  # it appears whole, after all sampling
         kept = read_demonstrations(file)
     else:

@@ -88,10 +88,10 @@ class SFTConfig:
 
 def read_demonstrations(path: str | Path) -> list[dict]:
     """Lines of a JSONL file with "prompt" and "completion"."""
-    return read_jsonl(path, _demonstration)
+    return read_jsonl(path, check_demonstration)
 
 
-def _demonstration(example: object, where: str) -> dict:
+def check_demonstration(example: object, where: str) -> dict:
     check_prompt(example, where)
     if not isinstance(example.get("completion"), str):
         raise InputError(f"{where}: it must be an object with a 'prompt' and a 'completion' text")

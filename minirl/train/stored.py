@@ -8,45 +8,46 @@ say of the distance to the policy that drew is `mismatch` in the logs, and `--lo
 act on it where they are stored.
 """
 
-import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from minirl.errors import InputError
+from minirl.files import read_jsonl
+from minirl.model import ModelConfig
 from minirl.rewards.model import spelled_tokens
 from minirl.rollout import Rollout
 from minirl.sampler import Completion
+from minirl.tasks.split import prompt_key
 from minirl.tokenizer import Tokenizer
-from minirl.train.sft import order, read_demonstrations, take
+from minirl.train.batch import Row
+from minirl.train.sft import check_demonstration, order, refuse_unknown_tokens, take
 
 REWARD = "stored"  # the name of the stored reward among the rewards
 
 
 def read_triples(path: str | Path) -> list[dict]:
-    """The lines of a JSONL file, each with a finite "reward" (null: it has none), and all or none with "logprobs"."""
-    lines = read_demonstrations(path)
-    for number, line in enumerate(lines, 1):
-        known, tokens = line.get("logprobs"), line.get("completion_tokens")
-        listed = isinstance(known, list) and isinstance(tokens, list) and len(known) == len(tokens)
-        for fine, sentence in (
-            (
-                "reward" in line and (line["reward"] is None or _is_number(line["reward"])),
-                "its 'reward' must be a finite number, or null where it has none",
-            ),
-            (
-                (known is None) == (lines[0].get("logprobs") is None),
-                "some lines have 'logprobs' and some have none: give all or none",
-            ),
-            (
-                known is None or (listed and all(map(_is_number, known))),
-                "its 'logprobs' must be a number for each of its 'completion_tokens'",
-            ),
-        ):
-            if not fine:
-                raise InputError(f"{path}, example {number}: {sentence}")
+    """The lines of a JSONL file; "where" says which line it was."""
+    lines = read_jsonl(path, _triple)
+    for line in lines:
+        if ("logprobs" in line) != ("logprobs" in lines[0]):
+            raise InputError(f"{line['where']}: some lines have 'logprobs' and some have none: give all or none")
     return lines
+
+
+def _triple(example: object, where: str) -> dict:
+    """The keys and types of a line."""
+    check_demonstration(example, where)
+    if "reward" not in example or not (example["reward"] is None or _is_number(example["reward"])):
+        raise InputError(f"{where}: its 'reward' must be a finite number, or null where it has none")
+    if "logprobs" in example:
+        known, tokens = example["logprobs"], example.get("completion_tokens")
+        lists = isinstance(known, list) and isinstance(tokens, list) and len(known) == len(tokens)
+        if not lists or not all(map(_is_number, known)):
+            raise InputError(f"{where}: its 'logprobs' must be a number for each of its 'completion_tokens'")
+    return example | {"where": where}
 
 
 def _is_number(x: object) -> bool:
@@ -56,18 +57,19 @@ def _is_number(x: object) -> bool:
 class Stored:
     """Stored completions by prompt, handed out as rollouts of `group` completions a prompt."""
 
-    def __init__(self, triples: list[dict], path: str, tokenizer: Tokenizer, group: int, seed: int, longest: int):
-        """`longest`: tokens that a prompt and a completion may have together."""
+    def __init__(self, triples: Sequence[dict], tokenizer: Tokenizer, model: ModelConfig, group: int, seed: int):
+        """`triples` from `read_triples`; what is longer than the model's positions is left out."""
+        longest = model.max_positions
         self.group, self.seed, self.groups, self.short, self.too_long = group, seed, [], 0, 0
         self.logprobs = "logprobs" in triples[0]
         by_prompt: dict[str, list[dict]] = {}
-        for number, line in enumerate(triples, 1):
-            by_prompt.setdefault(json.dumps(line["prompt"], sort_keys=True), []).append(
-                line | {"where": f"{path}, example {number}"}
-            )
+        for line in triples:
+            by_prompt.setdefault(prompt_key(line), []).append(line)
         for lines in by_prompt.values():
             prompt = tokenizer.prompt_ids(lines[0]["prompt"])
             found = [(line, _completion(line, tokenizer)) for line in lines]
+            for line, completion in found:
+                refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], model.vocab_size, line["where"])
             fitting = [(line, c) for line, c in found if len(prompt) + len(c.tokens) <= longest]
             self.too_long += len(found) - len(fitting)
             if prompt and len(fitting) >= group:
@@ -76,8 +78,8 @@ class Stored:
                 self.short += 1
         if not self.groups:
             raise InputError(
-                f"{path}: none of its {len(by_prompt)} prompts has {group} completions of at most {longest} tokens: "
-                "lower --group, or store more"
+                f"none of the {len(by_prompt)} stored prompts has {group} completions of at most {longest} tokens, "
+                "prompt included: lower --group, or store more"
             )
 
     @property
