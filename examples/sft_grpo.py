@@ -23,7 +23,7 @@ SIZES = {  # what the policy's stages share, on the embedded model and on a chec
     "demo": {"task": demo.TASK, "max_tokens": 12, "slots": 256, "prompts": 64, "eval_prompts": 256},
     "checkpoint": {"task": "arithmetic:op=sum,digits=1", "max_tokens": 20, "prompts": 16, "eval_prompts": 20},
 }
-SFT = {"steps": 20, "batch": 16, "lr": 5e-6, "warmup": 5}  # of a checkpoint, on few demonstrations
+SFT = {"steps": 20, "batch": 16, "lr": 1e-5, "warmup": 5}  # of a checkpoint, on few demonstrations
 SHOWN = 32
 GRPO = {
     "demo": {"steps": 120, "group": 8, "lr": 4e-4, "warmup": 5, "schedule": "linear"},
@@ -31,16 +31,14 @@ GRPO = {
 }
 
 
-def arguments(description: str, out: str, given: list[str] | None, **more: float) -> argparse.Namespace:
-    """What both pipelines are asked; `more` options have their defaults here."""
+def arguments(description: str, out: str, given: list[str] | None) -> argparse.Namespace:
+    """What both pipelines are asked."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="demo, or the folder of a checkpoint with a chat template")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
     parser.add_argument("--sft-steps", type=int, help="default: 600 of the demo, 20 of a checkpoint")
     parser.add_argument("--steps", type=int, help="rollouts of the last stage")
     parser.add_argument("--seed", type=int, default=0)
-    for name, default in more.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args(given)
     args.kind = "demo" if args.model == "demo" else "checkpoint"
     return args
