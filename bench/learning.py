@@ -6,7 +6,7 @@
 
 A row is a command line that anybody can run. Its start is the model of `minirl demo` after SFT, which guesses most
 answers; its end is what `minirl eval` says of 256 held-out sums, 8 samples each. Online rows sample 32 prompts x 8
-completions for 60 steps. Written to --out: learning.json, learning.md (the table) and three plots.
+completions for 60 steps, two slow ones for 160. Written to --out: learning.json, learning.md (the table) and plots.
 """
 
 import argparse
@@ -23,22 +23,22 @@ from pathlib import Path
 
 from bench import common
 
-STEPS = 60
 TASK = "--task arithmetic:op=sum,digits=2,chat=false,template={a:02}+{b:02}="
 SIZES = "--max-tokens 12 --slots 256"
-ONLINE = f"""{TASK} {SIZES} --steps {STEPS} --prompts 32 --group 8 --warmup 5 --schedule linear --eval-every 5
-    --eval-prompts 256 --eval-samples 4 --save-every {STEPS} --shown 0"""
-GRPO = f"grpo {ONLINE} --lr 4e-4"
-PPO = f"ppo {ONLINE} --lr 3e-4 --critic-lr 1e-3"
+ONLINE = f"""{TASK} {SIZES} --prompts 32 --group 8 --warmup 5 --schedule linear --eval-prompts 256 --eval-samples 4
+    --shown 0"""
+GRPO = f"grpo {ONLINE} --steps 60 --eval-every 5 --lr 4e-4"
+PPO = f"ppo {ONLINE} --steps 60 --eval-every 5 --lr 3e-4 --critic-lr 1e-3"
 JUDGED = "--rewards correct=0 model:{reward}=1"  # the rule is only logged
-FREE = f"{PPO} --preset ppo {JUDGED} --value-clip None"  # scores are not of the order of 1
+# Slower, for a reward model that learns on can only keep up with a policy that gives it time.
+SLOW = f"grpo {ONLINE} --steps 160 --eval-every 20 --lr 1e-4 --preset grpo {JUDGED}"
 DATA = "--data {outcomes}/samples.jsonl --group 8"
-PREFER = f"prefer --data {{outcomes}}/pairs.jsonl --steps {STEPS} --batch 64 --warmup 5 --lr 3e-4"
-HACKED = "the frozen model is hacked: its score rises, the rule's accuracy does not"
-NO_SAMPLES = "offline: learns from the start's own samples only"
+PREFER = "prefer --data {outcomes}/pairs.jsonl --steps 60 --batch 64 --warmup 5 --lr 3e-4"
 REWARD = """reward --data {outcomes}/pairs.jsonl --kind pairwise --steps 60 --batch 64 --lr 1e-3 --weight-decay 0.01
     --eval-every 10"""
-SFT = f"sft --data {{start}}/demonstrations.jsonl --steps {STEPS} --batch 256 --lr 3e-4"
+SFT = "sft --data {start}/demonstrations.jsonl --steps 60 --batch 256 --lr 3e-4"
+HACKED = "the frozen model is hacked: its score rises, the rule's accuracy does not"
+NO_SAMPLES = "offline: learns from the start's own samples only"
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,12 @@ METHODS = {
     "ppo": Row(f"{PPO} --preset ppo"),
     "ppo, shared critic": Row(f"{PPO} --preset ppo --critic shared"),
     "ppo_penalty": Row(f"{PPO} --preset ppo_penalty"),
-    "ppo, reward model": Row(f"{FREE} --kl-in-reward 0.5"),
-    "ppo, reward model, little KL": Row(FREE, HACKED),
-    "ppo, online reward model": Row(f"{FREE} --refresh.every 5 --refresh.lr 3e-4"),
-    "grpo, reward model": Row(f"{GRPO} --preset grpo {JUDGED}", HACKED),
-    "grpo, online reward model": Row(f"{GRPO} --preset grpo {JUDGED} --refresh.every 5 --refresh.lr 3e-4"),
+    # Scores are not of the order of 1, so values are not clipped; beta holds the policy where the model knows its way.
+    "ppo, reward model": Row(f"{PPO} --preset ppo {JUDGED} --value-clip None --kl-in-reward 1"),
+    "grpo, reward model": Row(SLOW, HACKED),
+    "grpo, online reward model": Row(f"{SLOW} --refresh.every 4 --refresh.lr 1e-3 --refresh.epochs 4"),
     "more sft": Row(SFT, "control: there is no reward in it"),
-    "rft": Row(f"rft {TASK} {SIZES} --samples 8 --temperature 1 --steps {STEPS} --batch 256 --lr 1e-3", NO_SAMPLES),
+    "rft": Row(f"rft {TASK} {SIZES} --samples 8 --temperature 1 --steps 60 --batch 256 --lr 1e-3", NO_SAMPLES),
     "dpo": Row(f"{PREFER} --loss.beta 0.5", NO_SAMPLES),
     "cdpo": Row(f"{PREFER} --loss.label-smoothing 0.1 --loss.beta 0.5", NO_SAMPLES),
     "robust dpo": Row(f"{PREFER} --loss.kind robust --loss.label-smoothing 0.1 --loss.beta 0.5", NO_SAMPLES),

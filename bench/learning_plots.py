@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 CURVES = {"reinforce": ("REINFORCE", "#0072b2"), "grpo": ("GRPO", "#d55e00"), "ppo": ("PPO with a critic", "#009e73")}
 JUDGED = "ppo, reward model"
-FROZEN, ONLINE = "ppo, reward model, little KL", "ppo, online reward model"
+FROZEN, ONLINE = "grpo, reward model", "grpo, online reward model"
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
 
 
@@ -48,13 +48,19 @@ def draw(lab, seeds: Sequence[int], names: Sequence[str], lines: list[dict], out
     if JUDGED in names:
         yield judged(lab, seeds, out / "learning_reward_model.png")
     if {FROZEN, ONLINE} <= set(names):
-        figure, axes = plt.subplots(figsize=(7, 4.2))
-        for name, label, colour in ((FROZEN, "frozen", ORANGE), (ONLINE, "refreshed every 5 steps", BLUE)):
-            curves(axes, lab, seeds, name, "reward_model/accuracy", label, colour, width=9)
-        axes.axhline(0.5, color=GREY, lw=0.8, ls=":")
-        _finish(axes, "step", "right above wrong, of fresh samples of one prompt")
-        title = "What a reward model is worth on what PPO samples now (mean of 9 steps)"
-        yield _save(figure, title, out / "learning_online_reward_model.png")
+        yield online(lab, seeds, out / "learning_online_reward_model.png")
+
+
+def online(lab, seeds: Sequence[int], file: Path) -> Path:
+    """A reward model that learns on beside one that does not: how right it is, and where it leads the policy."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for name, label, colour in ((FROZEN, "frozen", ORANGE), (ONLINE, "refreshed every 4 steps", BLUE)):
+        curves(left, lab, seeds, name, "reward_model/accuracy", label, colour, width=9)
+        curves(right, lab, seeds, name, "reward/correct", label, colour, width=9)
+    left.axhline(0.5, color=GREY, lw=0.8, ls=":")
+    _finish(left, "step", "right above wrong, of fresh samples of one prompt")
+    _finish(right, "step", "right by the rule")
+    return _save(figure, "GRPO against a reward model, frozen or learning on (means of 9 steps; thin: seeds)", file)
 
 
 def judged(lab, seeds: Sequence[int], file: Path) -> Path:
