@@ -45,7 +45,7 @@ FAMILY = {  # and how many optimizer steps each takes in a step
     "refresh": (
         f"""grpo {ARITHMETIC} --task data.digits.jsonl --group 8 --rewards model:judge=1 correct=0.5
         --refresh.every 2 --refresh.lr 1e-3 --refresh.memory 5 --refresh.epochs 2""",
-        2,
+        4,  # its optimizer steps too: 6 of both in two steps, 16 in all
     ),
     "stored": (f"grpo {ARITHMETIC} --data data.triples.jsonl --group 2 --epochs 2", 2),
 }

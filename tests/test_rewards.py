@@ -293,10 +293,17 @@ def test_arrays_and_tensors_are_taken_as_lists(values):
 
 
 def test_a_completion_that_one_part_cannot_score_has_no_total():
-    rewards = {"a": (1.0, lambda **_: [1, None, 1]), "b": (0.0, lambda **_: [1, 1, NAN])}
+    rewards = {"a": (1.0, lambda **_: [1, None, 1]), "b": (0.1, lambda **_: [1, 1, NAN])}
     total, parts = score(rewards, ["p"] * 3, ["x"] * 3, {})
     assert [math.isnan(value) for value in total] == [False, True, True]
     assert parts["b"][:2] == [1.0, 1.0]
+
+
+def test_a_part_of_weight_0_is_only_logged():
+    rewards = {"a": (2.0, lambda **_: [1, None, 1]), "b": (0.0, lambda **_: [1, 1, NAN])}
+    total, parts = score(rewards, ["p"] * 3, ["x"] * 3, {})
+    assert [total[0], total[2]] == [2.0, 2.0] and math.isnan(total[1])
+    assert parts["b"][:2] == [1.0, 1.0] and math.isnan(parts["b"][2])
 
 
 @pytest.mark.parametrize(

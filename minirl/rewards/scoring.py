@@ -22,11 +22,12 @@ def score(
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The weighted sum of the rewards for each completion, and the unweighted values of each reward by its name.
 
-    A completion that one of the rewards cannot score has the total NaN. With `timeout` each completion is scored by
-    itself in a child process, at most that many seconds each; one that takes longer is an error, or unscorable with
-    on_timeout="nan", and also with a function, which is told the reward's name and the completion's index. A reward
-    with a true attribute `in_process` has no child: a model is slow to copy and cannot hang. InputError names the
-    reward and the completion when a reward raises or returns anything but one finite number, NaN or None a completion.
+    A completion that one of the rewards cannot score has the total NaN, unless its weight is 0. With `timeout` each
+    completion is scored by itself in a child process, at most that many seconds each; one that takes longer is an
+    error, or unscorable with on_timeout="nan", and also with a function, which is told the reward's name and the
+    completion's index. A reward with a true attribute `in_process` has no child: a model is slow to copy and cannot
+    hang. InputError names the reward and the completion when a reward raises or returns anything but one finite number,
+    NaN or None a completion.
 
     With `on_steps` a reward may also return for a completion the rewards of its steps: a list with a number for each of
     its lines, or (end, reward) pairs with rising ends, in characters of the completion. They count as their sum, and
@@ -55,7 +56,7 @@ def score(
                 value = sum(reward for _, reward in steps)
             parts[name].append(_checked(name, i, value))
     weights = [weight for weight, _ in rewards.values()]
-    total = [sum(w * v for w, v in zip(weights, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+    total = [sum(w * v for w, v in zip(weights, row, strict=True) if w) for row in zip(*parts.values(), strict=True)]
     return total, parts
 
 

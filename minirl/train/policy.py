@@ -71,25 +71,27 @@ class PolicyTrainer:
 
     def _load_rewards(self) -> dict[str, tuple[float, Reward]]:
         """The task's rewards and those of the config, which may give one of the task's another weight."""
-        rewards, given = task_rewards(self.task), set()
+        rewards, given, learned = task_rewards(self.task), set(), self._learned
         for spec in self.config.rewards:
             name, weight = _name_and_weight(spec)
             if name in given:
                 raise InputError(f"reward {name!r} is given twice: leave one away")
             given.add(name)
-            rewards[name] = (weight, rewards[name][1] if name in rewards else load_reward(name))
+            place = f"model:{learned}" if learned and name.startswith("model:") else name
+            rewards[name] = (weight, rewards[name][1] if name in rewards else load_reward(place))
         return rewards
 
+    @property
+    def _learned(self) -> Path | None:
+        """Where the reward model that has learned on is taken up again."""
+        return self.run.checkpoint / REWARD_MODEL if self.run.checkpoint and self.config.refresh.every else None
+
     def _judge(self, name: str, reward: tuple[float, RewardModel]) -> OnlineReward:
-        """A reward model as it is now, beside the policy."""
+        """A reward model beside the policy."""
         weight, model = reward
-        saved = self.run.checkpoint if self.config.refresh.every else None
-        if saved:
-            model = RewardModel.from_pretrained(saved / REWARD_MODEL)
-            self.rewards[name] = (weight, model)
         model.model.to(self.model.device)
         judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
-        if saved:
+        if self._learned:
             judge.restore(self.run, REWARD_MODEL)
         return judge
 
