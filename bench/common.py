@@ -188,7 +188,9 @@ def events_of(command: Sequence[str]) -> Iterator[dict]:
 def minirl(command: str, log: Path | None = None, threads: int | None = None) -> tuple[str, dict]:
     """What a command of minirl prints, and its CPU seconds, wall seconds and peak memory; with a log it prints there.
     A RuntimeError holds its last words where it fails."""
-    log = log or Path(tempfile.mkstemp(prefix="minirl-", suffix=".log")[1])
+    if log is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return minirl(command, Path(folder) / "log", threads)
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     began = time.perf_counter()
     with log.open("w") as output:

@@ -68,6 +68,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def is_number(x: object) -> bool:
+    """A finite number that fp32 can hold; JSON also has integers of any size, and Python counts True as one."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and -3e38 < x < 3e38
+
+
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file; an InputError names the file, and the line if its content is broken."""
     path = Path(path)

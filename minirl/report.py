@@ -215,6 +215,13 @@ DRIFTS = (  # metric, what is wrong with a, its first tenth, and b, its last; th
     ("truncated_frac", lambda a, b: b > min(a + 0.1, 0.5), "{b:.0%} are cut off, {a:.0%} at first: raise max_tokens."),
     ("reward/.*repetition.*", lambda a, b: b < a - 0.1, "Looping: {name} fell from {a:.2f} to {b:.2f}, read some."),
     ("reward/unscored_frac", lambda a, b: b > 0.05, "{b:.0%} of the completions cannot be scored: check the rewards."),
+    (
+        "reward_model/accuracy",
+        lambda a, b: b < max(0.6, a - 0.1),
+        "The reward model ranks {b:.0%} right, {a:.0%} at first.",
+    ),
+    ("reward_model/mean", lambda a, b: abs(b) > 10, "The reward model gives {b:.1f} on average: is it still at home?"),
+    ("reward_model/std", lambda a, b: b > 2 * a or b < a / 2, "Reward model scores spread {b:.2g}, {a:.2g} at first."),
     ("mismatch/abs_mean", lambda a, b: b > 0.05, "Sampler and trainer differ by {b:.2f} a token: check the dtype."),
 )
 

@@ -86,6 +86,21 @@ def test_agreement_is_no_number_where_nothing_differs(same):
     assert found["accuracy"] == 0.5 if same == "scores" else math.isnan(found["accuracy"])
 
 
+def test_only_1_is_right():
+    found = agreement(torch.tensor([0.9, 0.1]), torch.tensor([1.0, 0.9]), torch.tensor([0, 0]))
+    assert found["accuracy"] == 1 and found["corr"] == pytest.approx(1)
+
+
+def test_a_prompt_is_learned_as_it_was_scored(make):
+    """With the model's own tokenizer, whose chat template may be another."""
+    trainer = make(refresh=Refresh(every=1))
+    reward = trainer.judges[0].reward
+    plain = reward.tokenizer.prompt_ids
+    reward.tokenizer.prompt_ids = lambda prompt: [5, *plain(prompt)]
+    trainer.collect(0)
+    assert all(line.tree.prompt[0] == 5 for line in trainer.judges[0].new)
+
+
 def test_the_policy_learns_from_the_model_and_the_rule_is_only_logged(make):
     trainer = make()
     rollout = trainer.collect(0)
@@ -175,16 +190,18 @@ def online(judge):
     return made
 
 
-def test_a_tenth_of_each_batch_is_older(online):
-    model = online(batch=20, epochs=2)
+@pytest.mark.parametrize("batch", [1, 4, 20])
+def test_a_tenth_of_what_is_learned_is_older(batch, online):
+    model = online(batch=batch, epochs=2)
     model.new = [toy(i) for i in range(36)]
-    assert [len(part) for part in model._batches()] == [20, 16, 20, 16]  # nothing is older yet
+    parts = model._batches()  # nothing is older yet
+    assert [len(part) for part in parts] == 2 * [batch] * (36 // batch) or batch == 20
     model.old = [toy(100 + i) for i in range(50)]
     parts = model._batches()
-    older = [[x for x in part if x.tree.responses[0][0] >= 100] for part in parts]
-    assert [len(part) for part in parts] == [20] * 4 and [len(part) for part in older] == [2] * 4
-    fresh = Counter(x.tree.responses[0][0] for part in parts for x in part if x.tree.responses[0][0] < 100)
-    assert fresh == dict.fromkeys(range(36), 2)
+    numbers = [[line.tree.responses[0][0] for line in part] for part in parts]
+    older = [sum(n >= 100 for n in part) for part in numbers]
+    assert sum(older) == 72 // 9 and max(older) - min(older) <= 1 and max(map(len, parts)) <= batch + 1
+    assert Counter(n for part in numbers for n in part if n < 100) == dict.fromkeys(range(36), 2)
 
 
 def test_what_is_kept_is_a_fair_sample_of_all_there_was(online):
@@ -236,11 +253,20 @@ def test_scores_that_run_away_raise_the_alarm(online):
     assert "gives 20.0 on average" in said and "ranks" not in said
 
 
-def test_steps_without_wrong_answers_are_no_alarm(online):
+@pytest.mark.parametrize("trusted", [True, False])
+def test_where_nothing_can_be_compared_a_model_is_believed_as_before(trusted, online):
     model = online()
+    model.trusted = trusted
     model.fresh = [(torch.tensor([0.3, 0.1]), torch.tensor([1.0, 1.0]), torch.tensor([0, 0]))]
     metrics, said = model.refresh()
-    assert not said and metrics == {"refresh/lines": 0, "refresh/alarm": 0.0}
+    assert not said and metrics["refresh/lines"] == metrics["refresh/alarm"] == 0 and model.trusted == trusted
+
+
+def test_a_policy_that_is_never_right_is_no_proof_of_its_judge(online):
+    model = online()
+    model.fresh = [(torch.tensor([9.0, 8.0]), torch.tensor([0.0, 0.0]), torch.tensor([0, 0]))]
+    _, said = model.refresh()
+    assert "the reward model was shown nothing that is right" in said and not model.trusted
 
 
 # --- the whole run ---------------------------------------------------------------------------------------------------
@@ -266,9 +292,10 @@ def test_a_run_refreshes_when_it_should_and_hands_over_the_model(checkpoint, jud
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"replay": 1.0}, "refresh.replay = 1.0: it must be below 1"),
+        ({"every": 1, "replay": 1.0}, "refresh.replay = 1.0: it must be below 1"),
         ({"every": -1}, "every = -1"),
-        ({"lr": 0.0}, "lr = 0.0"),
+        ({"every": 1, "lr": 0.0}, "lr = 0.0"),
+        ({"epochs": 2}, "refresh.every = 0: the reward model stays as it is"),
     ],
 )
 def test_a_refresh_that_makes_no_sense_is_refused(options, sentence):
@@ -279,5 +306,9 @@ def test_a_refresh_that_makes_no_sense_is_refused(options, sentence):
 def test_there_must_be_one_model_to_refresh_and_a_rule_must_be_able_to_label(checkpoint, judge, make):
     with pytest.raises(InputError, match="the one reward model among the rewards"):
         GRPOConfig(model=str(checkpoint), refresh=Refresh(every=1))
+    with pytest.raises(InputError, match=r"refresh.every = 9: there are only 2 steps"):
+        make(refresh=Refresh(every=9))
+    with pytest.raises(InputError, match="refresh changes the reward of a completion, grpo_process"):
+        make(refresh=Refresh(every=1), advantage="grpo_process")
     with pytest.raises(InputError, match="is of kind 'process': a rule's labels can refresh"):
         make("process", refresh=Refresh(every=1))

@@ -328,6 +328,9 @@ def test_a_critic_can_start_from_a_reward_model_with_its_head(judge, make, check
     critic = PPO(config, Run(tmp_path / "run", {}), Quiet(), TASK).critic
     wanted = bits(load_model(judge, scalar_head=True))
     assert all(same(critic.trunk, wanted)) and wanted["score.weight"].any()
+    hidden = torch.randn(3, 32)
+    whole = load_model(judge, scalar_head=True)
+    assert torch.allclose(critic.values(hidden), whole.values(hidden), atol=1e-5)  # its bias included
     assert not any(same(critic.trunk, bits(make().critic.trunk)))
 
 
@@ -337,8 +340,10 @@ def test_a_critic_that_does_not_fit_is_refused(judge, checkpoint, tmp_path):
         return PPO(config, Run(tmp_path / "run", {}), Quiet(), TASK)
 
     load_model(checkpoint, scalar_head=ScalarHead("mlp")).initialise_score(0).save_pretrained(tmp_path / "mlp")
-    with pytest.raises(InputError, match="has a head of kind mlp, not linear"):
-        start(tmp_path / "mlp")
+    load_model(checkpoint, scalar_head=ScalarHead(kind="bce")).save_pretrained(tmp_path / "bce")
+    for kind in ("mlp", "bce"):
+        with pytest.raises(InputError, match="a critic starts from a linear one whose numbers are rewards"):
+            start(tmp_path / kind)
     tiny_model(vocab_size=11, width=32, layers=1, heads=4, head_dim=8).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="has a vocabulary of 11 and the policy one of"):
         start(tmp_path / "other")

@@ -4,6 +4,7 @@ that were stopped."""
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from itertools import count
@@ -247,14 +248,15 @@ LINES = {  # a line of the file -> words of the sentence
 }
 
 
-def complaint(capsys, command: str) -> str:
-    """The one sentence on stderr; nothing may be left behind."""
+def complaint(capsys, command: str, *left: str) -> str:
+    """The one sentence on stderr; nothing may be left behind but the files named."""
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
         cli.main(command.split())
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
-    assert sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts) == before
+    after = {path for path in Path().rglob("*") if "__pycache__" not in path.parts and path.is_file()}
+    assert after - {Path(name) for name in left} == {path for path in before if path.is_file()}
     return err
 
 
@@ -511,8 +513,13 @@ def test_the_samples_are_all_that_was_drawn(model, folder):
     write_outcomes(OutcomesConfig(model, task("calm"), out="made", samples=40, max_tokens=4), Silent())
     lines = read_lines("made/samples.jsonl")
     assert [line["prompt"] for line in lines] == ["1+2="] * 40 + ["3+4="] * 40
-    names = ["prompt", "level", "completion", "completion_tokens", "logprobs", "finish_reason", "reward"]
-    assert list(lines[0]) == names and lines[40]["level"] is None and lines[40]["odd"] is None
+    names = {"prompt", "level", "completion", "completion_tokens", "logprobs", "temperature", "finish_reason", "reward"}
+    assert (
+        lines[0].keys() == names
+        and lines[0]["temperature"] == 1
+        and lines[40]["level"] is None
+        and lines[40]["odd"] is None
+    )
     loaded, tokenizer = rft.load(model, "float32", "cpu")
     for line in lines:
         tokens, text = line["completion_tokens"], line["completion"]
@@ -574,8 +581,12 @@ def test_an_rft_that_is_stopped_while_it_samples_goes_on_there(model, folder, mo
 @pytest.mark.parametrize("command", ["outcomes --out made", "rft --out run"])
 def test_nothing_right_and_nothing_scored_are_one_sentence(command, model, folder, capsys):
     options = "--prompts 3 --samples 2 --max-tokens 4"
-    said = complaint(capsys, f"{command} --model {model} --task {task('never')} {options}")
+    left = ["made/samples.jsonl"] if command.startswith("outcomes") else []
+    said = complaint(capsys, f"{command} --model {model} --task {task('never')} {options}", *left)
     assert "0 of 6 completions right" in said and "more samples" in said
+    if left:  # what was sampled is data all the same
+        assert len(read_lines("made/samples.jsonl")) == 6 and "made/samples.jsonl holds what was sampled" in said
+        shutil.rmtree("made")
     said = complaint(capsys, f"{command} --model {model} --task {task('unscored')} {options}")
     assert "gave none of 6 completions a score" in said
 

@@ -44,6 +44,7 @@ FAMILY = {  # and how many optimizer steps each takes in a step
     "reinforce": (f"grpo {ARITHMETIC} --preset reinforce --ref-reset-every 3 --loss.kl k3 --loss.kl-coef 0.1", 1),
     "refresh": (
         f"""grpo {ARITHMETIC} --task data.digits.jsonl --group 8 --rewards model:judge=1 correct=0.5
+        --loss.kl k3 --loss.kl-coef 0.01 --ref-reset-every 2
         --refresh.every 2 --refresh.lr 1e-3 --refresh.memory 5 --refresh.epochs 2""",
         4,  # its optimizer steps too: 6 of both in two steps, 16 in all
     ),

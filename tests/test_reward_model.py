@@ -589,9 +589,7 @@ def test_a_model_is_a_reward_by_name(trained):
 
 def test_what_a_reward_model_cannot_score_is_named(trained, checkpoint):
     reward = load_reward(f"model:{trained[0] / 'model'}")
-    with pytest.raises(
-        InputError, match="completion 0: its tokens spell '2' and not '05': train the reward model from"
-    ):
+    with pytest.raises(InputError, match="completion 0: its tokens spell '2' and not '05': they are of another"):
         reward(prompts=["2+3="], completions=["05"], completion_ids=[reward.tokenizer.encode("2")])
     with pytest.raises(InputError, match="have 37 tokens, and the reward model was made for 32"):
         reward(prompts=["2+3="], completions=["1" * 32])
@@ -673,5 +671,5 @@ def test_outcomes_without_any_contrast_say_so(checkpoint, tmp_path):
     config = OutcomesConfig(str(checkpoint), str(task), out=str(tmp_path / "o"), samples=2, max_tokens=3)
     with pytest.raises(InputError, match=r"no prompt of 1 has both right and wrong .*0 of 2 .*take more samples"):
         write_outcomes(config, Quiet())
-    _, labels, pairs = write_outcomes(replace(config, balance=False), Quiet())
+    _, labels, pairs = write_outcomes(replace(config, balance=False, out=str(tmp_path / "all")), Quiet())
     assert {json.loads(line)["label"] for line in labels.read_text().splitlines()} == {0} and pairs.read_text() == ""

@@ -150,18 +150,62 @@ def test_a_line_without_a_reward_teaches_nothing(make, write):
 # --- what is left out, and what is refused ---------------------------------------------------------------------------
 
 
-def test_prompts_with_too_few_completions_and_long_completions_are_left_out_and_counted(checkpoint, write):
+@pytest.fixture
+def stored(checkpoint):
+    """Of a model with 32 positions."""
     tokenizer = Tokenizer.from_pretrained(checkpoint)
+
+    def made(data: Path, vocab: int | None = None, **options) -> Stored:
+        model = tiny_config(vocab_size=vocab or tokenizer.vocab_size, max_positions=32)
+        config = GRPOConfig(model=str(checkpoint), data=str(data), **{"prompts": 1, "group": 3, **options})
+        return Stored(read_triples(data), tokenizer, model, config, Quiet())
+
+    return made
+
+
+def test_prompts_with_too_few_completions_and_long_completions_are_left_out_and_counted(stored, write):
     lines = [*triples(3), {"prompt": "1+1=", "completion": "2", "reward": 1}]
     lines += [{"prompt": "0+0=", "completion": "9" * 40, "reward": 0}]
-    read, model = read_triples(write(lines)), tiny_config(vocab_size=tokenizer.vocab_size, max_positions=32)
-    stored = Stored(read, tokenizer, model, 3, 0)
-    assert stored.summary == (
+    assert stored(write(lines)).summary == (
         "18 stored completions of 3 prompts; prompts with fewer than 3, left out: 1; "
         "completions that are too long, left out: 1"
     )
     with pytest.raises(InputError, match="none of the 4 stored prompts has 7 completions of at most 32 tokens"):
-        Stored(read, tokenizer, model, 7, 0)
+        stored(write(lines), group=7)
+    with pytest.raises(InputError, match=r"prompts = 4: .* has 3 prompts with 3 completions"):
+        stored(write(lines), prompts=4)
+
+
+def test_log_probs_are_compared_at_their_own_temperature_only(stored, write, checkpoint):
+    tokens = {text: Tokenizer.from_pretrained(checkpoint).encode(text) for text in ("7", "17", "3+7")}
+    lines = [
+        {"prompt": "1+1=", "completion": text, "reward": 1, "completion_tokens": ids, "logprobs": [-1.0] * len(ids)}
+        for text, ids in tokens.items()
+    ]
+    assert stored(write(lines)).logprobs
+    cooler = write([line | {"temperature": 0.5} for line in lines])
+    with pytest.raises(InputError, match=r"temperature = 1: the logprobs in .* are those at 0.5"):
+        stored(cooler)
+    assert stored(cooler, temperature=0.5).logprobs
+    with pytest.raises(InputError, match="line 3: its 'temperature' is not that of the lines before"):
+        read_triples(write([*lines[:2], lines[2] | {"temperature": 0.5}]))
+
+
+def test_a_text_that_was_cut_has_no_stop_token(stored, write, checkpoint):
+    lines = [{"prompt": "1+1=", "completion": text, "reward": 0, "finish_reason": "length"} for text in ("1", "2", "3")]
+    rollout = stored(write(lines)).batch(0)
+    assert [len(completion.tokens) for completion in rollout.completions] == [1, 1, 1] and rollout.truncated.all()
+
+
+def test_what_shapes_a_reward_shapes_a_stored_one(make, write):
+    lines = [line | {"finish_reason": "length"} for line in triples()]
+    plain, punished = (
+        make(write(lines), truncation=truncation, truncation_penalty=5.0).collect(0)
+        for truncation in ("keep", "penalty")
+    )
+    assert punished.texts == plain.texts and torch.equal(punished.rewards, plain.rewards - 5)
+    longer = make(write(triples()), overlong_cache=6).collect(0)
+    assert longer.rewards.min() < 0
 
 
 GOOD = {"prompt": "1+1=", "completion": "2", "reward": 1}
@@ -174,12 +218,17 @@ GOOD = {"prompt": "1+1=", "completion": "2", "reward": 1}
         ([{"reward": True}], "line 1: its 'reward' must be a finite number"),
         ([{"reward": math.nan}], "line 1: its 'reward' must be a finite number"),
         (
-            [{}, {"completion_tokens": [1], "logprobs": [0.5]}],
+            [{}, {"completion_tokens": [1], "logprobs": [-0.5]}],
             "line 2: some lines have 'logprobs' and some",
         ),
-        ([{"logprobs": [-0.5]}], "line 1: its 'logprobs' must be a number for each of its 'completion_tokens'"),
-        ([{"completion_tokens": [1, 2], "logprobs": [-0.5]}], "must be a number for each"),
-        ([{"completion_tokens": [1], "logprobs": ["a"]}], "must be a number for each"),
+        ([{"reward": 10**400}], "line 1: its 'reward' must be a finite number"),
+        ([{"completion_tokens": [1], "logprobs": [10**400]}], "must be a number up to 0 for each"),
+        ([{"completion_tokens": [1], "logprobs": [0.5]}], "must be a number up to 0 for each"),
+        ([{"finish_reason": "bogus"}], "its 'finish_reason' must be stop or length"),
+        ([{"temperature": "hot"}], "its 'temperature' must be a number"),
+        ([{"logprobs": [-0.5]}], "line 1: its 'logprobs' must be a number up to 0 for each of its 'completion_tokens'"),
+        ([{"completion_tokens": [1, 2], "logprobs": [-0.5]}], "must be a number up to 0 for each"),
+        ([{"completion_tokens": [1], "logprobs": ["a"]}], "must be a number up to 0 for each"),
     ],
 )
 def test_a_broken_line_is_named(changes, sentence, write):
@@ -192,19 +241,22 @@ def test_a_line_without_a_reward_column_is_named(write):
         read_triples(write([GOOD, {"prompt": "1", "completion": "2"}]))
 
 
-def test_tokens_of_another_tokenizer_are_refused(checkpoint, write):
-    lines = read_triples(write([GOOD | {"completion_tokens": [1, 2, 3]}]))
-    with pytest.raises(InputError, match="its tokens spell"):
-        Stored(lines, Tokenizer.from_pretrained(checkpoint), tiny_config(), 1, 0)
+def test_tokens_of_another_tokenizer_are_refused(stored, write):
+    with pytest.raises(InputError, match=r"its tokens spell .* they are of another tokenizer"):
+        stored(write([GOOD | {"completion_tokens": [1, 2, 3]}]), group=2)
 
 
-def test_tokens_outside_the_vocabulary_are_refused(checkpoint, write):
-    lines = read_triples(write([GOOD]))
+def test_tokens_outside_the_vocabulary_are_refused(stored, write):
     with pytest.raises(InputError, match=r"line 1 holds token [0-9]+, outside the model's vocabulary of 2"):
-        Stored(lines, Tokenizer.from_pretrained(checkpoint), tiny_config(vocab_size=2), 1, 0)
+        stored(write([GOOD]), vocab=2, group=2)
 
 
-@pytest.mark.parametrize("other", [{"rewards": ("format=1",)}, {"overlong_cache": 2}])
+def test_an_empty_prompt_is_named(stored, write):
+    with pytest.raises(InputError, match="line 2: its prompt has no token"):
+        stored(write([GOOD, GOOD | {"prompt": ""}]), group=2)
+
+
+@pytest.mark.parametrize("other", [{"rewards": ("format=1",)}, {"rewards": ("correct=0",)}])
 def test_stored_rewards_take_no_others(other, checkpoint):
     with pytest.raises(InputError, match="data holds completions with their rewards"):
         GRPOConfig(model=str(checkpoint), data="x.jsonl", **other)

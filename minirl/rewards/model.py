@@ -109,8 +109,8 @@ def spelled_tokens(tokenizer: Tokenizer, text: str, tokens: Sequence[int], where
     spelled = tokenizer.decode(tokens)
     if not spelled.startswith(text):
         raise InputError(
-            f"{where}: its tokens spell {spelled[:40]!r} and not {text[:40]!r}: train the reward model from a "
-            "checkpoint that has the policy's tokenizer"
+            f"{where}: its tokens spell {spelled[:40]!r} and not {text[:40]!r}: they are of another "
+            "tokenizer; a reward model needs the policy's, and stored tokens that of the checkpoint"
         )
     return tuple(tokens)
 

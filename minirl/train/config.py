@@ -154,12 +154,16 @@ class PolicyConfig:
                 f"ref_reset_every = {self.ref_reset_every}: there is no reference: give loss.kl or kl_in_reward",
             ),
             (
-                self.data is None or not (self.rewards or self.refresh.every or self.overlong_cache),
-                "data holds completions with their rewards: leave rewards, refresh and overlong_cache away",
+                self.data is None or not (self.rewards or self.refresh.every),
+                "data holds completions with their rewards: leave rewards and refresh away",
             ),
             (
                 not self.refresh.every or sum(spec.startswith("model:") for spec in self.rewards) == 1,
                 "refresh is about the one reward model among the rewards: give one as model:FOLDER=weight",
+            ),
+            (
+                self.refresh.every <= self.steps,
+                f"refresh.every = {self.refresh.every}: there are only {self.steps} steps, so nothing is refreshed",
             ),
             (
                 several or self.target_kl is None,

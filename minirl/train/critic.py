@@ -16,7 +16,7 @@ from torch import nn
 from minirl.checkpoint import load_model
 from minirl.errors import InputError
 from minirl.losses import Totals, combine_metrics, value_loss
-from minirl.model import ScalarHead, Transformer
+from minirl.model import Transformer
 from minirl.train.batch import MicroBatch, Row, micro_batches
 from minirl.train.optimizer import AdamW
 from minirl.train.step import Batch
@@ -37,8 +37,8 @@ class Critic:
         """
         self.own, self.clip, self.coef = source is not None, clip, 1.0 if source is not None else coef
         if self.own:
-            self.trunk = load_model(source, policy.dtype, policy.device, scalar_head=ScalarHead())
-            self._refuse_another_vocabulary(policy, source)
+            self.trunk = load_model(source, policy.dtype, policy.device, scalar_head=True)
+            self._refuse_what_does_not_fit(policy, source)
             self.trunk.checkpointing = policy.checkpointing
             self.head = self.trunk.score
         else:
@@ -46,14 +46,20 @@ class Critic:
             nn.init.zeros_(self.head.weight)
         self.optimizer = AdamW(self.trunk if self.own else self.head, weight_decay=weight_decay)
 
-    def _refuse_another_vocabulary(self, policy: Transformer, source: str | Path) -> None:
-        own, wanted = self.trunk.config.vocab_size, policy.config.vocab_size
+    def _refuse_what_does_not_fit(self, policy: Transformer, source: str | Path) -> None:
+        own, wanted, head = self.trunk.config.vocab_size, policy.config.vocab_size, self.trunk.head
         if own != wanted:
             raise InputError(f"{source} has a vocabulary of {own} and the policy one of {wanted}: they must read alike")
+        if head.layers != "linear" or head.kind not in ("value", "pairwise", "pointwise"):
+            raise InputError(
+                f"{source} has a {head.layers} head of kind {head.kind}: a critic starts from a linear one whose "
+                "numbers are rewards, pairwise or pointwise"
+            )
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [M, D] -> fp32 values [M]."""
-        return F.linear(hidden.float(), self.head.weight.float()).squeeze(-1)
+        """hidden [M, D] -> fp32 values [M]; those of a reward model's head are less its bias, as its rewards are."""
+        bias = self.trunk.head.bias if self.own else 0.0
+        return F.linear(hidden.float(), self.head.weight.float()).squeeze(-1) - bias
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], budget: int) -> tuple[torch.Tensor, torch.Tensor]:

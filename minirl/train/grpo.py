@@ -66,7 +66,7 @@ class GRPOConfig(PolicyConfig):
         if self.preset is not None:
             refuse_preset(self.preset, critic=False)
         shaped = {"kl_in_reward": self.kl_in_reward, "overlong_cache": self.overlong_cache}
-        shaped["truncation = penalty"] = self.truncation == "penalty"
+        shaped |= {"truncation = penalty": self.truncation == "penalty", "refresh": self.refresh.every > 0}
         if self.advantage == "grpo_process" and any(shaped.values()):
             name = next(name for name, on in shaped.items() if on)
             raise InputError(f"{name} changes the reward of a completion, grpo_process takes those of steps: leave it")

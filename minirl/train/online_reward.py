@@ -10,7 +10,7 @@ A completion is scored before its label is seen, so agreement is always that wit
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,21 +50,24 @@ class Refresh:
         refuse_negative(self, "every", "replay")
         refuse_below_one(self, "epochs", "batch", "memory")
         refuse_not_positive(self, "lr")
+        if not self.every and any(getattr(self, f.name) != f.default for f in fields(self)):
+            raise InputError("refresh.every = 0: the reward model stays as it is: leave the other refresh options away")
         if self.replay >= 1:
             raise InputError(f"refresh.replay = {self.replay}: it must be below 1, or nothing new is learned")
 
 
 def agreement(scores: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor) -> dict[str, float]:
-    """Of N completions: ranking accuracy of the scores among those of one group, correlation with the labels, and mean;
-    NaN where labels or scores do not differ."""
+    """Of N completions (label 1 is right, NaN unknown): ranking accuracy of the scores among those of one group,
+    correlation with the labels, mean and deviation; NaN where labels or scores do not differ."""
     known = ~(scores.isnan() | labels.isnan())
-    scores, labels, groups = scores[known].double(), labels[known].double(), groups[known]
+    scores, labels, groups = scores[known].double(), (labels[known] == 1).double(), groups[known]
     if not len(scores):
-        return {"accuracy": math.nan, "corr": math.nan, "mean": math.nan}
+        return dict.fromkeys(("accuracy", "corr", "mean", "std"), math.nan)
     found = label_metrics(scores, labels, groups, logits=False)
     centred = scores - scores.mean(), labels - labels.mean()
     corr = (centred[0] * centred[1]).sum() / (centred[0].norm() * centred[1].norm())
-    return {"accuracy": found["accuracy"], "corr": corr.item(), "mean": scores.mean().item()}
+    spread = {"mean": scores.mean().item(), "std": scores.std(correction=0).item()}
+    return {"accuracy": found["accuracy"], "corr": corr.item(), **spread}
 
 
 class OnlineReward:
@@ -75,6 +78,7 @@ class OnlineReward:
         self.new: list[Line] = []  # since the last refresh
         self.old: list[Line] = []  # a fair sample of those before it
         self.seen, self.rounds, self.trusted = 0, 0, True
+        self.owed = 0.0  # older lines that are due, less than one
         self.fresh: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # scores, labels, groups since then
         self.optimizer = None
         if config.every:
@@ -95,23 +99,26 @@ class OnlineReward:
             self.fresh.append((scores, truth, rollout.group_ids))
             self.new += self._lines(rollout, labels)
         if not self.trusted:
-            rollout.rewards += self.weight * (truth - scores)
+            rollout.rewards += self.weight * ((truth == 1).double().masked_fill(truth.isnan(), math.nan) - scores)
 
     def _measure(self) -> dict[str, float]:
         """Agreement with the rule over all steps since the last refresh."""
         scores, labels, groups = zip(*self.fresh, strict=True)
         offsets = np.cumsum([0, *(len(g) for g in groups)])  # no two groups of different steps are one
         apart = torch.cat([g + int(offset) for g, offset in zip(groups, offsets, strict=False)])
-        return agreement(torch.cat(scores), torch.cat(labels), apart)
+        labels = torch.cat(labels)
+        right = (labels[~labels.isnan()] == 1).double().mean().item()
+        return agreement(torch.cat(scores), labels, apart) | {"right": right}
 
     def _lines(self, rollout: Rollout, labels: Sequence[float]) -> list[Line]:
         """The lines of the groups: one with all pairs of right and wrong, or a line a completion."""
         lines = []
-        for group, prompt in enumerate(rollout.prompts):
+        for group in range(len(rollout.prompts)):
             rows = range(group * rollout.group_size, (group + 1) * rollout.group_size)
             known = [i for i in rows if not math.isnan(labels[i])]
             found = {tuple(rollout.completions[i].tokens): float(labels[i] == 1) for i in known}
             responses, truth = tuple(found), list(found.values())
+            prompt = self.reward.tokenizer.prompt_ids(rollout.examples[group]["prompt"])  # as it was scored
             if self.reward.model.head.kind == "pairwise":
                 pairs = tuple(weighted_pairs(truth))
                 if pairs:  # weighted so that a prompt counts once
@@ -125,7 +132,8 @@ class OnlineReward:
     # --- every N steps ----------------------------------------------------------------------------------------------
 
     def refresh(self) -> tuple[dict[str, float], str]:
-        """Train on the new lines; returns metrics and a sentence if the model is not to be believed for now."""
+        """Train on the new lines; returns metrics and a sentence if the model is not to be believed for now. Where
+        there was nothing to compare it is believed as before."""
         found = self._measure()
         alarms = [
             sentence
@@ -133,11 +141,14 @@ class OnlineReward:
                 (found["accuracy"] < LEAST_ACCURACY, f"ranks only {found['accuracy']:.2f} of fresh pairs right"),
                 (found["corr"] < LEAST_CORRELATION, f"correlates {found['corr']:.2f} with the rule"),
                 (abs(found["mean"]) > MOST_MEAN, f"gives {found['mean']:.1f} on average"),
+                (found["right"] == 0, "was shown nothing that is right"),
             )
             if bad
         ]
-        self.trusted = not alarms
-        metrics = {"refresh/lines": len(self.new), "refresh/alarm": float(bool(alarms))}
+        if alarms or not math.isnan(found["accuracy"] + found["corr"]):
+            self.trusted = not alarms
+        metrics = {f"refresh/{name}": value for name, value in found.items()}
+        metrics |= {"refresh/lines": len(self.new), "refresh/alarm": float(bool(alarms))}
         if self.new:
             before = self._level()
             losses = [self._update(lines) for lines in self._batches()]
@@ -156,7 +167,8 @@ class OnlineReward:
         return read_all(self.reward.model, trees, self.reward.budget).double().mean().item()
 
     def _batches(self) -> list[list[Line]]:
-        """The new lines in a seeded order, cut so that older ones fill the share `replay` of each batch."""
+        """The new lines in a seeded order, and older ones so that they are the share `replay` of all that is learned:
+        what a batch cannot take by halves is owed to the next."""
         c, rng = self.config, np.random.default_rng([self.seed, 2, self.rounds])
         fresh = max(1, round(c.batch * (1 - c.replay))) if self.old else c.batch
         batches = []
@@ -164,7 +176,9 @@ class OnlineReward:
             shuffled = rng.permutation(len(self.new))
             for start in range(0, len(shuffled), fresh):
                 part = [self.new[i] for i in shuffled[start : start + fresh]]
-                older = min(len(self.old), round(len(part) * (c.batch - fresh) / fresh))
+                self.owed += len(part) * c.replay / (1 - c.replay) if self.old else 0.0
+                older = min(len(self.old), int(self.owed))
+                self.owed -= older
                 batches.append(part + [self.old[i] for i in rng.choice(len(self.old), older, replace=False)])
         return batches
 
@@ -194,7 +208,7 @@ class OnlineReward:
         self.reward.model.save_pretrained(folder)
         self.reward.tokenizer.save_pretrained(folder)
         save_file(self.optimizer.state_dict(), folder / "optimizer.safetensors")
-        state = {name: getattr(self, name) for name in ("seen", "rounds", "trusted")}
+        state = {name: getattr(self, name) for name in ("seen", "rounds", "trusted", "owed")}
         state |= {"new": [asdict(line) for line in self.new], "old": [asdict(line) for line in self.old]}
         state["fresh"] = [[x.tolist() for x in part] for part in self.fresh]
         (folder / "outcomes.json").write_text(json.dumps(state))
@@ -203,7 +217,8 @@ class OnlineReward:
         """What `save` wrote, but for the model, which was loaded from there."""
         run.restore(self.optimizer, folder)
         state = json.loads((run.checkpoint / folder / "outcomes.json").read_text())
-        self.seen, self.rounds, self.trusted = state["seen"], state["rounds"], state["trusted"]
+        self.seen, self.rounds = state["seen"], state["rounds"]
+        self.trusted, self.owed = state["trusted"], state["owed"]
         self.new, self.old = ([_line(x) for x in state[name]] for name in ("new", "old"))
         self.fresh = [
             (torch.tensor(s, dtype=torch.float64), torch.tensor(y), torch.tensor(g)) for s, y, g in state["fresh"]

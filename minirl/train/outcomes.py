@@ -106,6 +106,11 @@ class OutcomesConfig(SampleConfig):
     match_length: bool = False
     """Pair each right completion with the wrong one of nearest length (in characters), so that length tells little."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.balance and self.samples == 1:
+            raise InputError("samples = 1: balance takes right and wrong completions of one prompt: ask for 2 at least")
+
 
 # ---- sampling and checking -------------------------------------------------------------------------------------------
 
@@ -138,20 +143,22 @@ def sample_and_check(
                 rollout.require_score()
                 for line in rollout.late_lines(config.reward_timeout).values():
                     display.line(line)
-            groups += [_lines(rollout, i) for i in range(len(part))]
+            groups += [_lines(rollout, i, keyed) for i in range(len(part))]
             display.progress("prompts", len(groups), len(examples))
             stopped = stop_requested()
     return groups, stopped
 
 
-def _lines(rollout: Rollout, i: int) -> Group:
-    """A reward of null could not be scored."""
+def _lines(rollout: Rollout, i: int, params: SamplingParams) -> Group:
+    """A reward of null could not be scored. Log-probs are those at `temperature`; under top-p they are of a cut
+    distribution, with which no trainer could compare, so there are none."""
     example, lines = rollout.examples[i], []
     columns = {"prompt": example["prompt"]} | {name: value for name, value in example.items() if _is_json(value)}
     for row in range(i * rollout.group_size, (i + 1) * rollout.group_size):
         completion, reward = rollout.completions[row], rollout.rewards[row].item()
         own = {"completion": rollout.texts[row], "completion_tokens": completion.tokens}
-        own |= {"logprobs": completion.logprobs, "finish_reason": completion.finish_reason}
+        own |= {"finish_reason": completion.finish_reason, "temperature": params.temperature}
+        own |= {"logprobs": completion.logprobs} if params.top_p == 1 else {}
         lines.append(columns | own | {"reward": reward if reward == reward else None})
     return lines
 
@@ -257,14 +264,15 @@ def write_outcomes(config: OutcomesConfig, display: Display | None = None) -> li
         own = labels_of(group)
         labels += balanced(own, config.seed) if config.balance else own
         pairs += pairs_of(group, config.max_per_prompt, config.distinct, config.match_length)
+    files = [out / name for name in FILES]
+    write_jsonl(files[0], [line for group in groups for line in group])
     if config.balance and not labels:
         raise InputError(
             f"no prompt of {len(groups)} has both right and wrong completions ({summary(groups, config)}): take more "
-            "samples, or prompts of another difficulty"
+            f"samples, or prompts of another difficulty; {files[0]} holds what was sampled"
         )
-    files = [out / name for name in FILES]
-    for file, lines in zip(files, ([line for group in groups for line in group], labels, pairs), strict=True):
-        write_jsonl(file, lines)
+    write_jsonl(files[1], labels)
+    write_jsonl(files[2], pairs)
     right = sum(line["label"] for line in labels)
     written = f"{len(pairs)} pairs, {right} labels of right completions and {len(labels) - right} of wrong ones"
     display.line(f"{written} from {len(groups)} prompts: {summary(groups, config)}")

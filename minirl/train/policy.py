@@ -54,10 +54,10 @@ class PolicyTrainer:
         """`stored`: lines of offline data to train on in place of samples."""
         self.config, self.run, self.display, self.task = config, run, display, task
         self.late: set[str] = set()  # the rewards that have been named for taking too long
-        if not self.task.train:
+        if not self.task.train and not stored:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
         self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
-        self.stored = self._load_stored(stored) if stored else None
+        self.stored = Stored(stored, self.tokenizer, self.model.config, config, display) if stored else None
         self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
         self.judges = [self._judge(*item) for item in self.rewards.items() if isinstance(item[1][1], RewardModel)]
         self.model.checkpointing = config.recompute
@@ -94,12 +94,6 @@ class PolicyTrainer:
         if self._learned:
             judge.restore(self.run, REWARD_MODEL)
         return judge
-
-    def _load_stored(self, lines: Sequence[dict]) -> Stored:
-        c = self.config
-        stored = Stored(lines, self.tokenizer, self.model.config, c.group, c.seed)
-        self.display.line(stored.summary)
-        return stored
 
     def _load_reference(self) -> Transformer:
         """The checkpoint that the run started from, or the policy of the last reset."""
@@ -158,6 +152,7 @@ class PolicyTrainer:
     def statistics(self, rollout: Rollout) -> dict[str, float]:
         """Of everything that was sampled for a step, also how far reward models agree with the rule."""
         labels, stats = torch.tensor(self.verdicts(rollout), dtype=torch.float64), rollout.metrics()
+        stats |= verdict_metrics(labels, rollout)
         for i, judge in enumerate(self.judges):
             found = agreement(torch.tensor(rollout.parts[judge.name]), labels, rollout.group_ids)
             stats |= {f"reward_model{i or ''}/{name}": value for name, value in found.items()}
@@ -176,11 +171,18 @@ class PolicyTrainer:
         return metrics
 
     def draw(self, number: int, steps: bool = False) -> Rollout:
-        """Sample and score batch `number` of prompts, which is a function of the config alone. `steps`: rewards may be
-        those of steps."""
+        """Batch `number` of prompts, sampled and scored or stored: a function of the config alone. `steps`: rewards may
+        be those of steps."""
         c = self.config
-        if self.stored:
-            return self.stored.batch(number * c.prompts, c.prompts)
+        rollout = self.stored.batch(number) if self.stored else self.sample(number, steps)
+        if c.overlong_cache:
+            rollout.rewards += torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
+        if c.truncation == "penalty":
+            rollout.rewards -= c.truncation_penalty * rollout.truncated
+        return rollout
+
+    def sample(self, number: int, steps: bool) -> Rollout:
+        c = self.config
         chosen = take(len(self.task.train), c.seed, number * c.prompts, c.prompts)
         params = replace(self.params, seed=(c.seed << 32) + number)
 
@@ -192,10 +194,6 @@ class PolicyTrainer:
         self.name_late(rollout)
         for judge in self.judges:
             judge.watch(rollout, self.verdicts(rollout))
-        if c.overlong_cache:
-            rollout.rewards += torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
-        if c.truncation == "penalty":
-            rollout.rewards -= c.truncation_penalty * rollout.truncated
         return rollout
 
     def say_idle(self, rollout: Rollout, step: int) -> None:
@@ -337,6 +335,19 @@ class PolicyTrainer:
             self.reference.save_pretrained(folder / "reference")
         if self.config.refresh.every:
             self.judges[0].save(folder / REWARD_MODEL)
+
+
+def verdict_metrics(labels: torch.Tensor, rollout: Rollout) -> dict[str, float]:
+    """Shares of groups that are all right and all wrong, and mean lengths of right and wrong completions, by the rule
+    (1 is right, NaN unknown) [B]; of nothing they are NaN."""
+    groups, right = labels.view(-1, rollout.group_size), labels == 1
+    wrong, lengths = ~right & ~labels.isnan(), torch.tensor(rollout.lengths, dtype=torch.float64)
+    return {
+        "group/all_correct_frac": (groups == 1).all(1).double().mean().item(),
+        "group/all_wrong_frac": (groups < 1).all(1).double().mean().item(),
+        "len/correct_mean": lengths[right].mean().item(),
+        "len/wrong_mean": lengths[wrong].mean().item(),
+    }
 
 
 def _name_and_weight(spec: str) -> tuple[str, float]:

@@ -8,7 +8,6 @@ A prompt is a text or chat messages. A completion is taken to have ended by itse
 tokens stand beside it ("completion_tokens", "chosen_tokens", "rejected_tokens", "responses_tokens"), it has these.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from minirl.errors import InputError
-from minirl.files import read_jsonl
+from minirl.files import is_number, read_jsonl
 from minirl.model import ModelConfig
 from minirl.reward_losses import Pair, inverse_frequency, weighted_pairs
 from minirl.rewards.model import LAST, Tree, step_ends
@@ -93,9 +92,7 @@ def _are(values: object, kind) -> bool:
     """A list that is not empty, of texts or of finite numbers."""
     if not isinstance(values, list) or not values or not all(isinstance(value, kind) for value in values):
         return False
-    if kind == int | float and any(isinstance(value, bool) for value in values):
-        return False
-    return kind is str or all(math.isfinite(value) for value in values)
+    return kind is str or all(is_number(value) or (kind == int | float | bool and value in (0, 1)) for value in values)
 
 
 def split_by_prompt(examples: Sequence[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:

@@ -1,6 +1,6 @@
 """Offline data: completions that somebody sampled and scored before, in place of the sampler's.
 
-    {"prompt", "completion", "reward"[, "completion_tokens"][, "logprobs"][, "finish_reason"]}
+    {"prompt", "completion", "reward"[, "completion_tokens"][, "logprobs", "temperature"][, "finish_reason"]}
 
 `minirl outcomes` writes such lines (samples.jsonl). They go the way of fresh ones: advantages in the group of a prompt,
 the same update. The ratio is taken to the policy at the start of the step, as always; what the sampler's own log-probs
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from minirl.errors import InputError
-from minirl.files import read_jsonl
+from minirl.files import is_number, read_jsonl
 from minirl.model import ModelConfig
 from minirl.rewards.model import spelled_tokens
 from minirl.rollout import Rollout
@@ -23,6 +23,8 @@ from minirl.sampler import Completion
 from minirl.tasks.split import prompt_key
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
+from minirl.train.config import PolicyConfig
+from minirl.train.run import Display
 from minirl.train.sft import check_demonstration, order, refuse_unknown_tokens, take
 
 REWARD = "stored"  # the name of the stored reward among the rewards
@@ -34,45 +36,60 @@ def read_triples(path: str | Path) -> list[dict]:
     for line in lines:
         if ("logprobs" in line) != ("logprobs" in lines[0]):
             raise InputError(f"{line['where']}: some lines have 'logprobs' and some have none: give all or none")
+        if line["temperature"] != lines[0]["temperature"]:
+            raise InputError(f"{line['where']}: its 'temperature' is not that of the lines before: store them apart")
     return lines
 
 
 def _triple(example: object, where: str) -> dict:
     """The keys and types of a line."""
     check_demonstration(example, where)
-    if "reward" not in example or not (example["reward"] is None or _is_number(example["reward"])):
+    if "reward" not in example or not (example["reward"] is None or is_number(example["reward"])):
         raise InputError(f"{where}: its 'reward' must be a finite number, or null where it has none")
     if "logprobs" in example:
         known, tokens = example["logprobs"], example.get("completion_tokens")
         lists = isinstance(known, list) and isinstance(tokens, list) and len(known) == len(tokens)
-        if not lists or not all(map(_is_number, known)):
-            raise InputError(f"{where}: its 'logprobs' must be a number for each of its 'completion_tokens'")
-    return example | {"where": where}
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+        if not lists or not all(is_number(x) and x <= 0 for x in known):
+            raise InputError(f"{where}: its 'logprobs' must be a number up to 0 for each of its 'completion_tokens'")
+    if example.get("finish_reason") not in (None, "stop", "length"):
+        raise InputError(f"{where}: its 'finish_reason' must be stop or length, or left away")
+    if not is_number(example.get("temperature", 1.0)):
+        raise InputError(f"{where}: its 'temperature' must be a number: that of the 'logprobs'")
+    return {"temperature": 1.0} | example | {"where": where}
 
 
 class Stored:
-    """Stored completions by prompt, handed out as rollouts of `group` completions a prompt."""
+    """Stored completions by prompt, handed out as rollouts of config.prompts prompts x config.group completions."""
 
-    def __init__(self, triples: Sequence[dict], tokenizer: Tokenizer, model: ModelConfig, group: int, seed: int):
+    def __init__(
+        self,
+        triples: Sequence[dict],
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        config: PolicyConfig,
+        display: Display,
+    ):
         """`triples` from `read_triples`; what is longer than the model's positions is left out."""
-        longest = model.max_positions
-        self.group, self.seed, self.groups, self.short, self.too_long = group, seed, [], 0, 0
-        self.logprobs = "logprobs" in triples[0]
+        self.config, self.groups, self.short, self.too_long = config, [], 0, 0
+        self.logprobs, longest, group = "logprobs" in triples[0], model.max_positions, config.group
+        if self.logprobs and triples[0]["temperature"] != config.temperature:
+            raise InputError(
+                f"temperature = {config.temperature:g}: the logprobs in {config.data} are those at "
+                f"{triples[0]['temperature']:g}; give that temperature, or take the logprobs out"
+            )
         by_prompt: dict[str, list[dict]] = {}
         for line in triples:
             by_prompt.setdefault(prompt_key(line), []).append(line)
         for lines in by_prompt.values():
             prompt = tokenizer.prompt_ids(lines[0]["prompt"])
+            if not prompt:
+                raise InputError(f"{lines[0]['where']}: its prompt has no token: write something to answer")
             found = [(line, _completion(line, tokenizer)) for line in lines]
             for line, completion in found:
                 refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], model.vocab_size, line["where"])
             fitting = [(line, c) for line, c in found if len(prompt) + len(c.tokens) <= longest]
             self.too_long += len(found) - len(fitting)
-            if prompt and len(fitting) >= group:
+            if len(fitting) >= group:
                 self.groups.append((prompt, fitting))
             else:
                 self.short += 1
@@ -81,21 +98,27 @@ class Stored:
                 f"none of the {len(by_prompt)} stored prompts has {group} completions of at most {longest} tokens, "
                 "prompt included: lower --group, or store more"
             )
+        if config.prompts > len(self.groups):
+            raise InputError(
+                f"prompts = {config.prompts}: {config.data} has {len(self.groups)} prompts with {group} completions"
+            )
+        display.line(self.summary)
 
     @property
     def summary(self) -> str:
         total = sum(len(lines) for _, lines in self.groups)
         line = f"{total} stored completions of {len(self.groups)} prompts"
-        line += f"; prompts with fewer than {self.group}, left out: {self.short}" if self.short else ""
+        line += f"; prompts with fewer than {self.config.group}, left out: {self.short}" if self.short else ""
         return line + (f"; completions that are too long, left out: {self.too_long}" if self.too_long else "")
 
-    def batch(self, start: int, prompts: int) -> Rollout:
-        """Prompts start .. start+prompts of the endless sequence of epochs; which completions stand for a prompt is
-        drawn anew in each of them."""
-        rows = []
-        for at, i in enumerate(take(len(self.groups), self.seed, start, prompts), start):
+    def batch(self, number: int) -> Rollout:
+        """Batch `number` of the endless sequence of epochs; which completions stand for a prompt is drawn anew in each
+        of them."""
+        c, rows = self.config, []
+        start = number * c.prompts
+        for at, i in enumerate(take(len(self.groups), c.seed, start, c.prompts), start):
             ids, lines = self.groups[i]
-            chosen = order(len(lines), self.seed, 1 + at)[: self.group]
+            chosen = order(len(lines), c.seed, 1 + at)[: c.group]
             rows.append((ids, [lines[j] for j in sorted(chosen)]))
         flat = [line for _, lines in rows for line in lines]
         rollout = Rollout(
@@ -113,7 +136,8 @@ def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
     """The tokens as they were sampled where they are known, else those of a text that ended by itself."""
     tokens = line.get("completion_tokens")
     if tokens is None:
-        tokens = [*tokenizer.encode(line["completion"]), tokenizer.stop_ids[0]]
+        cut = line.get("finish_reason") == "length"
+        tokens = tokenizer.encode(line["completion"]) + ([] if cut else [tokenizer.stop_id])
     else:
         tokens = list(spelled_tokens(tokenizer, line["completion"], tokens, line["where"]))
     if not tokens:
