@@ -172,6 +172,9 @@ def summary(lab: Lab, seeds: Sequence[int], names: Sequence[str]) -> list[dict]:
     lines = []
     for name in names:
         before, after = ([lab.result(seed, which) for seed in seeds] for which in ("start", name))
+        why = METHODS[name].why
+        if why == HACKED and not all(hacked(lab, seed, name) for seed in seeds):
+            why = ""
         gains = [100 * (b["eval/mean"] - a["eval/mean"]) for a, b in zip(before, after, strict=True)]
         lines.append(
             {
@@ -183,10 +186,17 @@ def summary(lab: Lab, seeds: Sequence[int], names: Sequence[str]) -> list[dict]:
                 "gain": gains,
                 "seconds": statistics.median(x["seconds"] for x in after),
                 "memory_gb": max(x["memory_gb"] for x in after),
-                "why": METHODS[name].why if statistics.mean(gains) < 20 else "",
+                "why": why if statistics.mean(gains) < 20 else "",
             }
         )
     return lines
+
+
+def hacked(lab: Lab, seed: int, name: str) -> bool:
+    """Did the reward model's score of the samples end higher than it began, and the rule's accuracy lower?"""
+    lines = (lab.folder(seed, name) / "metrics.jsonl").read_text().splitlines()[1:]
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    return last["reward_model/mean"] > first["reward_model/mean"] and last["reward/correct"] < first["reward/correct"]
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:

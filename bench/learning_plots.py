@@ -74,7 +74,7 @@ def judged(lab, seeds: Sequence[int], file: Path) -> Path:
     curves(right, lab, seeds, JUDGED, "eval/mean", "held-out sums", BLUE)
     curves(right, lab, seeds, JUDGED, "reward/correct", "samples in training", GREEN, width=5)
     _finish(right, "step", "right by the rule, which training does not see")
-    return _save(figure, "PPO against a learned reward model, three seeds", file)
+    return _save(figure, "PPO against a learned reward model: a line a seed, thick their mean", file)
 
 
 def _names(lab, seed: int, name: str) -> list[str]:

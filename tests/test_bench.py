@@ -240,3 +240,14 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
     lab.run_all([(0, "bad", "ppo"), (0, "good", "grpo")])
     assert lab.failed == {"bad"} and lab.result(0, "good")["eval/mean"] == 0.5
     assert "FAILED: bad, seed 0: out of luck" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("score", "right", "wanted"), [((0, 7), (0.5, 0.1), True), ((0, 7), (0.5, 0.6), False), ((7, 6), (0.5, 0.1), False)]
+)
+def test_a_row_is_called_hacked_only_where_the_score_rose_and_the_rule_fell(score, right, wanted, tmp_path):
+    lab = learning.Lab(tmp_path, 1)
+    lab.folder(0, "x").mkdir(parents=True)
+    lines = [{"step": 0}] + [{"reward_model/mean": s, "reward/correct": r} for s, r in zip(score, right, strict=True)]
+    (lab.folder(0, "x") / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert learning.hacked(lab, 0, "x") == wanted
