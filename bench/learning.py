@@ -265,7 +265,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "learning.md").write_text("\n".join(markdown) + "\n")
     machine = common.machine(f"one core a command, {args.jobs} commands at a time")
-    found = {"machine": machine, "minutes": minutes, "methods": lines, "reward_model": judges}
+    cpu = sum(lab.result(s, n)["seconds"] for s in args.seeds for n in ("start", "outcomes", "reward", *names)) / 60
+    found = {"machine": machine, "minutes_of_this_run": minutes, "cpu_minutes_of_all_commands": cpu}
+    found |= {"methods": lines, "reward_model": judges}
     common.write_json(args, found, args.out / "learning.json")
     from bench import learning_plots
 
