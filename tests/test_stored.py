@@ -126,6 +126,7 @@ def test_a_run_on_stored_data_learns_it(train, checkpoint, write, tmp_path):
     lines = records(tmp_path / train)
     assert lines[-1]["eval/mean"] > lines[0]["eval/mean"] + 0.2
     assert any("120 stored completions of 20 prompts" in line for line in display.lines)
+    assert lines[-1]["tokens_per_s/rollout"] is None  # nothing was sampled
 
 
 def test_dynamic_sampling_takes_groups_whose_stored_rewards_differ(make, write):

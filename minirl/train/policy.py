@@ -117,7 +117,7 @@ class PolicyTrainer:
             metrics |= self.refresh(step)
         self.show(rollout, step + 1)
         return metrics | {
-            "tokens_per_s/rollout": metrics["sampled_tokens"] / (sampled - started),
+            "tokens_per_s/rollout": math.nan if self.stored else metrics["sampled_tokens"] / (sampled - started),
             # Rows without a gradient are not computed, so they are not counted either.
             "tokens_per_s/train": metrics["trained_tokens"] / (trained - sampled)
             if metrics["trained_tokens"]
