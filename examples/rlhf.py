@@ -7,12 +7,14 @@ Who compares the answers is a rule here, in the place of people: it labels pairs
 looks on. So what PPO makes of the model's score can be compared with what was meant: rlhf.png has both.
 """
 
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from sft_grpo import SIZES, arguments, gains, supervised
 
 from minirl.display import RichDisplay
+from minirl.errors import InputError
 from minirl.report import read_metrics, series
 from minirl.train.outcomes import OutcomesConfig, write_outcomes
 from minirl.train.ppo import PPOConfig, train_ppo
@@ -86,4 +88,7 @@ def main(given: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(str(error))

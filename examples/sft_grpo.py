@@ -8,10 +8,12 @@ Prints the held-out accuracy after each stage. `python examples/smollm2_grpo.py`
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from minirl import demo
 from minirl.display import RichDisplay, table
+from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import parse_task
@@ -83,4 +85,7 @@ def main(given: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(str(error))
