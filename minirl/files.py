@@ -89,6 +89,11 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
+def contents(examples: Sequence[dict]) -> list[dict]:
+    """The examples without the places they were read from ("where"): what decides a run."""
+    return [{name: value for name, value in example.items() if name != "where"} for example in examples]
+
+
 def read_jsonl(path: str | Path, take: Callable[[object, str], dict] = lambda example, where: example) -> list[dict]:
     """The examples of a file, one a line, at least one of them. `take` gets what a line holds and where it stands, and
     returns the example, or raises an InputError if the line cannot be used."""

@@ -17,6 +17,7 @@ import torch
 from minirl.advantages import kl_in_reward
 from minirl.errors import InputError
 from minirl.evaluate import evaluate
+from minirl.files import contents
 from minirl.model import Transformer
 from minirl.rewards import load_reward
 from minirl.rewards.model import RewardModel
@@ -39,6 +40,7 @@ from minirl.train.run import (
     peak_memory_gb,
     pick_device,
     pick_dtype,
+    shown,
 )
 from minirl.train.sft import order, take
 from minirl.train.step import Batch, accumulate, response_mask
@@ -360,20 +362,20 @@ def _name_and_weight(spec: str) -> tuple[str, float]:
 
 def step_line(step: int, steps: int, m: dict) -> str:
     """What matters, first things first."""
-
-    def shown(name: str, digits: str) -> str:  # what was not computed, or of nothing, is no number
-        return "–" if math.isnan(m.get(name, math.nan)) else format(m[name], digits)
-
-    held = f"  held-out {shown('eval/mean', '.3f')} (greedy {shown('eval/greedy', '.3f')})" if "eval/mean" in m else ""
+    held = (
+        f"  held-out {shown(m, 'eval/mean', '.3f')} (greedy {shown(m, 'eval/greedy', '.3f')})"
+        if "eval/mean" in m
+        else ""
+    )
     kl = "kl_ref/k3" if "kl_ref/k3" in m else "kl_old/k3"
-    critic = f"critic {shown('value/explained_var', '.2f')}" if "value/mean" in m else ""
-    judge = f"judge {shown('reward_model/accuracy', '.2f')}  " if "reward_model/accuracy" in m else ""
+    critic = f"critic {shown(m, 'value/explained_var', '.2f')}" if "value/mean" in m else ""
+    judge = f"judge {shown(m, 'reward_model/accuracy', '.2f')}  " if "reward_model/accuracy" in m else ""
     return (
-        f"step {step}/{steps}  reward {shown('reward/mean', '.3f')}{held}  {judge}kl {shown(kl, '.4f')}  "
-        f"entropy {shown('entropy', '.3f')}  {critic or 'signal ' + shown('group/signal_frac', '.2f')}  "
-        f"clip {shown('clip/frac', '.3f')}  "
-        f"mismatch {shown('mismatch/abs_mean', '.1e')}  len {m['len/mean']:.1f}  "
-        f"{shown('tokens_per_s/rollout', '.0f')}+{shown('tokens_per_s/train', '.0f')} tok/s  "
+        f"step {step}/{steps}  reward {shown(m, 'reward/mean', '.3f')}{held}  {judge}kl {shown(m, kl, '.4f')}  "
+        f"entropy {shown(m, 'entropy', '.3f')}  {critic or 'signal ' + shown(m, 'group/signal_frac', '.2f')}  "
+        f"clip {shown(m, 'clip/frac', '.3f')}  "
+        f"mismatch {shown(m, 'mismatch/abs_mean', '.1e')}  len {m['len/mean']:.1f}  "
+        f"{shown(m, 'tokens_per_s/rollout', '.0f')}+{shown(m, 'tokens_per_s/train', '.0f')} tok/s  "
         f"{m['memory/peak_gb']:.1f} GB"
     )
 
@@ -385,8 +387,8 @@ def train_policy(
     display = display or Display()
     task = task or parse_task(config.task)
     stored = read_triples(config.data) if config.data else []
-    hashed = [{k: v for k, v in line.items() if k != "where"} for line in stored]
-    run = Run(config.out, identity(config, [task.train, task.heldout, *([hashed] if stored else [])]), config.resume)
+    data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
+    run = Run(config.out, identity(config, data), config.resume)
     trainer = kind(config, run, display, task, stored)
     if run.start == 0:
         before = trainer.evaluate(require_score=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from minirl.errors import InputError
+from minirl.files import contents
 from minirl.model import ScalarHead, Transformer
 from minirl.reward_losses import (
     bce_loss,
@@ -45,6 +46,7 @@ from minirl.train.run import (
     refuse_negative,
     refuse_not_positive,
     refuse_unknown_choices,
+    shown,
     tenth,
 )
 from minirl.train.sft import demonstration_rows, read_demonstrations
@@ -139,7 +141,7 @@ def train_reward(config: RewardConfig, display: Display | None = None) -> Path:
     else:
         sides = split_by_prompt(examples, config.heldout, config.seed)
     demonstrations = read_demonstrations(config.reference) if config.reference else []
-    hashed = [{k: v for k, v in e.items() if k != "where"} for side in sides for e in side]
+    hashed = contents([*sides[0], *sides[1]])
     run = Run(config.out, identity(config, [hashed, len(sides[1]), demonstrations]), config.resume)
     model, tokenizer = start(config, run)
     paths = config.data, config.heldout_data or config.data
@@ -314,24 +316,20 @@ def fit(model, tokenizer, train: list[Line], heldout: list[Line], config: Reward
     loop(run, "reward", steps, config.save_every, display, step, line, save)
 
 
-def _shown(m: dict, name: str, digits: str) -> str:
-    return "–" if math.isnan(m.get(name, math.nan)) else format(m[name], digits)
-
-
 def heldout_line(m: dict) -> str:
     """Held-out numbers for a person; empty where there are none."""
     if "eval/loss" not in m:
         return ""
-    auc = f"  auc {_shown(m, 'eval/auc', '.3f')}" if "eval/auc" in m else ""  # of labels
+    auc = f"  auc {shown(m, 'eval/auc', '.3f')}" if "eval/auc" in m else ""  # of labels
     return (
-        f"  held-out accuracy {_shown(m, 'eval/accuracy', '.3f')}{auc}  ece {_shown(m, 'eval/ece', '.3f')}  "
-        f"brier {_shown(m, 'eval/brier', '.3f')}  score {m['eval/reward_mean']:.2f} ± {m['eval/reward_std']:.2f}"
+        f"  held-out accuracy {shown(m, 'eval/accuracy', '.3f')}{auc}  ece {shown(m, 'eval/ece', '.3f')}  "
+        f"brier {shown(m, 'eval/brier', '.3f')}  score {m['eval/reward_mean']:.2f} ± {m['eval/reward_std']:.2f}"
     )
 
 
 def reward_line(step: int, steps: int, m: dict) -> str:
     return (
-        f"reward {step}/{steps}  loss {m['loss']:.4f}  accuracy {_shown(m, 'accuracy', '.3f')}  "
-        f"margin {_shown(m, 'margin', '.2f')}{heldout_line(m)}  grad {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
+        f"reward {step}/{steps}  loss {m['loss']:.4f}  accuracy {shown(m, 'accuracy', '.3f')}  "
+        f"margin {shown(m, 'margin', '.2f')}{heldout_line(m)}  grad {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
         f"{m['tokens_per_s/train']:.0f} tok/s"
     )

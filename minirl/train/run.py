@@ -246,6 +246,11 @@ def interruptible(display: Display) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def shown(m: dict[str, float], name: str, digits: str) -> str:
+    """A metric for a step line; what was not computed, or of nothing, is no number."""
+    return "–" if math.isnan(m.get(name, math.nan)) else format(m[name], digits)
+
+
 def due(done: int, steps: int, every: int) -> bool:
     """After `done` of the steps: at each `every`-th and at the last one; every = 0 is at the last one alone."""
     return done == steps or (every > 0 and done % every == 0)
