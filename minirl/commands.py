@@ -89,8 +89,8 @@ class EvalConfig:
     """Keep the most likely tokens up to this mass."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion; the checker sees what comes before them."""
-    reward_timeout: float | None = None
-    """Seconds a completion that the checker may take, in a process that can be killed; longer is without a score."""
+    reward_timeout: float = 10.0
+    """Seconds a completion that a checker from a file may take; longer is wrong."""
     shown: int = 4
     """Completions to print."""
     seed: int = 0
@@ -108,8 +108,7 @@ class EvalConfig:
         refuse_unknown_choices(self)
         refuse_below_one(self, "prompts", "samples", "slots")
         refuse_negative(self, "shown")
-        if self.reward_timeout is not None:
-            refuse_not_positive(self, "reward_timeout")
+        refuse_not_positive(self, "reward_timeout")
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def evaluation(c: EvalConfig) -> None:
         ("accuracy", "value", "95 % interval"),
         rows,
     )
-    for line in result.rollout.late_lines(c.reward_timeout).values():
+    for line in result.rollout.fault_lines().values():
         display.line(line)
     for i in range(min(c.shown, len(result.correct))):
         j = i * c.samples

@@ -8,6 +8,7 @@ import numpy as np
 
 from minirl.errors import InputError
 from minirl.metrics import bootstrap_ci, majority_at_k, mean_at_k, pass_at_k
+from minirl.rewards.scoring import TIMEOUT
 from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task
@@ -29,21 +30,22 @@ def evaluate(
     params: SamplingParams,
     examples: Sequence[dict] | None = None,
     greedy: bool = True,
-    timeout: float | None = None,
+    timeout: float = TIMEOUT,
     progress: Callable[[int, int], None] | None = None,
     require_score: bool = True,
+    on_bad: str = "stop",
 ) -> Evaluation:
     """Accuracy of `task.correct` on examples (default: all held-out ones) from k = params.n samples each, and
     greedy.
 
-    What has no score, also because it took longer than `timeout` seconds, is left out; with no score at all the
-    accuracies are NaN, or an InputError where one is required.
+    What has no score is left out, what takes longer than `timeout` seconds is wrong; with no score at all the
+    accuracies are NaN, or an InputError where one is required. `on_bad` is that of `minirl.rewards.score`.
     """
     examples = task.heldout if examples is None else examples
     if not examples:
         raise InputError(f"task {task.name!r} has no held-out examples to evaluate on: ask for some")
     rollout = sample(sampler, tokenizer, examples, params, progress)
-    correct = _correct(rollout, task, timeout)
+    correct = _correct(rollout, task, timeout, on_bad)
     if require_score:
         rollout.require_score()
     k = params.n
@@ -55,7 +57,7 @@ def evaluate(
         values[f"maj@{k}"] = [_majority(a, c) for a, c in zip(answers, correct, strict=True)]
     if greedy:
         single = sample(sampler, tokenizer, examples, replace(params, n=1, temperature=0.0))
-        values["greedy"] = _correct(single, task, timeout)[:, 0].tolist()
+        values["greedy"] = _correct(single, task, timeout, on_bad)[:, 0].tolist()
     lengths = rollout.lengths
     metrics = {f"eval/{name}": mean_at_k(v) for name, v in values.items()}
     metrics |= {"eval/prompts": len(examples), "eval/samples": k, "eval/temperature": params.temperature}
@@ -63,8 +65,8 @@ def evaluate(
     return Evaluation(metrics, {f"eval/{name}": bootstrap_ci(v) for name, v in values.items()}, rollout, correct)
 
 
-def _correct(rollout: Rollout, task: Task, timeout: float | None) -> np.ndarray:
-    rollout.score({"correct": (1.0, task.correct)}, timeout)
+def _correct(rollout: Rollout, task: Task, timeout: float, on_bad: str) -> np.ndarray:
+    rollout.score({"correct": (1.0, task.correct)}, timeout, on_bad=on_bad)
     return rollout.rewards.view(-1, rollout.group_size).numpy()
 
 

@@ -3,13 +3,15 @@ update."""
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from minirl.errors import InputError
-from minirl.rewards import score
+from minirl.rewards import Fault, score
+from minirl.rewards.scoring import TIMEOUT
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
@@ -29,7 +31,8 @@ class Rollout:
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [B]; NaN = could not be scored
     parts: dict[str, list[float]] = field(default_factory=dict)  # each reward function's unweighted values
     steps: dict[str, list[Steps | None]] = field(default_factory=dict)  # by reward; None = one number for the whole
-    late: dict[str, set[int]] = field(default_factory=dict)  # by reward, the rows that took longer than its timeout
+    faults: list[Fault] = field(default_factory=list)  # of the rewards
+    indices: list[int] = field(default_factory=list)  # P, of the examples in the data; for sentences
     stats: dict[str, float] = field(default_factory=dict)  # `metrics` of everything that was sampled for this
     idle: str = ""  # why it trains nothing
     advantages: torch.Tensor | None = None  # [B]; where they are those of tokens, their mean
@@ -48,13 +51,13 @@ class Rollout:
             joined.steps[name] = [s for part in parts for s in part.steps.get(name, [None] * len(part.completions))]
         start = 0
         for part in parts:
-            for name, rows in part.late.items():
-                joined.late.setdefault(name, set()).update(start + row for row in rows)
+            joined.faults += [replace(fault, row=start + fault.row) for fault in part.faults]
+            joined.indices += part.indices
             start += len(part.completions)
         return joined
 
     def select(self, groups: Sequence[int]) -> "Rollout":
-        """Some of the groups; of `late` nothing, that is for statistics."""
+        """Some of the groups; of `faults` nothing, those are for statistics."""
         rows = [g * self.group_size + j for g in groups for j in range(self.group_size)]
 
         def pick(values: list) -> list:
@@ -87,20 +90,20 @@ class Rollout:
         """bool [B]"""
         return torch.tensor([c.finish_reason == "length" for c in self.completions])
 
-    def score(self, rewards: dict, timeout: float | None = None, steps: bool = False) -> None:
-        """A completion that takes a reward longer than `timeout` seconds has no score. `steps`: a reward may be one of
-        steps, and counts as their sum."""
+    def score(self, rewards: dict, timeout: float = TIMEOUT, steps: bool = False, on_bad: str = "stop") -> None:
+        """`minirl.rewards.score` of all completions. `steps`: a reward may be one of steps, and counts as their sum."""
         prompts = [e["prompt"] for e in self.examples for _ in range(self.group_size)]
-        self.late, self.steps = {}, {}
-
-        def too_late(name: str, row: int) -> None:
-            self.late.setdefault(name, set()).add(row)
+        indices = self.indices or range(len(self.prompts))
+        places = [f"prompt {i}, completion {j}" for i in indices for j in range(self.group_size)]
+        self.faults, self.steps = [], {}
 
         def in_steps(name: str, row: int, found: Steps) -> None:
             self.steps.setdefault(name, [None] * len(self.completions))[row] = found
 
         listen = in_steps if steps else None
-        total, self.parts = score(rewards, prompts, self.texts, self.columns(), timeout, too_late, listen)
+        total, self.parts = score(
+            rewards, prompts, self.texts, self.columns(), timeout, on_bad, self.faults.append, listen, places
+        )
         self.rewards = torch.tensor(total, dtype=torch.float64)
 
     def step_rewards(self, rewards: dict, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,18 +122,18 @@ class Rollout:
                     ends[i, at] = True
         return values, ends
 
-    def late_lines(self, timeout: float) -> dict[str, str]:
-        """A sentence for each reward that took too long."""
+    def fault_lines(self) -> dict[tuple[str, str], str]:
+        """Of each reward the first fault of each kind, with how many there are of it."""
+        lines = {}
+        for fault in reversed(self.faults):
+            lines[fault.reward, fault.kind] = fault.sentence
+        counts = Counter((fault.reward, fault.kind) for fault in self.faults)
         total = len(self.completions)
-        return {
-            name: f"reward {name!r} took longer than {timeout:g} s for {len(rows)} of {total} completions: "
-            "such have no score"
-            for name, rows in self.late.items()
-        }
+        return {key: f"{line} ({counts[key]} of {total} completions)" for key, line in sorted(lines.items())}
 
-    @property
-    def late_rows(self) -> set[int]:
-        return set().union(*self.late.values())
+    def faulty(self, kind: str) -> int:
+        """How many completions have a fault of a kind."""
+        return len({fault.row for fault in self.faults if fault.kind == kind})
 
     @property
     def unscored(self) -> str:
@@ -139,8 +142,7 @@ class Rollout:
             return ""
         empty = [name for name, values in self.parts.items() if all(math.isnan(v) for v in values)]
         which = f"reward {empty[0]!r} gave" if empty else "the rewards gave"
-        late = len(self.late_rows)
-        why = f"{late} took too long, is the timeout long enough?" if late else "is the answer column filled?"
+        why = self.faults[0].sentence if self.faulty("unusable") else "is the answer column filled?"
         return f"{which} none of {len(self.rewards)} completions a score (all None or NaN): {why}"
 
     def require_score(self) -> None:
@@ -166,7 +168,8 @@ class Rollout:
             "len/max": lengths.max().item(),
             "len/p95": lengths.quantile(0.95).item(),
             "truncated_frac": self.truncated.double().mean().item(),
-            "late_frac": len(self.late_rows) / len(self.rewards),
+            "late_frac": self.faulty("late") / len(self.rewards),
+            "unusable_frac": self.faulty("unusable") / len(self.rewards),
             "sampled_tokens": sum(self.lengths),
         }
         if self.group_size > 1:
@@ -184,13 +187,14 @@ def sample(
     examples: Sequence[dict],
     params: SamplingParams,
     progress: Callable[[int, int], None] | None = None,
+    indices: Sequence[int] = (),
 ) -> Rollout:
-    """Draw params.n completions for the prompt of each example."""
+    """Draw params.n completions for the prompt of each example. `indices` are the examples' in the data."""
     prompts = [tokenizer.prompt_ids(example["prompt"]) for example in examples]
     groups = sampler.generate(prompts, params, progress)
     completions = [completion for group in groups for completion in group]
     texts = [completion_text(tokenizer, c, params) for c in completions]
-    return Rollout(list(examples), prompts, completions, texts)
+    return Rollout(list(examples), prompts, completions, texts, indices=list(indices))
 
 
 def completion_text(tokenizer: Tokenizer, completion: Completion, params: SamplingParams) -> str:

@@ -96,10 +96,10 @@ def test_options_of_the_loss_are_nested():
 
 
 def test_dashes_and_underscores_and_equals_signs_are_all_understood():
-    wanted = GRPOConfig("m", max_tokens=9, mini_batches=2, reward_timeout=None, rewards=("format=0.2", "math=1"))
+    wanted = GRPOConfig("m", max_tokens=9, mini_batches=2, reward_timeout=4.0, rewards=("format=0.2", "math=1"))
     for args in (
-        "--model m --max-tokens 9 --mini-batches 2 --reward-timeout None --rewards format=0.2 math=1",
-        "--model=m --max_tokens=9 --mini_batches=2 --rewards format=0.2 math=1",
+        "--model m --max-tokens 9 --mini-batches 2 --reward-timeout 4 --rewards format=0.2 math=1",
+        "--model=m --max_tokens=9 --mini_batches=2 --reward_timeout=4 --rewards format=0.2 math=1",
     ):
         assert cli.parse("grpo", args.split()) == wanted
 

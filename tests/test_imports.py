@@ -36,7 +36,7 @@ ADAPTERS = {
     "minirl.report",
     "minirl.display",
     "minirl.chat_template",
-    "minirl.rewards.math",
+    "minirl.rewards.equality",
 }
 LAZY = {"minirl.checkpoint": {"huggingface_hub"}}  # inside a function only: fetching a model by its hub name
 
@@ -146,7 +146,7 @@ def test_the_check_finds(module, source, fault):
         ("minirl.checkpoint", "def f():\n    from huggingface_hub import snapshot_download"),
         ("minirl.losses", "import json, os.path\nimport torch.nn.functional as F\nfrom minirl import __version__"),
         ("minirl.losses", "from . import advantages, errors\nfrom minirl.kernels import token_logprobs"),
-        ("minirl.rewards.math", "import math_verify\nfrom .rules import last_number\nfrom minirl.tasks import gcd"),
+        ("minirl.rewards.equality", "import math_verify\nfrom .rules import last_number\nfrom minirl.tasks import gcd"),
         ("minirl.kernels.logprobs", "import triton.language as tl\nfrom .tiles import block\nimport minirl.kernels.x"),
     ],
 )

@@ -473,15 +473,6 @@ def test_the_mean_score_of_the_reference_is_taken_away(trained, checkpoint, tmp_
     assert sum(judge(["1+2=", "4="], ["03", ""])) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_timeout_does_not_take_a_model_to_another_process(trained, monkeypatch):
-    judge, prompts, texts = RewardModel.from_pretrained(trained[0] / "model"), ["1+2=", "4="], ["03", ""]
-    wanted = judge(prompts, texts)
-    monkeypatch.setattr("minirl.rewards.scoring.map_with_timeout", None)
-    assert score({"judge": (1.0, judge)}, prompts, texts, {}, timeout=1e-9)[0] == wanted
-    with pytest.raises(TypeError):
-        score({"other": (1.0, lambda **k: [0.0, 0.0])}, prompts, texts, {}, timeout=1e-9)
-
-
 @pytest.mark.parametrize("kind", ["pointwise", "bce", "process"])
 def test_every_kind_learns_and_scores(kind, checkpoint, tmp_path):
     data = write(tmp_path / "lines.jsonl", sums(kind, 600, 5))

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tiny import full_logits, random_ids, tiny_checkpoint, tiny_model
 from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss, policy_loss
 from minirl.model import Transformer
+from minirl.rewards import Fault, RewardError, load_reward
 from minirl.rewards.rules import overlong_penalty
 from minirl.rollout import Rollout, completion_text
 from minirl.sampler import Completion, SamplingParams
@@ -357,13 +357,14 @@ WRITTEN = [("7", False), ("12", False), ("777777", True), ("123456", True), ("1"
 def written(monkeypatch, trainer: GRPO) -> Rollout:
     """The rollout of a step whose completions are WRITTEN."""
 
-    def sample(sampler, tokenizer, examples, params, progress=None) -> Rollout:
+    def sample(sampler, tokenizer, examples, params, progress=None, indices=()) -> Rollout:
         completions = []
         for text, cut in WRITTEN * len(examples):
             tokens = tokenizer.encode(text) + ([] if cut else [tokenizer.eos_id])
             completions.append(Completion(tokens, [-1.0] * len(tokens), "length" if cut else "stop"))
         prompts = [tokenizer.encode(example["prompt"]) for example in examples]
-        return Rollout(list(examples), prompts, completions, [text for text, _ in WRITTEN] * len(examples))
+        texts = [text for text, _ in WRITTEN] * len(examples)
+        return Rollout(list(examples), prompts, completions, texts, indices=list(indices))
 
     monkeypatch.setattr(policy_module, "sample", sample)
     return trainer.collect(0)
@@ -685,7 +686,9 @@ def test_a_step_ends_with_the_token_that_completes_its_characters():
 
 
 def test_rewards_of_steps_are_refused_where_nothing_takes_them(make):
-    with pytest.raises(InputError, match=r"'steps' returned .* for completion 0: .*only advantage grpo_process takes"):
+    with pytest.raises(
+        InputError, match=r"'steps' returned .*only advantage grpo_process takes .* for prompt 4, completion 0"
+    ):
         make(task=process(lambda text: [1.0])).collect(0)
 
 
@@ -773,9 +776,10 @@ def test_an_accuracy_that_is_not_known_is_no_difference(make):
 def test_rollouts_are_joined_and_chosen_from(make):
     trainer = make()
     parts = [trainer.draw(i) for i in range(3)]
-    parts[1].late, parts[2].steps = {"seven": {0, 5}}, {"seven": [[(1, 1.0)]] * 24}
+    parts[1].faults = [Fault("seven", row, "late", "") for row in (0, 5)]
+    parts[2].steps = {"seven": [[(1, 1.0)]] * 24}
     joined = Rollout.join(parts)
-    assert joined.late == {"seven": {24, 29}}
+    assert [fault.row for fault in joined.faults] == [24, 29]
     assert joined.steps["seven"] == [None] * 48 + [[(1, 1.0)]] * 24
     chosen = joined.select([11, 4])
     assert chosen.prompts == [parts[2].prompts[3], parts[1].prompts[0]]
@@ -844,7 +848,8 @@ def test_the_updates_of_a_step_end_when_the_policy_is_too_far(target, updates, m
     assert not trainer.optimizer.grads
 
 
-PROMISED = """reward/mean reward/std reward/seven reward/sevens reward/unscored_frac late_frac group/signal_frac adv/std
+PROMISED = """reward/mean reward/std reward/seven reward/sevens reward/unscored_frac late_frac
+unusable_frac group/signal_frac adv/std
     entropy kl_ref/k1 kl_ref/k3 kl_old/k3 clip/frac ratio/max mismatch/abs_mean mismatch/abs_max mismatch/k3
     mismatch/outside len/mean len/max truncated_frac grad_norm lr skip_step trained_tokens loss/total
     tokens_per_s/rollout tokens_per_s/train time/rollout time/train memory/peak_gb"""
@@ -887,7 +892,7 @@ def test_a_run_that_goes_wrong_stops_with_the_last_good_checkpoint(checkpoint, t
 
     task = replace(TASK, rewards={"fickle": (1.0, fails_later)})
     config = GRPOConfig(model=str(checkpoint), out=str(tmp_path / "run"), **SMALL | {"steps": 9}, save_every=1)
-    with pytest.raises(InputError, match="'fickle' returned inf for completion 0"):
+    with pytest.raises(InputError, match=r"'fickle' returned inf for prompt [0-9]+, completion 0 "):
         train_grpo(config, Quiet(), task)
     assert records(tmp_path / "run")[-1]["step"] == 3
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "model.safetensors").exists()
@@ -913,19 +918,68 @@ def test_a_later_step_without_any_score_trains_nothing_and_the_run_goes_on(check
     assert line.startswith("step 2 trains nothing: reward 'passing' gave none of 24 completions a score")
 
 
-def test_a_completion_that_takes_a_reward_too_long_has_no_score_and_is_named_once(checkpoint, tmp_path):
-    def hangs(prompts, completions, **columns):
-        time.sleep(60 * ("7" in completions[0]))
-        return [float(len(c)) for c in completions]
+MOODY = """
+import time
+def moody(prompts, completions, **columns):
+    if "7" in completions[0]:
+        MOOD
+    return [float(len(c)) for c in completions]
+"""
 
-    task, display = replace(TASK, rewards={"slow": (1.0, hangs)}), Quiet()
-    sizes = SMALL | {"steps": 3, "prompts": 1, "group": 8}
-    train_grpo(GRPOConfig(str(checkpoint), out=str(tmp_path / "run"), **sizes, reward_timeout=0.3), display, task)
+
+def moody(folder: Path, mood: str) -> Task:
+    """A task whose reward, in a file, does something else where there is a 7."""
+    file = folder / "moody.py"
+    file.write_text(MOODY.replace("MOOD", mood))
+    return replace(TASK, rewards={"moody": (1.0, load_reward(f"{file}:moody"))})
+
+
+FEW = SMALL | {"steps": 3, "prompts": 1, "group": 8}
+
+
+def test_a_completion_that_takes_a_reward_too_long_gets_0_and_is_named_once(checkpoint, tmp_path):
+    task, display = moody(tmp_path, "time.sleep(60)"), Quiet()
+    train_grpo(GRPOConfig(str(checkpoint), out=str(tmp_path / "run"), **FEW, reward_timeout=0.3), display, task)
     late = [record["late_frac"] for record in records(tmp_path / "run")[1:]]
-    assert late == [record["reward/unscored_frac"] for record in records(tmp_path / "run")[1:]]
     assert sum(share > 0 for share in late) > 1
-    (line,) = [line for line in display.lines if "took longer" in line]
-    assert re.fullmatch(r"reward 'slow' took longer than 0.3 s for \d of 8 completions: such have no score", line)
+    assert all(record["reward/unscored_frac"] == 0 for record in records(tmp_path / "run")[1:])
+    (line,) = [line for line in display.lines if "no result within 0.3 s" in line]
+    assert re.fullmatch(
+        r"reward 'moody' gave no result within 0.3 s for prompt \d+, completion \d \('.*'\): it counts as 0; is the "
+        r"timeout long enough\? \(\d of 8 completions\)",
+        line,
+    )
+    faults = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
+    assert len(faults) == round(8 * sum(late)) and all("7" in fault["completion"] for fault in faults)
+    assert {fault["fault"] for fault in faults} == {"late"} and {fault["step"] for fault in faults} <= {1, 2, 3}
+
+
+@pytest.mark.parametrize("mood", ["return [1 / 0]", "return 'x'", "return ['x']", "return []", "return [1e999]"])
+def test_a_bad_reward_is_skipped_on_request(mood, checkpoint, tmp_path):
+    task, display = moody(tmp_path, mood), Quiet()
+    train_grpo(GRPOConfig(str(checkpoint), out=str(tmp_path / "run"), **FEW, on_bad_reward="skip"), display, task)
+    shares = [record["unusable_frac"] for record in records(tmp_path / "run")[1:]]
+    assert max(shares) > 0 and shares == [record["reward/unscored_frac"] for record in records(tmp_path / "run")[1:]]
+    assert sum("reward 'moody'" in line for line in display.lines) == 1
+
+
+def test_a_run_that_a_bad_reward_stops_has_saved_its_steps_and_goes_on_when_it_is_mended(checkpoint, tmp_path):
+    """With the files of a run that nothing stopped."""
+    healthy = moody(tmp_path, "pass")
+    config = GRPOConfig(str(checkpoint), out=str(tmp_path / "whole"), **SMALL | {"steps": 4}, save_every=100)
+    train_grpo(config, Quiet(), healthy)
+    calls, config = [], replace(config, out=str(tmp_path / "stopped"))
+
+    def fails_in_the_third_step(**batch):
+        calls.append(batch)
+        return healthy.rewards["moody"][1](**batch) if len(calls) < 3 else ["high"] * len(batch["completions"])
+
+    broken = replace(healthy, rewards={"moody": (1.0, fails_in_the_third_step)})
+    with pytest.raises(RewardError, match=r"returned 'high'.*; the 2 steps before it are saved: add --resume"):
+        train_grpo(config, Quiet(), broken)
+    train_grpo(replace(config, resume=True), Quiet(), healthy)
+    model = "model/model.safetensors"
+    assert (tmp_path / "stopped" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,9 +5,8 @@ A reward is a plain function `reward(prompts, completions, **columns) -> list[fl
 "cannot be scored".
 """
 
-from minirl.rewards.model import RewardModel
 from minirl.rewards.registry import REWARDS, load_reward
 from minirl.rewards.rules import Reward, guarded
-from minirl.rewards.scoring import score
+from minirl.rewards.scoring import Fault, Outside, RewardError, score
 
-__all__ = ["REWARDS", "Reward", "RewardModel", "guarded", "load_reward", "score"]
+__all__ = ["REWARDS", "Fault", "Outside", "Reward", "RewardError", "guarded", "load_reward", "score"]

@@ -122,8 +122,6 @@ class RewardModel:
     and a process model's are the least P(right) of any step, or the product, or that of the last step (`steps`).
     """
 
-    in_process = True  # a model on a GPU does not survive a fork, and scores a batch at once
-
     def __init__(
         self,
         model: Transformer,

@@ -1,14 +1,85 @@
 """Scoring: several weighted rewards on one batch of completions, each checked and kept apart for the logs."""
 
+import json
 import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, Literal
 
 from minirl.errors import InputError
 from minirl.rewards.rules import Reward
-from minirl.rewards.sandbox import map_with_timeout
+from minirl.sandbox import call_each
+
+TIMEOUT = 10.0  # seconds for one completion, where nothing else is said
+
+
+class RewardError(InputError):
+    """A reward that is no reward; the sentence names it and the completion."""
+
+
+class Unusable(Exception):
+    """What a reward did instead of giving one, to follow its name in a sentence."""
+
+    kind, value = "unusable", math.nan
+    advice = "correct it, or return None for what it cannot score"
+
+
+class Unscored(Unusable):
+    kind, advice = "unscored", "it has no score and is left out"
+
+
+class Late(Unusable):
+    kind, value, advice = "late", 0.0, "it counts as 0; is the timeout long enough?"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A completion without a reward: a "late" one counts as 0, an "unscored" or "unusable" one has no score."""
+
+    reward: str
+    row: int
+    kind: Literal["late", "unscored", "unusable"]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A reward function that is called outside the trainer, one completion at a time: it can neither hang it nor take
+    it down. It sees no network and writes no files but temporary ones, unless it is `trusted`.
+
+    `function` is "path/to/file.py:name" or "package.module:name"; its file is imported there, never here.
+    """
+
+    function: str
+    trusted: bool = False
+
+    def __call__(self, prompts, completions, timeout: float = TIMEOUT, **columns) -> list[Any | Exception]:
+        """For each completion what it returned, a TimeoutError, or an Unusable."""
+        batch = {"prompts": prompts, "completions": completions, **columns}
+        rows = [_row(batch, i) for i in range(len(completions))]
+        try:
+            json.dumps(rows)
+        except (TypeError, ValueError) as error:
+            message = f"reward {self.function}: a column cannot be sent to another process ({error}): leave it out"
+            raise InputError(message) from error
+        outcomes = call_each(self.function, rows, timeout, trusted=self.trusted)
+        return [self._entry(outcome) for outcome in outcomes]
+
+    def _entry(self, outcome):
+        if isinstance(outcome, TimeoutError):
+            return outcome
+        if isinstance(outcome, Exception):
+            return Unusable(f"failed with {outcome}{WALLS if '[Errno ' in str(outcome) and not self.trusted else ''}")
+        try:
+            return _as_list(outcome, 1)[0]
+        except Unusable as error:
+            return error
+
+
+WALLS = " (it is called without network or files to write; `trusted:` before its path lifts that)"
 
 
 def score(
@@ -16,45 +87,50 @@ def score(
     prompts: Sequence,
     completions: Sequence[str],
     columns: Mapping[str, Sequence],
-    timeout: float | None = None,
-    on_timeout: str | Callable[[str, int], object] = "error",
+    timeout: float = TIMEOUT,
+    on_bad: Literal["stop", "skip", "strict"] = "stop",
+    on_fault: Callable[[Fault], object] | None = None,
     on_steps: Callable[[str, int, list[tuple[int, float]]], object] | None = None,
+    places: Sequence[str] | None = None,
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The weighted sum of the rewards for each completion, and the unweighted values of each reward by its name.
 
-    A completion that one of the rewards cannot score has the total NaN, unless its weight is 0. With `timeout` each
-    completion is scored by itself in a child process, at most that many seconds each; one that takes longer is an
-    error, or unscorable with on_timeout="nan", and also with a function, which is told the reward's name and the
-    completion's index. A reward with a true attribute `in_process` has no child: a model is slow to copy and cannot
-    hang. InputError names the reward and the completion when a reward raises or returns anything but one finite number,
-    NaN or None a completion.
+    A completion that one of the rewards cannot score (None, NaN) has the total NaN, unless its weight is 0. One for
+    which a reward `Outside` takes longer than `timeout` seconds gets 0 from it, and so does one for which any reward
+    has a TimeoutError in its list. What is no reward at all (an exception, infinity, a text, a list of another length)
+    is a RewardError that names the reward and the completion, or, with on_bad="skip", a completion without score; with
+    "strict" None, NaN and being late are such errors, too. on_fault is told of each, and `places` says what a
+    completion is called in its sentence.
 
     With `on_steps` a reward may also return for a completion the rewards of its steps: a list with a number for each of
     its lines, or (end, reward) pairs with rising ends, in characters of the completion. They count as their sum, and
     on_steps is told the reward's name, the completion's index and the pairs.
     """
-    if on_timeout not in ("error", "nan") and not callable(on_timeout):
-        raise InputError(f"score: on_timeout must be 'error', 'nan' or a function, not {on_timeout!r}.")
-    if timeout is not None and not timeout > 0:
+    if on_bad not in ("stop", "skip", "strict"):
+        raise InputError(f"score: on_bad must be 'stop', 'skip' or 'strict', not {on_bad!r}.")
+    if not 0 < timeout < math.inf:
         raise InputError(f"score: timeout must be a positive number of seconds, not {timeout!r}.")
     if not rewards:
         raise InputError("score: there is no reward function: give at least one.")
     batch = _batch(prompts, completions, columns)
+    stops = {"stop": ("unusable",), "skip": (), "strict": ("late", "unscored", "unusable")}[on_bad]
     parts = {name: [] for name in rewards}
     for name, (weight, function) in rewards.items():
         if not _is_number(weight) or not math.isfinite(weight):
             raise InputError(f"reward {name!r}: its weight must be a finite number, not {weight!r}.")
-        if timeout is None or getattr(function, "in_process", False):
-            values = _call(name, function, batch)
-        else:
-            values = _call_each(name, function, batch, timeout, on_timeout)
-        for i, value in enumerate(values):
-            value = value.tolist() if hasattr(value, "tolist") else value  # numpy and torch
-            if on_steps and isinstance(value, list | tuple):
-                steps = _steps(name, i, value, completions[i])
-                on_steps(name, i, steps)
-                value = sum(reward for _, reward in steps)
-            parts[name].append(_checked(name, i, value))
+        for i, entry in enumerate(_entries(function, batch, timeout)):
+            try:
+                value, steps = _checked(entry, completions[i], on_steps is not None)
+                if steps:
+                    on_steps(name, i, steps)
+            except Unusable as found:
+                value, place = found.value, places[i] if places else f"completion {i}"
+                sentence = f"reward {name!r} {found} for {place} ({_short(completions[i])}): {found.advice}"
+                if found.kind in stops:
+                    raise RewardError(sentence) from None
+                if on_fault:
+                    on_fault(Fault(name, i, found.kind, sentence))
+            parts[name].append(value)
     weights = [weight for weight, _ in rewards.values()]
     total = [sum(w * v for w, v in zip(weights, row, strict=True) if w) for row in zip(*parts.values(), strict=True)]
     return total, parts
@@ -76,108 +152,81 @@ def _row(batch, i: int) -> dict[str, list]:
     return {name: [values[i]] for name, values in batch.items()}
 
 
-def _call(name: str, function: Reward, batch) -> list:
+def _entries(function: Reward, batch, timeout: float) -> list:
+    """For each completion what the reward returned, or the exception that stands for it."""
+    size = len(batch["completions"])
+    outside = {"timeout": timeout} if isinstance(function, Outside) else {}
     try:
-        values = function(**batch)
+        entries = _as_list(function(**batch, **outside), size)
+        return [Late(f"gave {e}") if isinstance(e, TimeoutError) else e for e in entries]
     except InputError:
         raise
     except Exception as error:
-        i = _first_failure(function, batch)
-        where = "on the batch" if i is None else f"at completion {i} ({_short(batch['completions'][i])})"
-        raise InputError(_failed(name, _describe(error), where)) from error
-    return _as_list(name, values, len(batch["completions"]))
-
-
-def _call_each(name: str, function: Reward, batch, timeout: float, on_timeout: str | Callable) -> list:
-    rows = [(_row(batch, i),) for i in range(len(batch["completions"]))]
-    outcomes = map_with_timeout(lambda row: function(**row), rows, timeout)
-    values = []
-    for i, outcome in enumerate(outcomes):
-        where = f"at completion {i} ({_short(batch['completions'][i])})"
-        if isinstance(outcome, TimeoutError) and on_timeout != "error":
-            outcome = [None]
-            if callable(on_timeout):
-                on_timeout(name, i)
-        elif isinstance(outcome, TimeoutError):
-            message = f"reward {name!r} took longer than {timeout:g} s {where}: speed it up or raise the timeout."
-            raise InputError(message) from outcome
-        elif isinstance(outcome, Exception):
-            raise InputError(_failed(name, str(outcome), where)) from outcome
-        values += _as_list(name, outcome, 1)
-    return values
-
-
-def _first_failure(function: Reward, batch) -> int | None:
-    """The completion at which a reward raises when it scores each by itself."""
-    for i in range(len(batch["completions"])):
+        problem = _unusable(error)
+    alone = []
+    for i in range(size):  # which of them is it?
         try:
-            function(**_row(batch, i))
-        except Exception:
-            return i
-    return None
+            alone += _as_list(function(**_row(batch, i)), 1)
+        except Exception as error:
+            alone.append(_unusable(error))
+    return alone if any(isinstance(entry, Exception) for entry in alone) else [problem] * size
 
 
-def _as_list(name: str, values, expected: int) -> list:
+def _unusable(error: Exception) -> Exception:
+    return error if isinstance(error, Unusable) else Unusable(f"failed with {type(error).__name__}: {error}")
+
+
+def _as_list(values, expected: int) -> list:
     values = values.tolist() if hasattr(values, "tolist") else values  # numpy and torch
     if not isinstance(values, list | tuple):
-        kind = type(values).__name__
-        raise InputError(f"reward {name!r} returned a {kind}: it must return a list with one number a completion.")
+        raise Unusable(f"returned {_short(values)}, not a list with one number a completion,")
     if len(values) != expected:
-        raise InputError(
-            f"reward {name!r} returned {len(values)} values for {expected} completions: return one for each."
-        )
+        raise Unusable(f"returned {len(values)} value{'s' * (len(values) != 1)} for {expected}, not one for each,")
     return list(values)
 
 
-def _checked(name: str, i: int, value) -> float:
-    if value is None:
-        return math.nan
-    if not _is_number(value):
-        steps = "; only advantage grpo_process takes rewards of steps" if isinstance(value, list | tuple) else ""
-        raise InputError(
-            f"reward {name!r} returned {_short(value)} for completion {i}: it must be a number, NaN or None{steps}."
-        )
-    if abs(value) > sys.float_info.max:  # also integers beyond any float; false for NaN
-        raise InputError(f"reward {name!r} returned {_short(value)} for completion {i}: return NaN if it has no score.")
-    return float(value)
+def _checked(entry, text: str, in_steps: bool) -> tuple[float, list[tuple[int, float]]]:
+    """The value of an entry and, where it is one of steps, its steps."""
+    if isinstance(entry, Exception):
+        raise entry
+    entry = entry.tolist() if hasattr(entry, "tolist") else entry  # numpy and torch
+    if in_steps and isinstance(entry, list | tuple):
+        steps = _steps(entry, text)
+        return sum(reward for _, reward in steps), steps
+    if entry is None or entry != entry:
+        raise Unscored("returned None" if entry is None else "returned NaN")
+    if not _is_number(entry):
+        steps = "; only advantage grpo_process takes rewards of steps" if isinstance(entry, list | tuple) else ""
+        raise Unusable(f"returned {_short(entry)}, which is no number{steps},")
+    if abs(entry) > sys.float_info.max:  # also integers beyond any float
+        raise Unusable(f"returned {_short(entry)}")
+    return float(entry), []
 
 
-def _steps(name: str, i: int, value: Sequence, text: str) -> list[tuple[int, float]]:
+def _steps(value: Sequence, text: str) -> list[tuple[int, float]]:
     """Rewards of lines, or pairs, as checked pairs of a step's end in characters and its reward."""
     lines, pairs = text.split("\n"), value
     if all(map(_is_number, value)):
         if len(value) != len(lines):
-            raise InputError(
-                f"reward {name!r} returned {len(value)} step rewards for completion {i}, which has {len(lines)} lines "
-                f"({_short(text)}): return one for each line, or (end, reward) pairs."
-            )
+            raise Unusable(f"returned {len(value)} step rewards, not one for each of {len(lines)} lines, nor pairs,")
         pairs = zip(accumulate(len(line) + (n > 0) for n, line in enumerate(lines)), value, strict=True)
     pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in pairs]
     whole = all(len(pair) == 2 and isinstance(pair[0], numbers.Integral) and _is_number(pair[1]) for pair in pairs)
     if not whole or not all(math.isfinite(reward) for _, reward in pairs):
-        raise InputError(
-            f"reward {name!r} returned {_short(value)} for completion {i}: rewards of steps are finite numbers, one "
-            "for each line, or pairs of a whole number of characters and such a reward."
+        raise Unusable(
+            f"returned {_short(value)}, which are no finite numbers, one for each line, and no pairs of a whole number "
+            "of characters and such a reward,"
         )
     ends = [end for end, _ in pairs]
     if ends != sorted(ends) or not 0 <= ends[0] <= ends[-1] <= len(text):
-        raise InputError(
-            f"reward {name!r} returned steps that end at {_short(ends)} for completion {i}: the ends must rise, up to "
-            f"its {len(text)} characters at most."
+        raise Unusable(
+            f"returned steps that end at {_short(ends)}, where ends must rise, up to {len(text)} characters at most,"
         )
     return [(int(end), float(reward)) for end, reward in pairs]
 
 
 def _is_number(value) -> bool:
     return isinstance(value, numbers.Real)
-
-
-def _failed(name: str, what: str, where: str) -> str:
-    return f"reward {name!r} failed with {what} {where}: correct it, or return None for what it cannot score."
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _short(value, length: int = 60) -> str:

@@ -191,8 +191,8 @@ class Pool:
                     "programs that a model wrote run only where Linux can shut them in (Landlock, from kernel 5.13 on, "
                     f"and seccomp); this machine has but: {', '.join(sorted(worker.walls))}"
                 )
-            task.loading = bool(job.function) and worker.function != job.function
-            if task.loading:
+            task.loading = bool(job.function) and worker.function != job.function and job.kind != LOAD
+            if job.kind == LOAD or task.loading:
                 worker.function = job.function
                 worker.send(LOAD, (job.function.encode(), b""), LOADING, memory_mb)
             else:
@@ -224,13 +224,14 @@ class Pool:
         if task is None:  # its first words
             worker.walls, self.stillborn = set(message["walls"]), 0
             return []
-        if task.loading:
+        if task.loading or task.job.kind == LOAD:
             if "error" in message:
                 worker.task, worker.function = None, ""
                 raise InputError(f"{task.job.function} cannot be loaded ({message['error']}): correct it")
-            task.loading = False
-            worker.send(task.job.kind, task.job.parts, *worker.limits)
-            return []
+            if task.loading:
+                task.loading = False
+                worker.send(task.job.kind, task.job.parts, *worker.limits)
+                return []
         worker.task = None
         task.outcome = message
         return [task]
@@ -290,3 +291,8 @@ def call_each(
         for a in arguments
     ]
     return shared().map(jobs, seconds, memory_mb)
+
+
+def load(function: str) -> None:
+    """InputError if the function cannot be loaded; nothing of it is imported here."""
+    shared().map([Job(LOAD, function=function)], LOADING)

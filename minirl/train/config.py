@@ -55,9 +55,11 @@ class PolicyConfig:
     data: str | None = None
     """JSONL file of stored completions with their rewards (prompt, completion, reward; minirl outcomes writes one) to
     train on in place of sampled ones: offline RL. The task is for evaluation only."""
-    reward_timeout: float | None = None
-    """Seconds a completion that a reward function may take, in a process that can be killed; one that takes longer has
-    no score. None calls it directly."""
+    reward_timeout: float = 10.0
+    """Seconds a completion that a reward function of a file may take; one that takes longer gets 0 from it."""
+    on_bad_reward: Literal["stop", "skip", "strict"] = "stop"
+    """A reward that raises, or returns infinity, a text or a list of another length: stop the run (what is trained is
+    saved), or skip: that completion has no score. strict also stops at None, NaN and what takes too long."""
     steps: int = 100
     """Rollouts."""
     prompts: int = 16
@@ -115,15 +117,15 @@ class PolicyConfig:
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     resume: bool = False
-    """Continue the run in `out`; slots, micro_batch_tokens, recompute, device, save_every and shown
-    may differ, as they change no result."""
+    """Continue the run in `out`; slots, micro_batch_tokens, recompute, device, save_every and shown may differ, as they
+    change no result, and on_bad_reward."""
 
     def __post_init__(self):
         refuse_below_one(self, "steps", "prompts", "group", "epochs", "mini_batches", "max_tokens", "slots")
         refuse_below_one(self, "micro_batch_tokens", "eval_prompts", "eval_samples", "save_every", "kl_horizon")
         refuse_not_positive(self, "lr", "clip_norm", "temperature", "gamma")
         refuse_not_positive(
-            self, *(n for n in ("reward_timeout", "kl_target", "target_kl") if getattr(self, n) is not None)
+            self, "reward_timeout", *(n for n in ("kl_target", "target_kl") if getattr(self, n) is not None)
         )
         refuse_negative(self, "kl_in_reward", "weight_decay", "truncation_penalty", "ref_reset_every")
         refuse_negative(self, "warmup", "eval_every", "shown", "seed")

@@ -65,8 +65,8 @@ class SampleConfig:
     """Keep the most likely tokens up to this mass."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion, beside the checkpoint's stop tokens; what is checked and kept ends before them."""
-    reward_timeout: float | None = None
-    """Seconds a completion that the checker may take, in a process that can be killed; longer is without a score."""
+    reward_timeout: float = 10.0
+    """Seconds a completion that a checker from a file may take; longer is wrong."""
     slots: int = 64
     """Completions sampled at a time: a memory knob that changes no completion."""
     seed: int = 0
@@ -82,8 +82,7 @@ class SampleConfig:
         refuse_unknown_choices(self)
         if self.prompts is not None:
             refuse_below_one(self, "prompts")
-        if self.reward_timeout is not None:
-            refuse_not_positive(self, "reward_timeout")
+        refuse_not_positive(self, "reward_timeout")
         _ = self.sampling  # refuses what cannot be sampled with
 
     @property
@@ -130,7 +129,7 @@ def sample_and_check(
         raise InputError(f"task {config.task!r} has no training examples: ask for some")
     sampler = Sampler(model, config.slots, tokenizer=tokenizer)
     params = replace(config.sampling, stop_ids=tokenizer.stop_ids)
-    groups, stopped = list(done), False
+    groups, stopped, named = list(done), False, set()
     display.progress("prompts", len(groups), len(examples))
     with interruptible(display) as stop_requested:
         while len(groups) < len(examples) and not stopped:
@@ -138,10 +137,14 @@ def sample_and_check(
             keyed = replace(params, seed=(config.seed << 32) + start // CHUNK)
             part = examples[start : start + CHUNK]
             rollout = sample(sampler, tokenizer, part, keyed, lambda i, total: display.progress("samples", i, total))
-            rollout.score({"correct": (1.0, task.correct)}, config.reward_timeout)
-            if start == 0:  # later it may be a passing failure, which must not cost what was sampled
+            on_bad = "skip" if start else "stop"  # later it may be a passing failure, which must not cost the samples
+            rollout.indices = list(range(start, start + len(part)))
+            rollout.score({"correct": (1.0, task.correct)}, config.reward_timeout, on_bad=on_bad)
+            if start == 0:
                 rollout.require_score()
-                for line in rollout.late_lines(config.reward_timeout).values():
+            for key, line in rollout.fault_lines().items():
+                if key not in named:
+                    named.add(key)
                     display.line(line)
             groups += [_lines(rollout, i, keyed) for i in range(len(part))]
             display.progress("prompts", len(groups), len(examples))

@@ -19,7 +19,7 @@ from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.files import contents
 from minirl.model import Transformer
-from minirl.rewards import load_reward
+from minirl.rewards import RewardError, load_reward
 from minirl.rewards.model import RewardModel
 from minirl.rewards.rules import Reward, overlong_penalty
 from minirl.rollout import Rollout, sample, task_rewards
@@ -55,7 +55,8 @@ class PolicyTrainer:
     def __init__(self, config: PolicyConfig, run: Run, display: Display, task: Task, stored: Sequence[dict] = ()):
         """`stored`: lines of offline data to train on in place of samples."""
         self.config, self.run, self.display, self.task = config, run, display, task
-        self.late: set[str] = set()  # the rewards that have been named for taking too long
+        self.named: set[tuple[str, str]] = set()  # rewards and their kinds of faults that have been said
+        self.faults: list[dict] = []  # of this step, to be logged
         if not self.task.train and not stored:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
         self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
@@ -109,7 +110,15 @@ class PolicyTrainer:
     def step(self, step: int) -> dict[str, float]:
         """Rollout, rewards, advantages, updates; returns the step's metrics."""
         started = time.perf_counter()
-        rollout = self.collect(step)
+        try:
+            rollout = self.collect(step)
+        except RewardError as error:
+            if step == self.run.start:
+                raise
+            self.save(step)  # nothing of this step has reached the model
+            raise RewardError(
+                f"{error}; the {step} steps before it are saved: add --resume to go on from there"
+            ) from None
         sampled = time.perf_counter()
         metrics = rollout.stats | self.update(rollout, step)
         trained = time.perf_counter()
@@ -130,7 +139,9 @@ class PolicyTrainer:
         }
 
     def show(self, rollout: Rollout, step: int) -> None:
-        """Write the first completion of some prompts to completions.jsonl."""
+        """Write the first completion of some prompts to completions.jsonl, and what had no reward to faults.jsonl."""
+        while self.faults:
+            self.run.log_fault(step, **self.faults.pop(0))
         for i in range(min(self.config.shown, len(rollout.prompts))):
             row, completion = i * rollout.group_size, rollout.completions[i * rollout.group_size]
             self.run.log_completion(
@@ -191,9 +202,10 @@ class PolicyTrainer:
         def progress(done: int, total: int) -> None:
             self.display.progress("rollout", done, total)
 
-        rollout = sample(self.sampler, self.tokenizer, [self.task.train[i] for i in chosen], params, progress)
-        rollout.score(self.rewards, c.reward_timeout, steps)
-        self.name_late(rollout)
+        examples = [self.task.train[i] for i in chosen]
+        rollout = sample(self.sampler, self.tokenizer, examples, params, progress, chosen)
+        rollout.score(self.rewards, c.reward_timeout, steps, c.on_bad_reward)
+        self.name_faults(rollout)
         for judge in self.judges:
             judge.watch(rollout, self.verdicts(rollout))
         return rollout
@@ -206,12 +218,15 @@ class PolicyTrainer:
         if rollout.idle:
             self.display.line(f"step {step + 1} trains nothing: {rollout.idle}")
 
-    def name_late(self, rollout: Rollout) -> None:
-        """Once for each reward; how many completions there are of them is logged as late_frac."""
-        for name, line in rollout.late_lines(self.config.reward_timeout).items():
-            if name not in self.late:
-                self.late.add(name)
+    def name_faults(self, rollout: Rollout) -> None:
+        """Each kind of each reward is said once; all are logged, with the step."""
+        for key, line in rollout.fault_lines().items():
+            if key not in self.named:
+                self.named.add(key)
                 self.display.line(line)
+        for fault in rollout.faults:
+            example, text = rollout.indices[fault.row // rollout.group_size], rollout.texts[fault.row]
+            self.faults.append({"reward": fault.reward, "fault": fault.kind, "prompt": example, "completion": text})
 
     # --- from rewards to advantages ---------------------------------------------------------------------------------
 
@@ -314,7 +329,8 @@ class PolicyTrainer:
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
-    def evaluate(self, require_score: bool = False) -> dict[str, float]:
+    def evaluate(self, first: bool = False) -> dict[str, float]:
+        """`first`: before anything is trained, so that what is wrong may end the run."""
         c = self.config
 
         def progress(done: int, total: int) -> None:
@@ -323,9 +339,18 @@ class PolicyTrainer:
         params = replace(self.params, n=c.eval_samples, seed=(c.seed << 32) + (1 << 31))
         examples = self.task.heldout[: c.eval_prompts]
         result = evaluate(
-            self.sampler, self.tokenizer, self.task, params, examples, True, c.reward_timeout, progress, require_score
+            self.sampler,
+            self.tokenizer,
+            self.task,
+            params,
+            examples,
+            timeout=c.reward_timeout,
+            progress=progress,
+            require_score=first,
+            on_bad=c.on_bad_reward if first else "skip",  # later it must not cost the steps before it
         )
-        self.name_late(result.rollout)
+        for line in result.rollout.fault_lines().values():
+            self.display.line(f"held-out: {line}")
         return result.metrics
 
     def save(self, step: int) -> None:
@@ -391,7 +416,7 @@ def train_policy(
     run = Run(config.out, identity(config, data), config.resume)
     trainer = kind(config, run, display, task, stored)
     if run.start == 0:
-        before = trainer.evaluate(require_score=True)
+        before = trainer.evaluate(first=True)
         display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
 
     def step(number: int) -> dict[str, float]:

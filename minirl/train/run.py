@@ -33,8 +33,8 @@ from minirl.model import ScalarHead, Transformer
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
 
-LOGS = ("metrics.jsonl", "completions.jsonl")
-KNOBS = ("slots", "micro_batch_tokens", "recompute", "device", "save_every", "shown")  # may change on resume
+LOGS = ("metrics.jsonl", "completions.jsonl", "faults.jsonl")
+KNOBS = ("slots", "micro_batch_tokens", "recompute", "device", "save_every", "shown", "on_bad_reward")  # on resume
 WRITTEN = ("config.json", *LOGS, "model", "reward_model", "checkpoints/step")  # atomically, from beside the place
 TIMED = (
     "time/",
@@ -97,6 +97,9 @@ class Run:
 
     def log_completion(self, step: int, **fields) -> None:
         self._append("completions.jsonl", {"step": step, **fields})
+
+    def log_fault(self, step: int, **fields) -> None:
+        self._append("faults.jsonl", {"step": step, **fields})
 
     def _append(self, name: str, record: dict) -> None:
         """One line; NaN and infinity become null, as JSON has neither."""
