@@ -635,7 +635,7 @@ def test_pairs_and_labels_of_the_completions_of_a_prompt():
 
 def test_a_rule_becomes_data_data_a_model_and_the_model_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    task = "arithmetic:op=sum,digits=1,chat=false"
+    task = "arithmetic:op=sum,digits=1,style=plain"
     sampling = f"--model {checkpoint} --task {task} --max-tokens 4"
     cli.main(f"outcomes {sampling} --samples 24 --out data".split())
     said = capsys.readouterr().out
