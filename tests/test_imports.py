@@ -21,7 +21,7 @@ LAYERS = [  # from the top; a file may import from its own layer or from one bel
     {"sampler"},
     {"losses", "preferences", "reward_losses", "advantages", "metrics"},
     {"model", "attention", "checkpoint", "tokenizer", "chat_template"},
-    {"kernels"},
+    {"kernels", "sandbox"},
     {"files"},
     {"errors", "__init__"},
 ]
