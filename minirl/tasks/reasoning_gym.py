@@ -5,13 +5,10 @@ score answers. Only a full score counts as right, and only for an answer that th
 pays for any text that holds the oracle's, and others execute what they get.
 """
 
-import contextlib
 import importlib.util
+import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,14 +17,14 @@ from minirl.rewards.numbers import last_number, whole_number
 from minirl.rewards.registry import did_you_mean
 from minirl.rewards.rules import Reward
 from minirl.sandbox import call_each
-from minirl.tasks import reasoning_worker
 from minirl.tasks.reasoning_guards import may_be_right
 from minirl.tasks.split import check_sizes, draw_split
 from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
 
-SCORER = f"{Path(reasoning_worker.__file__).resolve()}:score"
-SECONDS = 5.0  # for one answer; the slowest honest one takes 0.1 s, and the first in a process imports the package
+WORKER = Path(__file__).resolve().with_name("reasoning_worker.py")
+SECONDS = 5.0  # for one answer; the slowest honest one takes half of one
+BATCH_SECONDS = 600.0  # for 32 problems
 MOST = (1024, 128)  # examples where no size is asked for: the slowest data sets make two problems a second
 
 Read = Callable[[str], str | None]
@@ -57,17 +54,16 @@ def reasoning_gym(
         )
         raise InputError(message)
     options = _as_json(config)
-    with contextlib.closing(_problems(dataset, options, seed)) as problems:
+    problems = _problems(dataset, options, seed)
 
-        def draw(rng: random.Random) -> tuple[str, dict]:
-            problem = next(problems)
-            question = problem["question"]
-            example = {"prompt": in_style(style, question), "answer": problem["answer"], "entry": problem["entry"]}
-            return question, example
+    def draw(rng: random.Random) -> tuple[str, dict]:
+        problem = next(problems)
+        question = problem["question"]
+        return question, {"prompt": in_style(style, question), "answer": problem["answer"], "entry": problem["entry"]}
 
-        advice = "ask for fewer, or choose options with more problems"
-        name = f"reasoning_gym:dataset={dataset}"
-        train, heldout = draw_split(name, draw, train_size, heldout_size, seed, advice, MOST)
+    advice = "ask for fewer, or choose options with more problems"
+    name = f"reasoning_gym:dataset={dataset}"
+    train, heldout = draw_split(name, draw, train_size, heldout_size, seed, advice, MOST)
     read = _reader([example["answer"] for example in train + heldout])
     correct = scorer(dataset, options, read)
     return with_style(Task(dataset, train, heldout, {"correct": (1.0, correct)}, correct, read), style)
@@ -89,7 +85,7 @@ def scorer(dataset: str, options: str, read: Read) -> Reward:
                 found = oracle  # 7.0 is 7, but the default scorer compares texts
             if found is not None and may_be_right(dataset, found, json.loads(problem)):
                 jobs.setdefault((dataset, options, found, problem), []).append(i)
-        outcomes = call_each(SCORER, list(jobs), SECONDS) if jobs else []
+        outcomes = call_each(f"{WORKER}:score", list(jobs), SECONDS) if jobs else []
         for rows, outcome in zip(jobs.values(), outcomes, strict=True):
             for i in rows:
                 values[i] = float(outcome == 1.0)  # an exception is not
@@ -131,20 +127,14 @@ def _as_json(config: dict) -> str:
 
 
 def _problems(dataset: str, options: str, seed: int) -> Iterator[dict]:
-    """Endless problems from a process that ends with the iterator."""
-    request = json.dumps({"name": dataset, "config": options, "seed": seed})
-    command = [sys.executable, "-P", reasoning_worker.__file__, request]  # -P: our math.py is not Python's
-    environment = os.environ | {"PYTHONHASHSEED": "0"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
-        try:
-            for line in process.stdout:
-                problem = json.loads(line)
-                if "refused" in problem:
-                    raise InputError(_refusal(**problem["refused"]))
-                yield problem
-            raise InputError(f"reasoning_gym: data set {dataset!r} failed with {options}: choose other options.")
-        finally:
-            process.kill()
+    """Endless problems; they may repeat."""
+    for number in itertools.count():
+        (batch,) = call_each(f"{WORKER}:problems", [(dataset, options, seed, number)], BATCH_SECONDS, trusted=True)
+        if isinstance(batch, Exception):
+            raise InputError(f"reasoning_gym: data set {dataset!r} makes no problems ({batch}): choose other options.")
+        if "refused" in batch:
+            raise InputError(_refusal(**batch["refused"]))
+        yield from batch["problems"]
 
 
 def _refusal(why: str, word: str | None, choices: list[str]) -> str:

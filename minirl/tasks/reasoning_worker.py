@@ -1,20 +1,19 @@
-"""What runs of reasoning-gym, and runs outside of the trainer: making problems, and the package's own scorers.
+"""What runs of reasoning-gym, in processes of the sandbox: making problems, and the package's own scorers.
 
-Several of those scorers execute the answer that they are given, so they are called in the sandbox only. Problems are
-made by this file as a script, in a process with a fixed hash seed, as some data sets draw from sets of texts. It
-imports nothing of minirl, so that neither process needs torch.
+Several of those scorers execute the answer that they are given. Some data sets draw from sets of texts: the sandbox's
+fixed hash seed makes their problems the same on every run. The file imports nothing of minirl, so that its process
+needs no torch.
 """
 
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-import sys
 import typing
-from collections.abc import Iterator
 
-SIZE = 1024  # problems of one seed: some data sets are made whole, at once
+from reasoning_gym.factory import DATASETS
+
+BATCH = 32  # problems of one seed: some data sets are made whole, at once
 
 
 class Refused(ValueError):
@@ -30,19 +29,24 @@ def score(name: str, config: str, answer: str, entry: str) -> float:
     return float(_dataset(name, config).score_answer(answer, json.loads(entry, object_hook=_with_tuples)))
 
 
-def problems(name: str, config: str, seed: int) -> Iterator[dict]:
-    """Endless problems {question, answer, metadata}; they may repeat."""
-    for number in itertools.count():
-        digest = hashlib.blake2b(repr((seed, number)).encode(), digest_size=4).digest()
-        dataset = _dataset(name, config, seed=int.from_bytes(digest) >> 1, size=SIZE)
-        for i in range(SIZE):
-            yield dataset[i]
+def problems(name: str, config: str, seed: int, number: int) -> dict:
+    """Batch `number` of endless problems (question, answer, and entry in JSON), which may repeat; or why there are
+    none."""
+    digest = hashlib.blake2b(repr((seed, number)).encode(), digest_size=4).digest()
+    try:
+        dataset = _dataset(name, config, seed=int.from_bytes(digest) >> 1, size=BATCH)
+    except Refused as error:
+        return {"refused": error.report}
+    return {"problems": [_problem(dataset[i]) for i in range(BATCH)]}
+
+
+def _problem(found: dict) -> dict:
+    entry = {"answer": found["answer"], "metadata": _tagged(found["metadata"])}
+    return {"question": found["question"], "answer": found["answer"], "entry": json.dumps(entry, default=str)}
 
 
 @functools.lru_cache(4)
 def _dataset(name: str, config: str, seed: int = 0, size: int = 1):
-    from reasoning_gym.factory import DATASETS
-
     choices = tuple(sorted(set(DATASETS) - {"composite"}))  # that one mixes others and has no problems of its own
     if name not in choices:
         raise Refused("there is no data set", name, choices)
@@ -89,19 +93,3 @@ def _tagged(value):
 
 def _with_tuples(found: dict):
     return tuple(found["tuple"]) if found.keys() == {"tuple"} else found
-
-
-def main() -> None:
-    """Problems as JSON lines for the request {name, config, seed} in the first argument, until nobody reads on."""
-    output, sys.stdout = sys.stdout, sys.stderr  # some data sets print
-    try:
-        for problem in problems(**json.loads(sys.argv[1])):
-            line = {"question": problem["question"], "answer": problem["answer"]}
-            entry = {"answer": problem["answer"], "metadata": _tagged(problem["metadata"])}
-            print(json.dumps(line | {"entry": json.dumps(entry, default=str)}), file=output, flush=True)
-    except Refused as error:
-        print(json.dumps({"refused": error.report}), file=output, flush=True)
-
-
-if __name__ == "__main__":
-    main()
