@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bench import common
 
-TASK = "--task arithmetic:op=sum,digits=2,chat=false,template={a:02}+{b:02}="
+TASK = "--task arithmetic:op=sum,digits=2,style=plain,template={a:02}+{b:02}="
 SIZES = "--max-tokens 12 --slots 256"
 ONLINE = f"""{TASK} {SIZES} --prompts 32 --group 8 --warmup 5 --schedule linear --eval-prompts 256 --eval-samples 4
     --shown 0"""

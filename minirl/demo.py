@@ -20,7 +20,7 @@ from minirl.train.sft import SFTConfig, demonstration_rows, fit
 
 GUESSES = 0.55  # share of the demonstrations that guess
 COPIES = 4  # demonstrations of each problem
-TASK = "arithmetic:op=sum,digits=2,chat=false,template={a:02}+{b:02}="
+TASK = "arithmetic:op=sum,digits=2,style=plain,template={a:02}+{b:02}="
 
 
 @dataclass(frozen=True)

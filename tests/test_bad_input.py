@@ -24,7 +24,7 @@ from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
 from minirl.train import run as run_module
 
-TASK = "arithmetic:op=sum,digits=1,chat=false"
+TASK = "arithmetic:op=sum,digits=1,style=plain"
 SMALL = [
     "--steps",
     "4",
@@ -240,11 +240,11 @@ TASKS = {
     "arithmetic:digits=many": ["digits", "'many'", "int"],
     "arithmetic:digits": ["'digits'", "option=value"],
     "arithmetic:digits=1,train_size=5000": ["100 prompts", "train_size=5000"],
-    "arithmetic:digits=1,chat=false,train_size=0": ["no training examples"],
-    "arithmetic:digits=1,chat=false,heldout_size=0": ["no held-out examples"],
+    "arithmetic:digits=1,style=plain,train_size=0": ["no training examples"],
+    "arithmetic:digits=1,style=plain,heldout_size=0": ["no held-out examples"],
     "arithmetic:digits=1": ["no chat template"],
-    "arithmetic:digits=40,chat=false": ["prompt 0 has 8", "context holds 32"],
-    "arithmetic:digits=1,chat=false,template={a} and {b}": ["' '", "no token"],
+    "arithmetic:digits=40,style=plain": ["prompt 0 has 8", "context holds 32"],
+    "arithmetic:digits=1,style=plain,template={a} and {b}": ["' '", "no token"],
     "missing.jsonl": ["missing.jsonl: there is no such file"],
 }
 

@@ -24,7 +24,7 @@ from minirl.train.ppo import PPOConfig
 from minirl.train.run import Run
 from minirl.train.sft import SFTConfig
 
-TASK = "arithmetic:op=sum,digits=1,chat=false"
+TASK = "arithmetic:op=sum,digits=1,style=plain"
 SMALL = "--steps 2 --prompts 2 --group 2 --max-tokens 4 --eval-prompts 3 --eval-samples 2"
 
 

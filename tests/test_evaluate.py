@@ -146,7 +146,7 @@ def folder(tmp_path_factory):
 
 def test_a_model_is_measured_the_same_by_the_same_seed(folder):
     model, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    task = load_task("arithmetic", digits=1, chat=False)
+    task = load_task("arithmetic", digits=1, style="plain")
     progress = []
 
     def run(seed: int, slots: int) -> Evaluation:

@@ -29,7 +29,7 @@ DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 
 ENGINE = {"torch", "triton", "safetensors", "tokenizers", "numpy"}
 KERNELS = {"torch", "triton"}  # the folder can be lifted out and used alone
-EXTRAS = {"tyro", "rich", "matplotlib", "jinja2", "math_verify"}
+EXTRAS = {"tyro", "rich", "matplotlib", "jinja2", "math_verify", "reasoning_gym"}
 ADAPTERS = {
     "minirl.cli",
     "minirl.commands",
@@ -37,6 +37,7 @@ ADAPTERS = {
     "minirl.display",
     "minirl.chat_template",
     "minirl.rewards.equality",
+    "minirl.tasks.reasoning_worker",
 }
 LAZY = {"minirl.checkpoint": {"huggingface_hub"}}  # inside a function only: fetching a model by its hub name
 

@@ -23,11 +23,11 @@ from minirl.checkpoint import load_model
 from minirl.model import ScalarHead
 from minirl.train.run import TIMED, Run, _truncate
 
-GRPO = """grpo --task arithmetic:op=sum,digits=1,chat=false --steps 6 --prompts 4 --group 4 --mini-batches 2
+GRPO = """grpo --task arithmetic:op=sum,digits=1,style=plain --steps 6 --prompts 4 --group 4 --mini-batches 2
     --max-tokens 6 --loss.kl k3 --loss.kl-coef 0.05 --top-p 0.9 --lr 1e-3 --warmup 2 --schedule linear
     --weight-decay 0.01 --eval-every 2 --eval-prompts 4 --eval-samples 2 --save-every 2 --shown 3
     --rewards repetition=1 slow.py:slow=0"""
-ARITHMETIC = """--task arithmetic:op=sum,digits=1,chat=false --steps 6 --prompts 3 --group 3 --max-tokens 6 --lr 1e-3
+ARITHMETIC = """--task arithmetic:op=sum,digits=1,style=plain --steps 6 --prompts 3 --group 3 --max-tokens 6 --lr 1e-3
     --eval-every 0 --eval-prompts 2 --eval-samples 1 --save-every 2"""
 FAMILY = {  # and how many optimizer steps each takes in a step
     "ppo": (

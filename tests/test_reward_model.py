@@ -20,7 +20,7 @@ from minirl.checkpoint import load_model, save_model
 from minirl.errors import InputError
 from minirl.model import ScalarHead, Transformer
 from minirl.reward_losses import bce_loss, pairwise_loss, pointwise_loss
-from minirl.rewards import load_reward, score
+from minirl.rewards import load_reward
 from minirl.rewards.model import LAST, RewardModel, Tree, micro_batches, read, read_all, spelled_tokens, step_ends
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
@@ -626,7 +626,7 @@ def test_pairs_and_labels_of_the_completions_of_a_prompt():
 
 def test_a_rule_becomes_data_data_a_model_and_the_model_a_reward(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    task = "arithmetic:op=sum,digits=1,chat=false"
+    task = "arithmetic:op=sum,digits=1,style=plain"
     sampling = f"--model {checkpoint} --task {task} --max-tokens 4"
     cli.main(f"outcomes {sampling} --samples 24 --out data".split())
     said = capsys.readouterr().out

@@ -70,7 +70,7 @@ def test_an_unknown_option_names_the_choices_and_the_nearest():
 
 @pytest.mark.parametrize(
     "option, value",
-    [("digits", "two"), ("digits", 1.5), ("digits", True), ("chat", "maybe"), ("op", 3), ("train_size", [])],
+    [("digits", "two"), ("digits", 1.5), ("digits", True), ("op", 3), ("train_size", [])],
 )
 def test_an_option_of_the_wrong_type_is_refused(option, value):
     with pytest.raises(InputError, match=f"option {option} must be"):
@@ -78,8 +78,8 @@ def test_an_option_of_the_wrong_type_is_refused(option, value):
 
 
 def test_options_may_be_texts_from_a_command_line():
-    typed = load_task("arithmetic", digits=2, chat=False, train_size=None, template=None)
-    assert load_task("arithmetic", digits="2", chat="false", train_size="none", template="none") == typed
+    typed = load_task("arithmetic", digits=2, style="plain", train_size=None, template=None)
+    assert load_task("arithmetic", digits="2", style="plain", train_size="none", template="none") == typed
 
 
 # --- arithmetic
@@ -128,11 +128,11 @@ def test_a_mix_holds_all_three_operations():
 
 
 def test_prompts_are_plain_continuations_without_chat():
-    assert all(re.fullmatch(r"\d\+\d=", row["prompt"]) for row in load_task("arithmetic", chat=False).train)
+    assert all(re.fullmatch(r"\d\+\d=", row["prompt"]) for row in load_task("arithmetic", style="plain").train)
 
 
 def test_a_template_words_the_prompt():
-    task = load_task("arithmetic", op="mix", template="{op} of {b}, {a}:", chat=False)
+    task = load_task("arithmetic", op="mix", template="{op} of {b}, {a}:", style="plain")
     assert all(re.fullmatch(r"(\+|\*|gcd) of \d, \d:", row["prompt"]) for row in task.train)
 
 
@@ -463,7 +463,7 @@ def test_a_file_is_read_with_its_columns(tmp_path):
 def test_chat_messages_are_kept_and_texts_become_messages_on_request(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     path = write(tmp_path / "chat.jsonl", [{"prompt": messages}, {"prompt": "Hello"}])
-    task = load_task(path, chat=True, heldout_fraction=0)
+    task = load_task(path, style="chat", heldout_fraction=0)
     assert [row["prompt"] for row in task.train] == [messages, [{"role": "user", "content": "Hello"}]]
 
 

@@ -12,7 +12,8 @@ from minirl.errors import InputError
 from minirl.rewards.numbers import last_number as find_last_number
 from minirl.rewards.registry import did_you_mean
 from minirl.rewards.rules import last_number
-from minirl.tasks.split import check_sizes, draw_split, problem_hash
+from minirl.tasks.split import DEFAULT_HELDOUT, DEFAULT_TRAIN, check_sizes, draw_split, problem_hash
+from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
 
 
@@ -20,18 +21,21 @@ class Operation(NamedTuple):
     symbol: str  # stands for {op} in a template
     apply: Callable[[int, int], int]
     smallest: int  # operand
-    question: str  # the template for chat models
+    question: str  # the template for chat models; what they are to answer with depends on the style
     bare: str  # the template for models that continue a text
 
 
-JUST = " Answer with just the number."
 OPERATIONS = {
-    "sum": Operation("+", operator.add, 0, "What is {a} + {b}?" + JUST, "{a}+{b}="),
-    "product": Operation("*", operator.mul, 0, "What is {a} * {b}?" + JUST, "{a}*{b}="),
-    "gcd": Operation("gcd", math.gcd, 1, "What is the greatest common divisor of {a} and {b}?" + JUST, "gcd({a},{b})="),
+    "sum": Operation("+", operator.add, 0, "What is {a} + {b}?", "{a}+{b}="),
+    "product": Operation("*", operator.mul, 0, "What is {a} * {b}?", "{a}*{b}="),
+    "gcd": Operation("gcd", math.gcd, 1, "What is the greatest common divisor of {a} and {b}?", "gcd({a},{b})="),
+}
+TEMPLATES: dict[str, Callable[[Operation], str]] = {
+    "plain": lambda operation: operation.bare,
+    "chat": lambda operation: operation.question + " Answer with just the number.",
+    "think": lambda operation: operation.question,
 }
 MAX_LISTED_DIGITS = 2  # up to here all problems are listed, beyond they are drawn
-DEFAULT_TRAIN, DEFAULT_HELDOUT = 4096, 256
 
 Problem = tuple[str, int, int]  # operation, smaller operand, larger operand: 3+4 and 4+3 are one problem
 
@@ -41,7 +45,7 @@ def arithmetic(
     op: str = "sum",
     digits: int = 1,
     template: str | None = None,
-    chat: bool = True,
+    style: str = "chat",
     train_size: int | None = None,
     heldout_size: int | None = None,
     seed: int = 0,
@@ -50,10 +54,10 @@ def arithmetic(
 
     No prompt occurs twice; 3+4 and 4+3 are two prompts of one problem and always on the same side. A size of None
     stands for all there is, up to 4096 prompts for training and, of a fifth, up to 256 held out. The template holds {a}
-    and {b}, and {op} where wanted; with chat=True it becomes a user message. The reward compares the last number in the
-    completion.
+    and {b}, and {op} where wanted. The reward compares the last number in the completion.
     """
     ops = _operations(op)
+    check_style("arithmetic", style)
     check_sizes("arithmetic", train_size, heldout_size)
     if not 1 <= digits <= 100:
         raise InputError(f"arithmetic: digits must lie in 1..100, not {digits}.")
@@ -61,14 +65,13 @@ def arithmetic(
 
     def example(name: str, a: int, b: int) -> dict:
         operation = OPERATIONS[name]
-        text = (template or (operation.question if chat else operation.bare)).format(a=a, b=b, op=operation.symbol)
-        prompt = [{"role": "user", "content": text}] if chat else text
-        return {"prompt": prompt, "answer": str(operation.apply(a, b))}
+        text = (template or TEMPLATES[style](operation)).format(a=a, b=b, op=operation.symbol)
+        return {"prompt": in_style(style, text), "answer": str(operation.apply(a, b))}
 
     split = _listed if digits <= MAX_LISTED_DIGITS else _drawn
     train, heldout = split(ops, 10**digits - 1, train_size, heldout_size, seed, example)
     rewards = {"correct": (1.0, last_number)}
-    return Task("arithmetic", train, heldout, rewards, last_number, last_number_text)
+    return with_style(Task("arithmetic", train, heldout, rewards, last_number, last_number_text), style)
 
 
 def last_number_text(completion: str) -> str | None:
@@ -106,8 +109,6 @@ def _drawn(ops, largest: int, train_size, heldout_size, seed: int, example) -> t
         a, b = rng.randint(OPERATIONS[op].smallest, largest), rng.randint(OPERATIONS[op].smallest, largest)
         return (op, min(a, b), max(a, b)), example(op, a, b)
 
-    train_size = DEFAULT_TRAIN if train_size is None else train_size
-    heldout_size = DEFAULT_HELDOUT if heldout_size is None else heldout_size
     return draw_split("arithmetic", draw, train_size, heldout_size, seed)
 
 

@@ -12,14 +12,15 @@ from fractions import Fraction
 
 from minirl.errors import InputError
 from minirl.rewards.rules import format_match
-from minirl.tasks.split import draw_split
+from minirl.tasks.split import DEFAULT_HELDOUT, DEFAULT_TRAIN, draw_split
+from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
 
 QUESTION = (
     "Using the numbers {numbers}, write an expression that equals {target}. "
-    "Use +, -, *, / and parentheses, and each number exactly once. "
-    "Give the expression alone in answer tags, for example <answer>(1 + 2) * 3</answer>."
+    "Use +, -, *, / and parentheses, and each number exactly once."
 )
+TAGS = " Give the expression alone in answer tags, for example <answer>(1 + 2) * 3</answer>."
 MAX_EXPRESSION = 200  # characters; bounds the depth of the tree and the size of its numbers
 ATTEMPTS = 1000  # random expressions for one reachable target
 
@@ -33,17 +34,19 @@ def countdown(
     count: int | None = None,
     max_number: int = 99,
     max_target: int = 99,
-    template: str = QUESTION,
-    chat: bool = True,
-    train_size: int = 4096,
-    heldout_size: int = 256,
+    template: str | None = None,
+    style: str = "chat",
+    train_size: int = DEFAULT_TRAIN,
+    heldout_size: int = DEFAULT_HELDOUT,
     seed: int = 0,
 ) -> Task:
     """Solvable problems of `count` numbers in 1..max_number (None: 3 or 4) with a target in 1..max_target.
 
-    No problem (the numbers in any order, and the target) occurs twice. The template holds {numbers} and {target}; with
-    chat=True it becomes a user message. Columns: numbers, target, and solution, one of the expressions that reach it.
+    No problem (the numbers in any order, and the target) occurs twice. The template holds {numbers} and {target}.
+    Columns: numbers, target, and solution, one of the expressions that reach it.
     """
+    check_style("countdown", style)
+    template = template or QUESTION + ("" if style == "think" else TAGS)
     if count not in (None, 3, 4):
         raise InputError(f"countdown: count must be 3, 4 or none, not {count}.")
     if max_number < 1 or max_target < 1:
@@ -55,13 +58,12 @@ def countdown(
         numbers, target, solution = _solvable(rng, count, max_number, max_target)
         numbers.sort()  # so that one problem has one prompt, and the order tells nothing about the solution
         text = template.replace("{numbers}", str(numbers)).replace("{target}", str(target))
-        prompt = [{"role": "user", "content": text}] if chat else text
-        example = {"prompt": prompt, "numbers": numbers, "target": target, "solution": solution}
+        example = {"prompt": in_style(style, text), "numbers": numbers, "target": target, "solution": solution}
         return (tuple(numbers), target), example
 
     train, heldout = draw_split("countdown", draw, train_size, heldout_size, seed)
     rewards = {"correct": (1.0, correct), "format": (0.1, answer_format)}
-    return Task("countdown", train, heldout, rewards, correct, extract)
+    return with_style(Task("countdown", train, heldout, rewards, correct, extract), style)
 
 
 def correct(prompts, completions, numbers, target, **columns) -> list[float]:

@@ -12,6 +12,7 @@ from minirl.rewards.registry import load_reward
 from minirl.rewards.rules import Reward
 from minirl.tasks.arithmetic import last_number_text
 from minirl.tasks.split import prompt_key, split_by_problem
+from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
 
 
@@ -24,14 +25,14 @@ def jsonl(
     prompt_column: str = "prompt",
     answer_column: str = "answer",
     reward: str = "answer",
-    chat: bool = False,
+    style: str = "plain",
     seed: int = 0,
 ) -> Task:
     """The examples of a file, at most the first `limit`; held out are those of another file, or a share of its prompts
     (default: a tenth).
 
     GSM8K's files are read with prompt_column="question": of an answer that ends in "#### 72" only the 72 is kept.
-    chat=True makes user messages of prompts that are texts. `reward` (a name or path/to/file.py:function, see
+    Prompts that are chat messages already stay so in any style. `reward` (a name or path/to/file.py:function, see
     `load_reward`) defines accuracy; the default compares numbers where the answer is one and the whole text elsewhere,
     and cannot score examples without an answer.
     """
@@ -41,21 +42,23 @@ def jsonl(
         raise InputError(f"jsonl: heldout_fraction must lie in [0, 1), not {heldout_fraction}.")
     if limit is not None and limit < 1:
         raise InputError(f"jsonl: limit must be at least 1, not {limit}.")
+    check_style("jsonl", style)
     correct = load_reward(reward)
     columns = {"prompt": prompt_column, "answer": answer_column}
-    examples = read_examples(Path(path), columns, chat, limit)
+    examples = read_examples(Path(path), columns, style, limit)
     if heldout_path is None:
         share = 0.1 if heldout_fraction is None else heldout_fraction
         refusal = "jsonl: one prompt cannot be split: add more, or set heldout_fraction=0 or a heldout_path."
         train, heldout = split_by_problem(examples, prompt_key, share, seed, refusal)
     else:
-        train, heldout = examples, read_examples(Path(heldout_path), columns, chat)
+        train, heldout = examples, read_examples(Path(heldout_path), columns, style)
         _warn_of_overlap(train, heldout, heldout_path)
     _fill(train + heldout)
-    return Task(Path(path).stem, train, heldout, {"correct": (1.0, correct)}, correct, _extractor(correct, examples))
+    task = Task(Path(path).stem, train, heldout, {"correct": (1.0, correct)}, correct, _extractor(correct, examples))
+    return with_style(task, style)
 
 
-def read_examples(path: Path, columns: dict[str, str], chat: bool = False, limit: int | None = None) -> list[dict]:
+def read_examples(path: Path, columns: dict[str, str], style: str = "plain", limit: int | None = None) -> list[dict]:
     """The examples of a file under the names "prompt" and "answer"; `columns` says what the file calls these two."""
     if not path.is_file():
         raise InputError(f"{path}: there is no such file: give the path of a JSONL file.")
@@ -63,7 +66,7 @@ def read_examples(path: Path, columns: dict[str, str], chat: bool = False, limit
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                examples.append(_example(line, f"{path}, line {number}", columns, chat))
+                examples.append(_example(line, f"{path}, line {number}", columns, style))
             if len(examples) == limit:
                 break
     if not examples:
@@ -73,7 +76,7 @@ def read_examples(path: Path, columns: dict[str, str], chat: bool = False, limit
     return examples
 
 
-def _example(line: bytes, where: str, columns: dict[str, str], chat: bool) -> dict:
+def _example(line: bytes, where: str, columns: dict[str, str], style: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -85,7 +88,7 @@ def _example(line: bytes, where: str, columns: dict[str, str], chat: bool) -> di
         raise InputError(f"{where}: there is no {columns['prompt']!r}, only {found}: name the column by prompt_column.")
     prompt = _prompt(row.pop(columns["prompt"]), where, columns["prompt"])
     answer = row.pop(columns["answer"], None)
-    row["prompt"] = [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+    row["prompt"] = in_style(style, prompt)
     if answer is not None:
         row["answer"] = answer.rpartition("####")[2].strip() if isinstance(answer, str) else answer
     return row

@@ -11,9 +11,14 @@ from minirl.rewards.registry import did_you_mean
 from minirl.tasks.arithmetic import arithmetic
 from minirl.tasks.countdown import countdown
 from minirl.tasks.jsonl import jsonl
+from minirl.tasks.reasoning_gym import reasoning_gym
 from minirl.tasks.task import Task
 
-TASKS: dict[str, Callable[..., Task]] = {"arithmetic": arithmetic, "countdown": countdown}
+TASKS: dict[str, Callable[..., Task]] = {
+    "arithmetic": arithmetic,
+    "countdown": countdown,
+    "reasoning_gym": reasoning_gym,
+}
 
 
 def load_task(name_or_path: str | Path, **options) -> Task:
@@ -46,11 +51,21 @@ def parse_task(spec: str) -> Task:
 def _checked(task: str, function: Callable, options: dict) -> dict:
     parameters = inspect.signature(function).parameters.values()
     known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    missing = [
+        p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options
+    ]
+    if missing:
+        raise InputError(f"task {task!r} needs the option {missing[0]!r}: write it as {task}:{missing[0]}=...")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):  # the function checks the others itself
+        known |= {option: None for option in options if option not in known}
     for option in options:
         if option not in known:
             hint = did_you_mean(option, known)
             raise InputError(f"task {task!r} has no option {option!r}{hint}: choose from {', '.join(known)}.")
-    return {option: _converted(task, option, value, known[option]) for option, value in options.items()}
+    return {
+        option: value if known[option] is None else _converted(task, option, value, known[option])
+        for option, value in options.items()
+    }
 
 
 def _converted(task: str, option: str, value, annotation):

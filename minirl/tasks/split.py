@@ -14,6 +14,7 @@ Item = TypeVar("Item")
 
 HELDOUT_SHARE = 0.2  # of the problems of a task that are drawn rather than listed
 PATIENCE = 5000  # draws
+DEFAULT_TRAIN, DEFAULT_HELDOUT = 4096, 256
 
 
 def problem_hash(seed: int, problem: Hashable) -> float:
@@ -43,29 +44,37 @@ def split_by_problem(
 
 
 def draw_split(
-    name: str, draw: Callable[[random.Random], tuple[Hashable, dict]], train_size: int, heldout_size: int, seed: int
+    name: str,
+    draw: Callable[[random.Random], tuple[Hashable, dict]],
+    train_size: int | None,
+    heldout_size: int | None,
+    seed: int,
+    advice: str = "ask for fewer, or widen the range of the numbers",
+    most: tuple[int, int] = (DEFAULT_TRAIN, DEFAULT_HELDOUT),
 ) -> tuple[list[dict], list[dict]]:
     """Distinct examples for both sides from `draw(rng) -> (problem, example)`; a problem's hash decides on its side.
 
-    InputError if `PATIENCE` draws in a row bring nothing new: the task has too few problems.
+    A size of None stands for all that are found, up to `most`. InputError if `PATIENCE` draws in a row bring nothing
+    new: the task has too few problems.
     """
     check_sizes(name, train_size, heldout_size)
     rng = random.Random(f"{name} {seed}")
-    train, heldout, seen, idle = [], [], set(), 0
-    while idle < PATIENCE:
-        if len(train) == train_size and len(heldout) == heldout_size:
-            return train, heldout
+    sizes = [limit if size is None else size for size, limit in zip((train_size, heldout_size), most, strict=True)]
+    sides, seen, idle = ([], []), set(), 0
+    while idle < PATIENCE and [len(side) for side in sides] != sizes:
         problem, example = draw(rng)
         idle += 1
-        side, size = (heldout, heldout_size) if problem_hash(seed, problem) < HELDOUT_SHARE else (train, train_size)
-        if len(side) < size and str(example["prompt"]) not in seen:
+        held = problem_hash(seed, problem) < HELDOUT_SHARE
+        if len(sides[held]) < sizes[held] and str(example["prompt"]) not in seen:
             seen.add(str(example["prompt"]))
-            side.append(example)
+            sides[held].append(example)
             idle = 0
-    raise InputError(
-        f"{name}: only {len(train)} of train_size={train_size} and {len(heldout)} of heldout_size={heldout_size} "
-        "distinct problems were found: ask for fewer, or widen the range of the numbers."
-    )
+    if any(
+        len(side) < (1 if size is None else size) for side, size in zip(sides, (train_size, heldout_size), strict=True)
+    ):
+        found = f"{len(sides[0])} of train_size={sizes[0]} and {len(sides[1])} of heldout_size={sizes[1]}"
+        raise InputError(f"{name}: only {found} distinct problems were found: {advice}.")
+    return sides
 
 
 def check_sizes(name: str, *sizes: int | None) -> None:
