@@ -10,6 +10,7 @@ import torch
 
 from minirl.errors import InputError
 from minirl.rewards import score
+from minirl.rewards.rules import is_repetitive, too_short
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
@@ -148,7 +149,7 @@ class Rollout:
             raise InputError(self.unscored)
 
     def metrics(self) -> dict[str, float]:
-        """What the rollout alone tells: rewards, lengths, groups with a signal."""
+        """What the rollout alone tells: rewards, lengths, loops and silence, groups with a signal."""
         scored = self.rewards[~self.rewards.isnan()]
         groups = self.rewards.view(-1, self.group_size)
         spread = torch.stack(
@@ -166,6 +167,8 @@ class Rollout:
             "len/max": lengths.max().item(),
             "len/p95": lengths.quantile(0.95).item(),
             "truncated_frac": self.truncated.double().mean().item(),
+            "repetition_frac": sum(is_repetitive(c.tokens) for c in self.completions) / len(self.completions),
+            "too_short_frac": sum(too_short([], self.texts)) / len(self.texts),
             "late_frac": len(self.late_rows) / len(self.rewards),
             "sampled_tokens": sum(self.lengths),
         }
