@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,19 +95,22 @@ def folder(whole, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def complaint(folder, capsys, recwarn) -> Callable[..., str]:
-    """Run a command that must fail; returns its sentence."""
+    """Run a command that must fail and leaves nothing but `left`; returns its sentence."""
 
-    def run(*args: str) -> str:
+    def run(*args: str, left: Sequence[str] = ()) -> str:
         before = files(folder)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main(list(args))
         assert stop.value.code == 2
-        assert files(folder) == before
+        assert files(folder) == sorted([*before, *(folder / name for name in left)])
         assert [str(w.message) for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)] == []
         return sentence(capsys.readouterr().err)
 
     return run
+
+
+SAMPLED = ("runs", "runs/eval-1", "runs/eval-1/completions.jsonl")  # of an evaluation that could not be scored
 
 
 def sentence(stderr: str) -> str:
@@ -280,7 +283,7 @@ def test_a_task_of_no_lines(complaint):
 def test_a_task_without_answers(complaint):
     """Nothing can be scored, neither held out nor in training."""
     Path("data.jsonl").write_text("".join(f'{{"prompt": "1+{i}="}}\n' for i in range(9)))
-    said = complaint("eval", "--model", "model", "--task", "data.jsonl", "--max-tokens", "4")
+    said = complaint("eval", "--model", "model", "--task", "data.jsonl", "--max-tokens", "4", left=SAMPLED)
     assert "'correct'" in said
     assert "answer" in said
     assert "'correct'" in complaint(*grpo(task="data.jsonl"))
@@ -651,18 +654,18 @@ def test_a_bug_of_ours_is_not_hidden(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "words", "left"),
     [
-        (["grpo", "--model", "model", "--frob"], ["no option '--frob'"]),
-        (grpo("--rewards", "rewards.py:raises=1"), ["ZeroDivisionError", "completion 0"]),
-        (["eval", "--model", "model", "--task", "data.jsonl"], ["'correct'", "answer"]),
+        (["grpo", "--model", "model", "--frob"], ["no option '--frob'"], ()),
+        (grpo("--rewards", "rewards.py:raises=1"), ["ZeroDivisionError", "completion 0"], ()),
+        (["eval", "--model", "model", "--task", "data.jsonl"], ["'correct'", "answer"], SAMPLED),
     ],
 )
-def test_the_program_says_one_sentence_and_exits_with_two(args, words, folder):
+def test_the_program_says_one_sentence_and_exits_with_two(args, words, left, folder):
     Path("data.jsonl").write_text('{"prompt": "1+2="}\n{"prompt": "2+2="}\n')
     before = files(folder)
     done = subprocess.run([sys.executable, "-m", "minirl.cli", *args], capture_output=True, text=True)
     assert done.returncode == 2
     said = sentence(done.stderr)
     assert all(word in said for word in words), said
-    assert files(folder) == before
+    assert files(folder) == sorted([*before, *(folder / name for name in left)])
