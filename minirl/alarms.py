@@ -40,6 +40,7 @@ DRIFTS = (  # metric, what is wrong with a, its first values, and b, its last; t
         lambda a, b: b > min(a + 0.1, 0.5),
         "{b:.0%} are cut off, {a:.0%} at first: raise max_tokens, or set overlong_cache or truncation.",
     ),
+    # Shares that are nearly 0 in a run that learns, so ten points more are no scatter.
     (
         "repetition_frac",
         lambda a, b: b > a + 0.1,
@@ -55,15 +56,18 @@ DRIFTS = (  # metric, what is wrong with a, its first values, and b, its last; t
         lambda a, b: b > a + 0.1,
         "{b:.0%} say nothing, {a:.0%} at first: silence must not pay; give the reward too_short a negative weight.",
     ),
+    # One answer in twenty that cannot be read is a reference or a reward that is wrong.
     (
         "reward/unscored_frac",
         lambda a, b: b > 0.05,
         "{b:.0%} of the completions cannot be scored: check the rewards.",
     ),
+    # Below 0.6 a model hardly tells two answers apart, beyond 10 its scores are far from where training left them; ten
+    # points and a factor of two it loses on texts that are no longer those it learned from.
     (
         "reward_model/accuracy",
         lambda a, b: b < max(0.6, a - 0.1),
-        "The reward model ranks {b:.0%} right, {a:.0%} at first: set refresh.every, or stop before it.",
+        "The reward model ranks {b:.0%} right, {a:.0%} at first: set refresh.every, or end the run.",
     ),
     (
         "reward_model/mean",
