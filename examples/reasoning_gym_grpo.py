@@ -95,9 +95,8 @@ def run(given: list[str]) -> None:
         difference = content["compare"]["differences"]["eval/mean"]
         low, high = difference["interval"]
         before, after = content["compare"]["metrics"]["eval/mean"], content["metrics"]["eval/mean"]
-        print(
-            f"{task:10} mean@8 {before:.3f} -> {after:.3f}, difference {difference['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
-        )
+        change = f"{before:.3f} -> {after:.3f}, difference {difference['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+        print(f"{task:10} mean@8 {change}")
     print(f"picture: {OUT / 'before_after.png'}")
 
 

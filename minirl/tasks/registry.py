@@ -9,6 +9,7 @@ from pathlib import Path
 from minirl.errors import InputError
 from minirl.rewards.registry import did_you_mean
 from minirl.tasks.arithmetic import arithmetic
+from minirl.tasks.code import humaneval, mbpp
 from minirl.tasks.countdown import countdown
 from minirl.tasks.jsonl import jsonl
 from minirl.tasks.reasoning_gym import reasoning_gym
@@ -17,6 +18,8 @@ from minirl.tasks.task import Task
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
     "countdown": countdown,
+    "humaneval": humaneval,
+    "mbpp": mbpp,
     "reasoning_gym": reasoning_gym,
 }
 
