@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -46,8 +46,19 @@ def majority_at_k(
     if ties not in ("expected", "first"):
         raise InputError(f"majority_at_k: ties must be 'expected' or 'first', not {ties!r}.")
     right = {gold} if isinstance(gold, str) else set(gold)
-    votes = [_vote([answers[i] for i in subset], right, ties) for subset in _subsets(n, k, draws, seed)]
-    return float(np.mean(votes))
+    values = list(dict.fromkeys(answer for answer in answers if answer))  # U different ones
+    if not values:
+        return 0.0
+    given = np.array([[answer == value for value in values] for answer in answers])  # [n, U]
+    chosen = _subsets(n, k, draws, seed)  # [S, n]
+    counts = chosen @ given.astype(chosen.dtype)  # [S, U] votes
+    winners = (counts == counts.max(1, keepdims=True)) & (counts > 0)
+    if ties == "first":
+        place = (chosen[:, :, None].astype(bool) & given).argmax(1)  # [S, U], where an answer is given first
+        place = np.where(winners, place, n)
+        winners &= place == place.min(1, keepdims=True)
+    good = np.array([value in right for value in values])
+    return float(((winners & good).sum(1) / winners.sum(1).clip(1)).mean())
 
 
 def mean_at_k(correct: Sequence[float | None]) -> float:
@@ -77,19 +88,29 @@ def bootstrap_ci(
     return float(low), float(high)
 
 
-def _subsets(n: int, k: int, draws: int, seed: int):
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """The mean over prompts of first − second, and the ends of its 95 % bootstrap interval.
+
+    Both were measured on the same prompts, which are resampled as pairs: what makes a prompt hard for both cancels, so
+    the interval is narrower than those of the two means tell. Prompts where either has no value (NaN) are left out.
+    """
+    if len(first) != len(second):
+        raise InputError(f"paired_difference: {len(first)} and {len(second)} values: give one a prompt for both.")
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    return mean_at_k(differences), *bootstrap_ci(differences)
+
+
+@lru_cache(maxsize=32)
+def _subsets(n: int, k: int, draws: int, seed: int) -> np.ndarray:
+    """[S, n] of 1 where the answer is in the subset and 0 elsewhere: all k-subsets, or `draws` random ones if there are
+    more. The same ones for every prompt: their answers are independent."""
     if math.comb(n, k) <= draws:
-        return itertools.combinations(range(n), k)
-    rng = np.random.default_rng(seed)
-    return (np.sort(rng.choice(n, size=k, replace=False)) for _ in range(draws))  # sorted: "first" is the order sampled
-
-
-def _vote(answers: Sequence[str | None], right: set[str], ties: str) -> float:
-    counts = Counter(answer for answer in answers if answer)  # in the order in which the answers are first seen
-    winners = [answer for answer, count in counts.items() if count == max(counts.values())]
-    if ties == "first":
-        winners = winners[:1]
-    return sum(winner in right for winner in winners) / len(winners) if winners else 0.0
+        rows = np.array(list(itertools.combinations(range(n), k)))
+    else:
+        rows = np.random.default_rng(seed).random((draws, n)).argpartition(k - 1, axis=1)[:, :k]
+    chosen = np.zeros((len(rows), n), dtype=np.float32)
+    np.put_along_axis(chosen, rows, 1, axis=1)
+    return chosen
 
 
 def _scored(values: Sequence[float | None]) -> np.ndarray:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from minirl.alarms import Alarms
 from minirl.errors import InputError
 from minirl.files import read_json, write_atomic
 
@@ -62,13 +62,6 @@ def matching(pattern: str, *runs: Records) -> list[str]:
     """Metrics whose whole name matches, in the order of their first appearance."""
     names = dict.fromkeys(name for records in runs for record in records for name in record)
     return [name for name in names if re.fullmatch(pattern, name)]
-
-
-def ends(records: Records, name: str) -> tuple[float, float]:
-    """Means over the first and the last tenth of a metric's values, at least three each; NaN for fewer than ten."""
-    _, values = series(records, name)
-    n = max(3, len(values) // 10)
-    return (values[:n].mean(), values[-n:].mean()) if len(values) >= 10 else (np.nan, np.nan)
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -207,61 +200,6 @@ def _literal(label: str) -> str:
     return label.lstrip("_").replace("$", r"\$")
 
 
-# ---- warnings --------------------------------------------------------------------------------------------------------
-DRIFTS = (  # metric, what is wrong with a, its first tenth, and b, its last; the sentence
-    ("len/mean", lambda a, b: b > 2 * a, "Completions grew from {a:.0f} to {b:.0f} tokens: does length pay off?"),
-    ("len/mean", lambda a, b: b < a / 3, "Completions shrank from {a:.0f} to {b:.0f} tokens: is the work still done?"),
-    ("entropy", lambda a, b: b > max(2 * a, a + 0.3), "Entropy rose from {a:.2f} to {b:.2f}: the policy falls apart."),
-    ("truncated_frac", lambda a, b: b > min(a + 0.1, 0.5), "{b:.0%} are cut off, {a:.0%} at first: raise max_tokens."),
-    ("reward/.*repetition.*", lambda a, b: b < a - 0.1, "Looping: {name} fell from {a:.2f} to {b:.2f}, read some."),
-    ("reward/unscored_frac", lambda a, b: b > 0.05, "{b:.0%} of the completions cannot be scored: check the rewards."),
-    (
-        "reward_model/accuracy",
-        lambda a, b: b < max(0.6, a - 0.1),
-        "The reward model ranks {b:.0%} right, {a:.0%} at first.",
-    ),
-    ("reward_model/mean", lambda a, b: abs(b) > 10, "The reward model gives {b:.1f} on average: is it still at home?"),
-    ("reward_model/std", lambda a, b: b > 2 * a or b < a / 2, "Reward model scores spread {b:.2g}, {a:.2g} at first."),
-    ("mismatch/abs_mean", lambda a, b: b > 0.05, "Sampler and trainer differ by {b:.2f} a token: check the dtype."),
-)
-
-
-def warnings(records: Records) -> list[str]:
-    """What looks wrong in the numbers, a sentence each."""
-    ended = [(rule, name, *ends(records, name)) for rule in DRIFTS for name in matching(rule[0], records)]
-    drifts = [sentence.format(name=name, a=a, b=b) for (_, wrong, sentence), name, a, b in ended if wrong(a, b)]
-    return [*drifts, *_alarms(records), *_hacking(records)]
-
-
-def _alarms(records: Records) -> Iterator[str]:
-    (a, b), (_, mean), (_, best) = (ends(records, name) for name in ("entropy", "reward/mean", "reward/max"))
-    if b < a / 10 and mean < best - 0.1 * abs(best):  # entropy falls with success too: here there is reward to find
-        yield f"Entropy fell from {a:.2f} to {b:.3f} and rewards are far from the best: it tries nothing new."
-    for name in matching("kl_(ref|old)/k3", records):
-        steps, values = series(records, name)
-        if len(values) >= 10 and (peak := smooth(values, 3).max()) > min(2, max(0.3, 8 * np.median(values))):
-            yield f"The KL ({name}) jumped to {peak:.2g} near step {steps[values.argmax()]}: lower the learning rate."
-    _, values = series(records, "group/signal_frac")
-    longest = max((len(list(stretch)) for zero, stretch in groupby(values == 0) if zero), default=0)
-    if longest >= 10:
-        yield f"No group had a signal for {longest} steps: are all prompts too hard, or solved?"
-
-
-def _hacking(records: Records) -> Iterator[str]:
-    """The reward goes on rising while the held-out accuracy has fallen since its best; each over two evaluations."""
-    at, accuracy = series(records, "eval/mean")
-    steps, reward = series(records, "reward/mean")
-    if len(at) < 4 or len(steps) < 10:
-        return
-    pairs = (accuracy[1:] + accuracy[:-1]) / 2
-    best = int(pairs.argmax())
-    reward = smooth(reward, max(3, len(reward) // 10))
-    then, now = np.interp(at[best + 1], steps, reward), reward[-1]
-    if pairs[-1] < pairs[best] - 0.05 and now > then + 0.05 * np.ptp(reward):
-        fall = f"fell from {pairs[best]:.0%} to {pairs[-1]:.0%} after step {at[best + 1]}"
-        yield f"Held-out accuracy {fall} while the reward rose from {then:.2f} to {now:.2f}: it is being hacked."
-
-
 # ---- page ------------------------------------------------------------------------------------------------------------
 STYLE = """
 body { font: 15px/1.5 system-ui, "Segoe UI", sans-serif; color: #222; max-width: 1200px; margin: auto; padding: 2em; }
@@ -285,7 +223,7 @@ def report(folder: str | Path) -> Path:
     draw([records], [str(folder)]).savefig(buffer, format="png")
     picture, name = base64.b64encode(buffer.getvalue()).decode(), escape("/".join(folder.resolve().parts[-2:]))
     about = " · ".join(str(config[key]) for key in ("model", "task", "preset", "data") if config.get(key))
-    trouble = "".join(f"<li>{escape(sentence)}</li>" for sentence in warnings(records))
+    trouble = "".join(f"<li>{escape(sentence)}</li>" for sentence in Alarms(records).summary())
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">

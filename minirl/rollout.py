@@ -11,7 +11,7 @@ import torch
 
 from minirl.errors import InputError
 from minirl.rewards import Fault, guarded, score
-from minirl.rewards.rules import think_answer_format
+from minirl.rewards.rules import is_repetitive, think_answer_format, too_short
 from minirl.rewards.scoring import TIMEOUT
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import Task
@@ -139,6 +139,8 @@ class Rollout:
     @property
     def unscored(self) -> str:
         """Why there is not one score; empty where there is."""
+        if (late := self.faulty("late")) == len(self.completions):
+            return f"all of {late} completions took a reward too long: {self.faults[0].sentence}"
         if not self.rewards.isnan().all():
             return ""
         empty = [name for name, values in self.parts.items() if all(math.isnan(v) for v in values)]
@@ -151,7 +153,7 @@ class Rollout:
             raise InputError(self.unscored)
 
     def metrics(self) -> dict[str, float]:
-        """What the rollout alone tells: rewards, lengths, groups with a signal."""
+        """What the rollout alone tells: rewards, lengths, loops and silence, groups with a signal."""
         scored = self.rewards[~self.rewards.isnan()]
         groups = self.rewards.view(-1, self.group_size)
         spread = torch.stack(
@@ -169,6 +171,8 @@ class Rollout:
             "len/max": lengths.max().item(),
             "len/p95": lengths.quantile(0.95).item(),
             "truncated_frac": self.truncated.double().mean().item(),
+            "repetition_frac": sum(is_repetitive(c.tokens) for c in self.completions) / len(self.completions),
+            "too_short_frac": sum(too_short([], self.texts)) / len(self.texts),
             "late_frac": self.faulty("late") / len(self.rewards),
             "unusable_frac": self.faulty("unusable") / len(self.rewards),
             "sampled_tokens": sum(self.lengths),

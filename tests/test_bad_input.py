@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,8 +56,8 @@ def nan(prompts, completions, **columns):
 def infinite(prompts, completions, **columns):
     return [float("inf") for c in completions]
 
-def short(prompts, completions, **columns):
-    return [1.0]
+def long(prompts, completions, **columns):
+    return [1.0, 1.0]
 
 def text(prompts, completions, **columns):
     return "good"
@@ -95,19 +95,22 @@ def folder(whole, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def complaint(folder, capsys, recwarn) -> Callable[..., str]:
-    """Run a command that must fail; returns its sentence."""
+    """Run a command that must fail and leaves nothing but `left`; returns its sentence."""
 
-    def run(*args: str) -> str:
+    def run(*args: str, left: Sequence[str] = ()) -> str:
         before = files(folder)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main(list(args))
         assert stop.value.code == 2
-        assert files(folder) == before
+        assert files(folder) == sorted([*before, *(folder / name for name in left)])
         assert [str(w.message) for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)] == []
         return sentence(capsys.readouterr().err)
 
     return run
+
+
+SAMPLED = ("runs", "runs/eval-1", "runs/eval-1/completions.jsonl")  # of an evaluation that could not be scored
 
 
 def sentence(stderr: str) -> str:
@@ -280,7 +283,7 @@ def test_a_task_of_no_lines(complaint):
 def test_a_task_without_answers(complaint):
     """Nothing can be scored, neither held out nor in training."""
     Path("data.jsonl").write_text("".join(f'{{"prompt": "1+{i}="}}\n' for i in range(9)))
-    said = complaint("eval", "--model", "model", "--task", "data.jsonl", "--max-tokens", "4")
+    said = complaint("eval", "--model", "model", "--task", "data.jsonl", "--max-tokens", "4", left=SAMPLED)
     assert "'correct'" in said
     assert "answer" in said
     assert "'correct'" in complaint(*grpo(task="data.jsonl"))
@@ -329,8 +332,8 @@ WRONG_REWARDS = {
     "rewards.py:raises=1": ["rewards.py:raises", "ZeroDivisionError", "completion 0"],
     "rewards.py:nan=1": ["rewards.py:nan", "none of 4 completions", "NaN"],
     "rewards.py:infinite=1": ["rewards.py:infinite", "inf", "completion 0"],
-    "rewards.py:short=1": ["rewards.py:short", "1 values for 4 completions"],
-    "rewards.py:text=1": ["rewards.py:text", "returned a str"],
+    "rewards.py:long=1": ["rewards.py:long", "returned 2 values for 1, not one for each", "prompt"],
+    "rewards.py:text=1": ["rewards.py:text", "returned 'good', not a list"],
     "rewards.py:texts=1": ["rewards.py:texts", "'good'", "completion 0"],
 }
 
@@ -344,24 +347,24 @@ def test_a_reward_that_cannot_be_used(spec, complaint):
 def test_rewards_of_steps(complaint):
     """Only for process supervision, and as many as there are lines."""
     said = complaint(*grpo("--rewards", "rewards.py:lines=1"))
-    assert "rewards.py:lines' returned [1.0] for completion 0: it must be a number" in said
+    assert "rewards.py:lines' returned [1.0], which is no number" in said
     assert "grpo_process" in said
     said = complaint(*grpo("--preset", "grpo_ps", "--rewards", "rewards.py:too_many=1"))
-    assert "returned 2 step rewards for completion 0, which has 1 lines" in said
+    assert "returned 2 step rewards, not one for each of 1 lines" in said
     trained("--preset", "grpo_ps", "--rewards", "rewards.py:lines=1", "--steps", "1")
 
 
 def test_a_reward_file_that_cannot_be_imported(complaint):
     Path("rewards.py").write_text("import nothing_of_that_name")
     said = complaint(*grpo("--rewards", "rewards.py:some=1"))
-    assert "rewards.py cannot be imported" in said
+    assert "rewards.py:some cannot be loaded (ModuleNotFoundError" in said
     assert "nothing_of_that_name" in said
 
 
 def test_a_reward_that_hangs_is_killed_and_named(complaint):
     said = complaint(*grpo("--rewards", "rewards.py:hangs=1", "--reward-timeout", "0.2"))
-    assert "'rewards.py:hangs' gave none of 4 completions a score" in said
-    assert "4 took too long" in said
+    assert "all of 4 completions took a reward too long" in said
+    assert "'rewards.py:hangs' gave no result within 0.2 s for prompt" in said
 
 
 def test_the_good_reward_of_the_file_runs(folder, capsys):
@@ -651,18 +654,18 @@ def test_a_bug_of_ours_is_not_hidden(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "words", "left"),
     [
-        (["grpo", "--model", "model", "--frob"], ["no option '--frob'"]),
-        (grpo("--rewards", "rewards.py:raises=1"), ["ZeroDivisionError", "completion 0"]),
-        (["eval", "--model", "model", "--task", "data.jsonl"], ["'correct'", "answer"]),
+        (["grpo", "--model", "model", "--frob"], ["no option '--frob'"], ()),
+        (grpo("--rewards", "rewards.py:raises=1"), ["ZeroDivisionError", "completion 0"], ()),
+        (["eval", "--model", "model", "--task", "data.jsonl"], ["'correct'", "answer"], SAMPLED),
     ],
 )
-def test_the_program_says_one_sentence_and_exits_with_two(args, words, folder):
+def test_the_program_says_one_sentence_and_exits_with_two(args, words, left, folder):
     Path("data.jsonl").write_text('{"prompt": "1+2="}\n{"prompt": "2+2="}\n')
     before = files(folder)
     done = subprocess.run([sys.executable, "-m", "minirl.cli", *args], capture_output=True, text=True)
     assert done.returncode == 2
     said = sentence(done.stderr)
     assert all(word in said for word in words), said
-    assert files(folder) == before
+    assert files(folder) == sorted([*before, *(folder / name for name in left)])

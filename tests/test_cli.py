@@ -12,9 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny import tiny_checkpoint
 
-from minirl import cli
+from minirl import cli, commands
+from minirl.display import table
+from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss
 from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
@@ -31,6 +34,14 @@ SMALL = "--steps 2 --prompts 2 --group 2 --max-tokens 4 --eval-prompts 3 --eval-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return str(tiny_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch) -> Path:
+    """Where commands leave what they are not told a place for."""
+    folder = tmp_path_factory.mktemp("work")
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def output(capsys, *args: str) -> str:
@@ -240,6 +251,11 @@ def test_letters_that_the_terminal_does_not_have_are_no_error(model, monkeypatch
     assert rb"\u03a9 \ud83d" in stdout.getvalue()
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 # --- eval ------------------------------------------------------------------------------------------------------------
 
 
@@ -261,10 +277,166 @@ def test_accuracies_are_a_table_with_intervals(model, capsys, monkeypatch):
 def test_accuracies_as_json_are_the_same_every_time(model, capsys):
     out = output(capsys, *evaluated(model, "--json"))
     content = json.loads(out)
-    assert content["intervals"].keys() == {"eval/mean", "eval/pass@4", "eval/maj@4", "eval/greedy"}
+    curve = [f"eval/{name}@{k}" for name in ("pass", "maj") for k in (1, 2, 4)]
+    assert list(content["intervals"]) == ["eval/mean", *curve, "eval/greedy"]
     assert all(low <= content["metrics"][name] <= high for name, (low, high) in content["intervals"].items())
     assert content["metrics"]["eval/prompts"] == 10
     assert output(capsys, *evaluated(model, "--json")) == out
+
+
+def lines(file: Path) -> list[dict]:
+    return records(file.read_text(encoding="utf-8"))
+
+
+def test_every_completion_is_written_and_the_numbers_of_the_table(model, capsys, elsewhere):
+    out = output(capsys, *evaluated(model))
+    assert out.endswith("written: runs/eval-1\n")
+    found = lines(elsewhere / "runs/eval-1/completions.jsonl")
+    assert [record["sample"] for record in found[:40]] == [0, 1, 2, 3] * 10
+    assert [record["sample"] for record in found[40:]] == ["greedy"] * 10
+    assert [record["problem"] for record in found[40:]] == list(range(10))
+    names = ["model", "problem", "prompt", "sample", "completion", "answer", "tokens", "finish_reason", "correct"]
+    assert all(list(record) == names for record in found)
+    content = json.loads((elsewhere / "runs/eval-1/eval.json").read_text())
+    assert content["config"]["task"] == TASK and "out" not in content["config"]
+    assert content["versions"].keys() >= {"python", "torch", "numpy"}
+    metrics = content["metrics"]
+    assert metrics["eval/mean"] == pytest.approx(sum(r["correct"] for r in found[:40]) / 40)
+    assert metrics["eval/greedy"] == pytest.approx(sum(r["correct"] for r in found[40:]) / 10)
+    assert metrics["eval/len_mean"] == pytest.approx(sum(r["tokens"] for r in found[:40]) / 40)
+    assert metrics["eval/truncated_frac"] == sum(r["finish_reason"] == "length" for r in found[:40]) / 40
+    said = json.loads(output(capsys, *evaluated(model, "--json")))
+    assert said == {name: content[name] for name in ("metrics", "intervals")}
+    assert lines(elsewhere / "runs/eval-2/completions.jsonl") == found
+
+
+def test_a_folder_that_holds_an_evaluation_is_refused_before_the_work(model, capsys, elsewhere, monkeypatch):
+    output(capsys, *evaluated(model, "--out", "mine"))
+    before = (elsewhere / "mine/completions.jsonl").read_bytes()
+    monkeypatch.setattr(Transformer, "from_pretrained", None)
+    for args in (("--out", "mine"), ("--out", "mine", "--compare", model)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(evaluated(model, *args))
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == "minirl: mine already holds an evaluation: choose another --out\n"
+    assert (elsewhere / "mine/completions.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (InputError, 2)])
+def test_what_was_sampled_is_written_when_scoring_stops(error, code, model, capsys, elsewhere, monkeypatch):
+    def stops(*args):
+        raise error("ZeroDivisionError")
+
+    (elsewhere / "my.py").write_text("def rule(prompts, completions, **columns): ...\n")
+    monkeypatch.setattr("minirl.rollout.score", stops)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(evaluated(model, "--scorer", "my.py:rule"))
+    assert stop.value.code == code
+    assert "what was sampled so far is in runs/eval-1/completions.jsonl" in capsys.readouterr().out
+    found = lines(elsewhere / "runs/eval-1/completions.jsonl")
+    assert len(found) == 40 and all(record["correct"] is None for record in found)
+    assert [file.name for file in (elsewhere / "runs/eval-1").iterdir()] == ["completions.jsonl"]
+
+
+def test_another_scorer_decides_what_is_right_and_the_task_what_is_voted_for(model, capsys, elsewhere, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "12")
+    (elsewhere / "my.py").write_text("def never(prompts, completions, **columns):\n    return [0] * len(completions)\n")
+    args = [*evaluated(model, "--json"), "--scorer"]
+    task, never, same = (json.loads(output(capsys, *args, spec)) for spec in ("last_number", "my.py:never", "answer"))
+    assert task == same == json.loads(output(capsys, *evaluated(model, "--json")))
+    assert task["metrics"]["eval/maj@4"] > 0
+    assert {never["metrics"][name] for name in never["intervals"]} == {0.0}
+    found = lines(elsewhere / "runs/eval-2/completions.jsonl")
+    assert {record["answer"] for record in found} == {"12"} and {record["correct"] for record in found} == {0.0}
+    assert json.loads((elsewhere / "runs/eval-2/eval.json").read_text())["config"]["scorer"] == "my.py:never"
+    with pytest.raises(SystemExit):
+        cli.main(evaluated(model, "--scorer", "model:reward"))
+    assert "a reward model says neither right nor wrong" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch) -> tuple[str, str]:
+    """Two checkpoints of which the first says 12 and the second 11."""
+    folders = [str(tiny_checkpoint(tmp_path / name, seed)) for seed, name in enumerate(("good", "bad"))]
+    said = iter(["12"] * 50 + ["11"] * 50)  # 10 prompts x 4 and greedy, of each model
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: next(said))
+    return tuple(folders)
+
+
+def test_two_checkpoints_are_measured_side_by_side(two, capsys, elsewhere):
+    good, bad = two
+    out = plain(output(capsys, *evaluated(good, "--compare", bad, "--shown", "1")))
+    content = json.loads((elsewhere / "runs/eval-1/eval.json").read_text())
+    mean, other = content["metrics"]["eval/mean"], content["compare"]["metrics"]["eval/mean"]
+    assert mean != other
+    difference = content["compare"]["differences"]["eval/mean"]
+    assert difference["mean"] == pytest.approx(mean - other)
+    low, high = difference["interval"]
+    assert low < mean - other < high
+    (row,) = re.findall(r"mean (\d.*?) pass@1", out)
+    ends = [f"{a:.3f} to {b:.3f}" for a, b in (content[x]["eval/mean"] for x in ("intervals",))]
+    assert row.startswith(f"{mean:.3f} {ends[0]} {other:.3f} ") and row.endswith(
+        f"{mean - other:+.3f} {low:+.3f} to {high:+.3f}"
+    )
+    assert "the interval of the difference excludes 0 for none of them" in out
+    assert re.search(r"5\+7= model \[right\] 12 other \[wrong\] 11", out)
+    found = lines(elsewhere / "runs/eval-1/completions.jsonl")
+    assert [record["model"] for record in found] == [good] * 50 + [bad] * 50
+    assert [record["prompt"] for record in found[:50]] == [record["prompt"] for record in found[50:]]
+
+
+def test_a_checkpoint_is_no_better_than_itself(model, capsys):
+    content = json.loads(output(capsys, *evaluated(model, "--compare", model, "--json")))
+    assert content["compare"]["metrics"] == content["metrics"]
+    assert all(d == {"mean": 0, "interval": [0, 0]} for d in content["compare"]["differences"].values())
+
+
+def test_a_difference_that_is_there_is_said(two, capsys, elsewhere):
+    """One says what is right, the other nothing."""
+    (elsewhere / "my.py").write_text(
+        "def rule(prompts, completions, **columns):\n    return [float(c == '12') for c in completions]\n"
+    )
+    out = plain(output(capsys, *evaluated(two[0], "--compare", two[1], "--scorer", "my.py:rule")))
+    assert "+1.000 +1.000 to +1.000" in out
+    assert "excludes 0 for mean, pass@1, pass@2, pass@4," in out and out.count("greedy") == 2
+
+
+def test_a_second_checkpoint_that_is_not_there_is_said_before_the_first_is_measured(
+    model, capsys, elsewhere, monkeypatch
+):
+    monkeypatch.setattr(Transformer, "from_pretrained", None)
+    with pytest.raises(SystemExit):
+        cli.main(evaluated(model, "--compare", "nowhere"))
+    assert "nowhere" in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_what_the_first_checkpoint_said_is_kept_when_the_second_fails(model, capsys, elsewhere, tmp_path):
+    second = tiny_checkpoint(tmp_path / "second")
+    (second / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        cli.main(evaluated(model, "--compare", str(second)))
+    said = capsys.readouterr()
+    assert "what was sampled so far is in runs/eval-1/completions.jsonl" in said.out and "second" in said.err
+    assert len(lines(elsewhere / "runs/eval-1/completions.jsonl")) == 50
+
+
+def test_a_comparison_fits_a_terminal_of_100_columns(model, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(commands, "table", lambda *args: shown.append(args))
+    output(
+        capsys,
+        *f"eval --model {model} --task {TASK} --prompts 2 --samples 128 --max-tokens 1".split(),
+        "--compare",
+        model,
+    )
+    for title, columns, rows in shown:
+        console = Console(file=Terminal(), width=100, height=60, _environ={"TERM": "xterm"})
+        table(title, columns, rows, console)
+        drawn = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()).splitlines()
+        assert max(map(len, drawn)) <= 100
+        assert len(drawn) == len(rows) + 5  # title, head, two frames, a line: no row is folded
+    assert len(shown) == 2 and "maj@128" in {row[0] for row in shown[0][2]}
 
 
 @pytest.mark.parametrize("shown", [0, 2, 9])

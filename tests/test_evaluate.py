@@ -1,4 +1,4 @@
-"""Accuracies of completions that are known, with their intervals."""
+"""Accuracies of completions that are known, with their intervals and differences, and every completion as a line."""
 
 import math
 from dataclasses import replace
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tiny import tiny_checkpoint
 
+from minirl import evaluate as evaluate_module
 from minirl.errors import InputError
-from minirl.evaluate import Evaluation, evaluate
+from minirl.evaluate import Evaluation, completion_records, evaluate, numbers
 from minirl.model import Transformer
 from minirl.rewards.rules import last_number
 from minirl.sampler import Completion, Sampler, SamplingParams
@@ -77,6 +78,48 @@ def test_tied_votes_count_by_their_share():
     assert measured(Says(sampled)).metrics["eval/maj@4"] == pytest.approx((1 / 2 + 1 / 4 + 0 + 1) / 4)
 
 
+def test_a_vote_that_is_tied_goes_to_the_first_answer_where_that_is_the_rule():
+    sampled = [["1", "1", "7", "7", "1"], ["3", "2", "4", "5", "2"], ["4", "4", "5", "5", "4"], ["4", "", "", "", "4"]]
+    assert measured(Says(sampled), ties="first").metrics["eval/maj@4"] == pytest.approx((1 + 0 + 0 + 1) / 4)
+
+
+def test_the_curve_is_that_of_1_2_4_and_so_on_up_to_k():
+    m = measured(curve=True).metrics
+    assert [name for name in m if "@" in name] == [f"eval/{a}@{k}" for a in ("pass", "maj") for k in (1, 2, 4)]
+    assert m["eval/pass@1"] == pytest.approx(m["eval/mean"])
+    # Two of the four samples: of 2 2 3 4 five of six pairs hold the 2; of 3 4 4 5, with the 3 right, three of six.
+    assert m["eval/pass@2"] == pytest.approx((1 + 5 / 6 + 3 / 6 + 0) / 4)
+    assert m["eval/maj@2"] == pytest.approx((1 + (1 + 4 / 2) / 6 + (3 / 2) / 6 + 0) / 4)
+    whole = {name: m[name] for name in measured().metrics}
+    assert whole == measured().metrics
+    names = [name for name in measured(n=3, curve=True).metrics if "pass" in name]
+    assert names == ["eval/pass@1", "eval/pass@2", "eval/pass@3"]
+
+
+def test_what_training_logs_needs_no_bootstrap(monkeypatch):
+    monkeypatch.setattr(evaluate_module, "bootstrap_ci", None)
+    names = "mean pass@4 maj@4 greedy prompts samples temperature len_mean len_p95 len_correct_mean len_wrong_mean"
+    names += " stop_frac truncated_frac unscored_frac"
+    assert list(measured().metrics) == [f"eval/{name}" for name in names.split()]
+
+
+def test_lengths_of_right_and_wrong_ones_and_how_they_ended():
+    class Cut(Says):
+        """Every completion of the first prompt runs into the limit."""
+
+        def generate(self, prompts, params, progress=None):
+            groups = super().generate(prompts, params, progress)
+            return [[replace(c, finish_reason="length") for c in groups[0]], *groups[1:]]
+
+    m = measured(Cut()).metrics
+    assert (m["eval/stop_frac"], m["eval/truncated_frac"]) == (0.75, 0.25)
+    assert m["eval/len_correct_mean"] == 2
+    assert m["eval/len_wrong_mean"] == pytest.approx((2 + 2 + 3 * 2 + 3 * 1 + 2) / 9)
+    assert (m["eval/len_mean"], m["eval/len_p95"]) == (pytest.approx(29 / 16), 2)
+    nothing = measured(task=replace(TASK, correct=lambda prompts, completions, **columns: [0.0] * len(completions)))
+    assert math.isnan(nothing.metrics["eval/len_correct_mean"])
+
+
 def test_one_sample_has_no_majority():
     m = measured(n=1).metrics
     assert m["eval/mean"] == pytest.approx(2 / 4 + 1 / 4)
@@ -133,6 +176,46 @@ def test_intervals_hold_the_value_and_shrink_with_more_prompts():
         # About ± 2 standard errors of a mean over 64 prompts.
         values = {"eval/mean": [1, 0.5, 0.25, 0], "eval/pass@4": [1, 1, 1, 0]}.get(name, [1, 1, 0, 0])
         assert inner_high - inner_low == pytest.approx(4 * np.std(values) / math.sqrt(64), rel=0.2)
+
+
+def test_the_difference_of_two_is_taken_prompt_by_prompt():
+    worse = [["1", "1", "7", "7", "7"], *SAMPLED[1:]]  # the first prompt half as well, the others alike
+    first, second = measured(), measured(Says(worse))
+    found = first.over(second)
+    assert found.keys() == first.values.keys()
+    mean, low, high = found["eval/mean"]
+    assert (mean, low, high) == (pytest.approx(0.5 / 4), 0, pytest.approx(0.375, abs=0.13))
+    assert found["eval/pass@4"] == (0, 0, 0)
+    both = numbers([first, second])
+    assert both["compare"]["differences"]["eval/mean"] == {"mean": mean, "interval": [low, high]}
+    assert both["metrics"] == numbers([first])["metrics"] and both["compare"]["metrics"] == numbers([second])["metrics"]
+
+
+def test_every_completion_is_a_line():
+    sampled = []
+    task = replace(TASK, correct=graded)
+    measured(Says(), task, sampled=sampled)
+    lines = completion_records("m", sampled, task)
+    assert [line["completion"] for line in lines] == [row[j] for row in SAMPLED for j in range(4)] + [
+        r[4] for r in SAMPLED
+    ]
+    assert [line["problem"] for line in lines] == [i for i in range(4) for _ in range(4)] + [0, 1, 2, 3]
+    assert [line["sample"] for line in lines] == [0, 1, 2, 3] * 4 + ["greedy"] * 4
+    common = {"model": "m", "problem": 1, "prompt": "1+1=", "tokens": 2, "finish_reason": "stop"}
+    assert lines[4] == common | {"sample": 0, "completion": "2", "answer": "2", "correct": 0.5}
+    assert lines[6] == common | {"sample": 2, "completion": "3", "answer": "3", "correct": None}  # graded gives it none
+    assert lines[12]["answer"] is None and lines[12]["tokens"] == 1
+
+
+def test_what_was_sampled_outlives_a_checker_that_fails():
+    def fails(prompts, completions, **columns):
+        raise ZeroDivisionError
+
+    sampled, task = [], replace(TASK, correct=fails)
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        measured(task=task, sampled=sampled)
+    lines = completion_records("m", sampled, task)
+    assert len(lines) == 16 and all(line["correct"] is None for line in lines)
 
 
 def test_the_checker_runs_where_it_can_be_killed():

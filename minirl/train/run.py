@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minirl.errors import InputError
-from minirl.files import atomic_folder, read_json, write_atomic, write_json
+from minirl.files import atomic_folder, read_json, read_jsonl, write_atomic, write_json
 from minirl.model import ScalarHead, Transformer
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW
@@ -70,7 +70,7 @@ class Run:
         self.start = 0
         self.state: dict = {}  # what `save` was given beside the tensors
         self.begun = False
-        _refuse_unwritable(self.out)
+        refuse_unwritable(self.out)
         if resume:
             self._resume()
         elif any((self.out / name).exists() for name in ("config.json", "checkpoints", *LOGS)):
@@ -94,6 +94,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._append("metrics.jsonl", {"step": step, **metrics})
+
+    def logged(self) -> list[dict]:
+        """What metrics.jsonl holds of this run."""
+        file = self.out / "metrics.jsonl"
+        return read_jsonl(file) if file.exists() and file.stat().st_size else []
 
     def log_completion(self, step: int, **fields) -> None:
         self._append("completions.jsonl", {"step": step, **fields})
@@ -172,7 +177,7 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         ) from None
 
 
-def _refuse_unwritable(out: Path) -> None:
+def refuse_unwritable(out: Path) -> None:
     """Said before the work, not after it."""
     place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not place.is_dir():
