@@ -11,7 +11,6 @@ from dataclasses import replace
 from minirl.errors import InputError
 from minirl.rewards.registry import did_you_mean
 from minirl.rewards.rules import Reward, think_answer_format
-from minirl.rewards.scoring import Outside
 from minirl.tasks.task import Task
 
 STYLES = ("plain", "chat", "think")
@@ -64,25 +63,16 @@ def answer_block(completion: str) -> str | None:
 
 def of_block(rule: Reward) -> Reward:
     """The rule on the answer blocks of completions; 0 where there is none."""
-    if isinstance(rule, Outside):
-        return OutsideOfBlock(rule.function, rule.trusted)
-    return lambda prompts, completions, **columns: _on_blocks(rule, prompts, completions, columns)
 
+    def of_answer_block(prompts, completions, **columns) -> list[float | None]:
+        blocks = [answer_block(completion) for completion in completions]
+        values = rule(prompts=prompts, completions=["" if b is None else b for b in blocks], **columns)
+        if not hasattr(values, "__len__") or len(values) != len(blocks):
+            return values  # whoever called says what is wrong with it
+        return [0.0 if b is None and v is not None and v == v else v for b, v in zip(blocks, values, strict=True)]
 
-class OutsideOfBlock(Outside):
-    """A reward `Outside` on the answer blocks of completions; 0 where there is none."""
-
-    def __call__(self, prompts, completions, **columns) -> list:
-        return _on_blocks(super().__call__, prompts, completions, columns)
-
-
-def _on_blocks(rule: Callable, prompts, completions: list[str], columns: dict) -> list:
-    blocks = [answer_block(completion) for completion in completions]
-    values = rule(prompts=prompts, completions=["" if b is None else b for b in blocks], **columns)
-    if not hasattr(values, "__len__") or len(values) != len(blocks):
-        return values  # whoever called says what is wrong with it
-    # What cannot be scored, as its reference answer is missing, stays so.
-    return [0.0 if b is None and v is not None and v == v else v for b, v in zip(blocks, values, strict=True)]
+    of_answer_block.takes_timeout = getattr(rule, "takes_timeout", False)
+    return of_answer_block
 
 
 def _vote(extract: Callable[[str], str | None]) -> Callable[[str], str | None]:
