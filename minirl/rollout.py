@@ -218,7 +218,8 @@ def _token_at(tokenizer: Tokenizer, tokens: Sequence[int], text: str, end: int) 
 
 
 def task_guarded(task: Task, weight: float) -> dict:
-    """The guarded reward with the task's own rule and format (think and answer tags where it has none), weighted."""
+    """The guarded reward, in place of the task's own, with its rule and its format (of think and answer tags where it
+    has none)."""
     _, form = task.rewards.get("format", (0.0, think_answer_format))
     parts = guarded(task.correct, form)
     return {name: (weight * of_part, function) for name, (of_part, function) in parts.items()}

@@ -82,7 +82,8 @@ class PolicyTrainer:
                 raise InputError(f"reward {name!r} is given twice: leave one away")
             given.add(name)
             if name == "guarded":
-                rewards |= task_guarded(self.task, weight)
+                chosen = {other: reward for other, reward in rewards.items() if other in given}
+                rewards = task_guarded(self.task, weight) | chosen
                 continue
             place = f"model:{learned}" if learned and name.startswith("model:") else name
             rewards[name] = (weight, rewards[name][1] if name in rewards else load_reward(place))
