@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from minirl.errors import InputError
-from minirl.rewards import Fault, score
-from minirl.rewards.rules import is_repetitive, too_short
+from minirl.rewards import Fault, guarded, score
+from minirl.rewards.rules import is_repetitive, think_answer_format, too_short
 from minirl.rewards.scoring import TIMEOUT
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import Task
@@ -215,6 +215,14 @@ def _token_at(tokenizer: Tokenizer, tokens: Sequence[int], text: str, end: int) 
     if end >= len(text):
         return len(tokens) - 1
     return bisect_left(range(len(tokens)), end, key=lambda t: len(tokenizer.decode(tokens[: t + 1])))
+
+
+def task_guarded(task: Task, weight: float) -> dict:
+    """The guarded reward, in place of the task's own, with its rule and its format (of think and answer tags where it
+    has none)."""
+    _, form = task.rewards.get("format", (0.0, think_answer_format))
+    parts = guarded(task.correct, form)
+    return {name: (weight * of_part, function) for name, (of_part, function) in parts.items()}
 
 
 def task_rewards(task: Task) -> dict:

@@ -400,6 +400,23 @@ def test_a_text_ends_before_the_first_stop_text(text, seen):
     assert completion_text(tokenizer, completion, params) == seen
 
 
+def test_the_guarded_reward_takes_the_place_of_the_tasks_and_logs_its_parts(make, monkeypatch):
+    trainer = make(prompts=1, rewards=("guarded",), task=replace(TASK, rewards={"sevens": (2.0, has_seven)}))
+    rollout = written(monkeypatch, trainer)
+    parts = rollout.parts
+    assert list(parts) == ["correct", "format", "repetitive", "too_short"]
+    assert parts["correct"] == [1, 0, 1, 0, 0, 1] and parts["too_short"] == [0] * 6
+    weighted = zip(parts["correct"], parts["format"], parts["repetitive"], strict=True)
+    assert rollout.rewards.tolist() == pytest.approx([0.7 * c + 0.2 * f - 0.5 * r for c, f, r in weighted])
+    assert rollout.metrics()["reward/repetitive"] == sum(parts["repetitive"]) / 6
+
+
+def test_the_guarded_reward_is_weighted_and_its_parts_can_be(make):
+    trainer = make(rewards=("repetition=1", "guarded=2", "correct=0.9", "too_short=-1"))
+    weights = {name: weight for name, (weight, _) in trainer.rewards.items()}
+    assert weights == {"correct": 0.9, "format": 0.4, "repetitive": -1.0, "too_short": -1.0, "repetition": 1.0}
+
+
 def test_a_cut_completion_keeps_its_reward(make, monkeypatch):
     trainer = make(prompts=1, truncation="keep")
     rollout = written(monkeypatch, trainer)

@@ -13,8 +13,7 @@ from itertools import groupby
 import numpy as np
 
 from minirl.errors import InputError
-from minirl.rewards.numbers import last_number as find_last_number
-from minirl.rewards.numbers import whole_number
+from minirl.rewards.numbers import answer_number, whole_number
 
 Reward = Callable[..., list[float | None]]
 
@@ -25,11 +24,13 @@ def exact_match(prompts, completions, answer, **columns) -> list[float | None]:
 
 
 def last_number(prompts, completions, answer, **columns) -> list[float | None]:
-    """1 if the last number in the completion equals the answer as an exact fraction; else 0. None if the answer is no
-    number.
+    r"""1 if the number that the completion answers with equals the answer as an exact fraction; else 0. None if the
+    answer is no number.
+
+    The number is the last one, or where there is a box that of the only \boxed{}: see `numbers`.
     """
     golds = [None if a is None else whole_number(str(a)) for a in answer]
-    return [None if g is None else float(find_last_number(c) == g) for c, g in zip(completions, golds, strict=True)]
+    return [None if g is None else float(answer_number(c) == g) for c, g in zip(completions, golds, strict=True)]
 
 
 def answer_match(prompts, completions, answer=None, **columns) -> list[float | None]:
@@ -100,6 +101,13 @@ def repetitive(prompts, completions, completion_ids=None, **columns) -> list[flo
 def too_short(prompts, completions, min_words: int = 1, **columns) -> list[float]:
     """1 where the completion has fewer than `min_words` words, else 0; a lone stop token decodes to no word."""
     return [float(len(completion.split()) < min_words) for completion in completions]
+
+
+def shorter_than(min_words: int) -> Reward:
+    """`too_short` with another least number of words."""
+    if min_words < 1:
+        raise InputError(f"too_short: the least number of words must be at least 1, not {min_words}.")
+    return lambda prompts, completions, **columns: too_short(prompts, completions, min_words)
 
 
 def overlong_penalty(lengths, l_max: int, l_cache: int) -> np.ndarray:

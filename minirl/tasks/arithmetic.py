@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minirl.errors import InputError
-from minirl.rewards.numbers import last_number as find_last_number
+from minirl.rewards.numbers import answer_number
 from minirl.rewards.registry import did_you_mean
 from minirl.rewards.rules import last_number
 from minirl.tasks.split import DEFAULT_HELDOUT, DEFAULT_TRAIN, check_sizes, draw_split, problem_hash
@@ -54,7 +54,7 @@ def arithmetic(
 
     No prompt occurs twice; 3+4 and 4+3 are two prompts of one problem and always on the same side. A size of None
     stands for all there is, up to 4096 prompts for training and, of a fifth, up to 256 held out. The template holds {a}
-    and {b}, and {op} where wanted. The reward compares the last number in the completion.
+    and {b}, and {op} where wanted. The reward is `last_number`.
     """
     ops = _operations(op)
     check_style("arithmetic", style)
@@ -75,8 +75,8 @@ def arithmetic(
 
 
 def last_number_text(completion: str) -> str | None:
-    """The last number in normal form: 7.0 and 07 are "7", 2/4 is "1/2"."""
-    value = find_last_number(completion)
+    """The number that a completion answers with, in normal form: 7.0 and 07 are "7", 2/4 is "1/2"."""
+    value = answer_number(completion)
     return None if value is None else str(value)
 
 

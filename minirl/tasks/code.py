@@ -80,7 +80,8 @@ def mbpp(*, path: str, shown_tests: int = 0, seconds: float = SECONDS, style: st
         text = WRITE.format(text=str(row.get("text") or row.get("prompt")).strip(), header=header)
         if shown_tests:
             text += "\nIt must pass tests like these:\n" + "\n".join(tests[:shown_tests])
-        source = f"{header}\n    # {text.replace(chr(10), chr(10) + '    # ')}\n" if style == "plain" else text
+        safe = text.replace("\\", "/").replace('"', "'")  # inside a docstring
+        source = f'{header}\n    """{safe}"""\n' if style == "plain" else text
         setup = [*row.get("test_imports", ()), row.get("test_setup_code") or ""]
         example = {
             "prompt": in_style(style, source),

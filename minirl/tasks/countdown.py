@@ -90,9 +90,9 @@ def read_answer(completion: str) -> tuple[Fraction, list[int]] | None:
 
     None if it cannot be read, or if there is more than one answer: spraying answers must not pay.
     """
-    answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
     if completion.count("<answer>") > 1 or completion.count("</answer>") > 1:
         return None
+    answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
     lines = completion.strip().splitlines()
     return evaluate(answers[0] if answers else lines[-1] if lines else "")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minirl.errors import InputError
-from minirl.rewards.numbers import last_number, whole_number
+from minirl.rewards.numbers import answer_number, whole_number
 from minirl.rewards.registry import did_you_mean
 from minirl.rewards.rules import Reward
 from minirl.sandbox import call_each
@@ -42,9 +42,9 @@ def reasoning_gym(
     """Problems of one of the package's data sets; further options are those of its configuration, lists as a|b|c.
 
     No question occurs twice, and a fifth of all questions can only be held out. A size of None stands for all there is,
-    up to 1024 and 128. Where all answers are numbers, the last number of a completion is its answer; else its last
-    line, or all of it where answers have several lines. Columns: answer (None where the scorer knows no single one),
-    and entry, the scorer's own data.
+    up to 1024 and 128. Where all answers are numbers, a completion is read as by `last_number`; else its answer is its
+    last line, or all of it where answers have several lines. Columns: answer (None where the scorer knows no single
+    one), and entry, the scorer's own data.
     """
     check_style("reasoning_gym", style)
     check_sizes("reasoning_gym", train_size, heldout_size)
@@ -70,11 +70,12 @@ def reasoning_gym(
 
 
 def scorer(dataset: str, options: str, read: Read) -> Reward:
-    """1 where what `read` finds in a completion gets the data set's full score; an answer that takes its scorer too
-    long, or kills it, is wrong."""
+    """1 where what `read` finds in a completion gets the data set's full score. An answer that kills its scorer is
+    wrong; one that takes it longer than `SECONDS` is a TimeoutError, which counts as 0."""
 
-    def correct(prompts, completions, answer, entry, **columns) -> list[float]:
-        values, jobs = [0.0] * len(completions), {}
+    def correct(prompts, completions, answer, entry, **columns) -> list[float | Exception]:
+        values: list[float | Exception] = [0.0] * len(completions)
+        jobs: dict[tuple, list[int]] = {}
         for i, (completion, oracle, problem) in enumerate(zip(completions, answer, entry, strict=True)):
             found = read(completion)
             if (
@@ -88,7 +89,7 @@ def scorer(dataset: str, options: str, read: Read) -> Reward:
         outcomes = call_each(f"{WORKER}:score", list(jobs), SECONDS) if jobs else []
         for rows, outcome in zip(jobs.values(), outcomes, strict=True):
             for i in rows:
-                values[i] = float(outcome == 1.0)  # an exception is not
+                values[i] = outcome if isinstance(outcome, TimeoutError) else float(outcome == 1.0)
         return values
 
     return correct
@@ -103,7 +104,7 @@ def _reader(oracles: list[str | None]) -> Read:
 
 def _last_number(completion: str) -> str | None:
     """In the notation that scorers read: 1,000 is "1000", 1/2 is "0.5"."""
-    value = last_number(completion)
+    value = answer_number(completion)
     if value is None:
         return None
     return str(value) if value.denominator == 1 else repr(float(value))

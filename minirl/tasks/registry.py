@@ -11,7 +11,9 @@ from minirl.rewards.registry import did_you_mean
 from minirl.tasks.arithmetic import arithmetic
 from minirl.tasks.code import humaneval, mbpp
 from minirl.tasks.countdown import countdown
+from minirl.tasks.gsm8k import gsm8k
 from minirl.tasks.jsonl import jsonl
+from minirl.tasks.math import math_problems
 from minirl.tasks.reasoning_gym import reasoning_gym
 from minirl.tasks.task import Task
 
@@ -20,6 +22,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "countdown": countdown,
     "humaneval": humaneval,
     "mbpp": mbpp,
+    "gsm8k": gsm8k,
+    "math": math_problems,
     "reasoning_gym": reasoning_gym,
 }
 

@@ -23,7 +23,7 @@ from minirl.model import Transformer
 from minirl.rewards import RewardError, load_reward
 from minirl.rewards.model import RewardModel
 from minirl.rewards.rules import Reward, overlong_penalty
-from minirl.rollout import Rollout, sample, task_rewards
+from minirl.rollout import Rollout, sample, task_guarded, task_rewards
 from minirl.sampler import Sampler
 from minirl.tasks import Task, parse_task
 from minirl.train.batch import Row, score
@@ -77,10 +77,14 @@ class PolicyTrainer:
         """The task's rewards and those of the config, which may give one of the task's another weight."""
         rewards, given, learned = task_rewards(self.task), set(), self._learned
         for spec in self.config.rewards:
-            name, weight = _name_and_weight(spec)
+            name, weight = _name_and_weight(spec) if spec != "guarded" else (spec, 1.0)
             if name in given:
                 raise InputError(f"reward {name!r} is given twice: leave one away")
             given.add(name)
+            if name == "guarded":
+                chosen = {other: reward for other, reward in rewards.items() if other in given}
+                rewards = task_guarded(self.task, weight) | chosen
+                continue
             place = f"model:{learned}" if learned and name.startswith("model:") else name
             rewards[name] = (weight, rewards[name][1] if name in rewards else load_reward(place))
         return rewards

@@ -1,0 +1,78 @@
+"""Equality of tool calls: what a completion asks for, as JSON, against what it should ask for.
+
+Nothing is called or evaluated here; the calls are read by `json` alone.
+"""
+
+import json
+import re
+from typing import Any
+
+FENCE = re.compile(r"```[A-Za-z_]*\n")
+
+
+def function_call(prompts, completions, answer, **columns) -> list[float | None]:
+    """1 if the completion makes exactly the calls of the answer, in their order; else 0. None if the answer holds no
+    call.
+
+    A call is {"name": ..., "arguments": {...}}; the answer is one or a list of them, as JSON or as an object. A
+    completion gives them in <tool_call> tags, one in each and nothing after the last, or it is as a whole one call, a
+    list of calls, or a code fence with either. The order of keys does not count, and 7.0 is 7, but true is not 1.
+    Keys that occur twice, NaN, and anything else in a call are wrong.
+    """
+    golds = [_as_calls(_parsed(gold) if isinstance(gold, str) else gold) for gold in answer]
+    rows = zip(completions, golds, strict=True)
+    return [None if gold is None else float(_same(read_calls(text), gold)) for text, gold in rows]
+
+
+def read_calls(completion: str) -> list[dict] | None:
+    """The calls of a completion; None if it is not made of calls."""
+    text = completion.strip()
+    if "<tool_call>" in text:
+        pieces = text.split("<tool_call>")[1:]
+        if not all(piece.rstrip().endswith("</tool_call>") for piece in pieces):
+            return None
+        calls = [_parsed(piece.rstrip().removesuffix("</tool_call>")) for piece in pieces]
+        return None if any(isinstance(call, list) for call in calls) else _as_calls(calls)
+    fence = FENCE.match(text)
+    if fence and text.endswith("\n```"):
+        text = text[fence.end() : -3]
+    return _as_calls(_parsed(text))
+
+
+def _as_calls(value: Any) -> list[dict] | None:
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
+            return None
+        if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
+            return None
+    return calls or None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_twice, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality in which true is not 1."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b

@@ -1,0 +1,89 @@
+r"""MATH: competition mathematics (2103.03874), as JSONL or as the folder of JSON files that it was published as.
+
+A problem has a solution, whose last \boxed{} is the answer, a level (1 to 5), and a subject, which some files call its
+type; MATH-500's files give the answer beside the solution.
+"""
+
+from itertools import islice
+from pathlib import Path
+
+from minirl.errors import InputError
+from minirl.rewards.boxed import last_box
+from minirl.rewards.math import math_answer, math_match
+from minirl.rewards.registry import did_you_mean
+from minirl.tasks.rows import read_rows, text_of, two_sides
+from minirl.tasks.style import check_style, in_style, with_style
+from minirl.tasks.task import Task
+
+INSTRUCTION = r"Put the final answer in \boxed{}."
+
+
+def math_problems(
+    *,
+    path: str,
+    heldout_path: str | None = None,
+    heldout_fraction: float | None = None,
+    limit: int | None = None,
+    level: int | None = None,
+    subject: str | None = None,
+    style: str = "chat",
+    seed: int = 0,
+) -> Task:
+    """The problems of a file or folder, of one level and one subject where these are given, at most the first `limit`;
+    held out are those of another file, or a share of them (default: a tenth).
+
+    Columns: answer, solution, level, subject. The reward is `math` (math-verify).
+    """
+    check_style("math", style)
+
+    def read(place: Path, most: int | None) -> list[dict]:
+        examples = [_example(row, where, style) for row, where in read_rows(place)]
+        chosen = _chosen(_chosen(examples, "subject", subject, place), "level", level, place)
+        return list(islice(chosen, most))
+
+    train, heldout = two_sides("math", read, path, heldout_path, heldout_fraction, limit, seed)
+    if style != "think":
+        return Task("math", train, heldout, {"correct": (1.0, math_match)}, math_match, math_answer)
+    task = Task("math", train, heldout, {}, _block_match, lambda block: math_answer(_in_dollars(block)))
+    return with_style(task, style)
+
+
+def _block_match(prompts, completions, answer, **columns) -> list:
+    return math_match(prompts, [_in_dollars(block) for block in completions], answer)
+
+
+def _in_dollars(block: str) -> str:
+    r"""An answer block is often bare LaTeX, which math-verify reads only between dollars or in a \boxed{}."""
+    marked = any(mark in block for mark in ("$", r"\boxed", r"\(", r"\["))
+    return f"${block.strip()}$" if "\\" in block and not marked else block
+
+
+def _example(row: dict, where: str, style: str) -> dict:
+    problem = text_of(row, "problem", where)
+    solution = row.get("solution")
+    box, _ = last_box(solution) if isinstance(solution, str) else (None, -1)
+    answer = box or row.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        raise InputError(rf"{where}: the solution has no \boxed{{}}, and there is no 'answer' beside it: give one.")
+    return {
+        "prompt": in_style(style, f"{problem}\n{INSTRUCTION}" if style == "chat" else problem),
+        "answer": answer.strip(),
+        "solution": solution,
+        "level": _level(row.get("level")),
+        "subject": row.get("subject", row.get("type")),
+    }
+
+
+def _level(found) -> int | None:
+    """5 for 5, "5" and "Level 5"; a few problems have "Level ?"."""
+    number = str(found).removeprefix("Level ").strip()
+    return int(number) if number.isascii() and number.isdigit() else None
+
+
+def _chosen(examples: list[dict], column: str, wanted: int | str | None, path: Path) -> list[dict]:
+    chosen = examples if wanted is None else [example for example in examples if example[column] == wanted]
+    if not chosen:
+        found = sorted({str(example[column]) for example in examples})
+        hint = did_you_mean(str(wanted), found)
+        raise InputError(f"{path}: no problem has {column} {wanted!r}{hint}: choose from {', '.join(found)}.")
+    return chosen

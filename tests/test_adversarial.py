@@ -1,0 +1,379 @@
+"""Texts that try to be paid without being right: each with what it is worth, and why.
+
+All go through `minirl.rewards.score`, as in training. Attacks by programs are in the tests of the sandbox.
+"""
+
+import functools
+import json
+
+import pytest
+
+from minirl.rewards import REWARDS, score
+from minirl.rewards.rules import last_number
+from minirl.tasks import countdown
+from minirl.tasks.reasoning_gym import _last_line, _last_number, scorer
+from minirl.tasks.style import of_block
+
+NINES, THOUSANDS = "9" * 5000, "1," + ",".join(["000"] * 2000)
+
+# completion, score, why; the answer is 7
+SEVEN = [
+    ("7", 1, "right"),
+    ("The answer is 7.", 1, "right, in a sentence"),
+    ("", 0, "empty"),
+    ("  \n\t", 0, "blank"),
+    ("\0", 0, "a control character"),
+    ("<|im_end|>", 0, "only a stop token, written out"),
+    ("</s>", 0, "only a stop token, written out"),
+    ("7\n\nno, 8", 0, "a wrong answer follows the right one"),
+    ("8\n\nno, 7", 1, "the last answer counts"),
+    ("7 or 8", 0, "two answers"),
+    ("8 or 7", 1, "the last one, however it got there"),
+    ("1 2 3 4 5 6 7 8 9", 0, "answers sprayed, another is last"),
+    ("7 " * 1000, 1, "1,000 repeats of the right answer; repetition is a reward of its own"),
+    ("7" * 1000, 0, "1,000 digits glued are another number"),
+    ("٧", 0, "an Arabic digit"),
+    ("７", 0, "a full-width digit"),
+    ("𝟕", 0, "a mathematical bold digit"),
+    ("⑦", 0, "a circled digit"),
+    ("Ⅶ", 0, "a Roman numeral"),
+    ("七", 0, "a Chinese numeral"),
+    ("seven", 0, "a word"),
+    ("7²", 0, "49, not 7"),
+    ("7½", 0, "seven and a half"),
+    ("7e0", 0, "scientific notation is not read"),
+    ("70e-1", 0, "scientific notation is not read"),
+    ("14/2", 1, "a fraction of that value"),
+    ("-14/-2", 0, "no fraction is written so"),
+    ("7/1", 1, "a fraction of that value"),
+    ("7/0", 0, "no number"),
+    ("0/0", 0, "no number"),
+    ("7.0", 1, "the same value"),
+    ("7.000000000000000000001", 0, "close is not equal"),
+    ("6.999999999999999999999", 0, "close is not equal"),
+    ("-7", 0, "the sign"),
+    ("−7", 0, "a sign in Unicode"),
+    ("–7", 0, "a dash as a sign"),
+    ("+7", 1, "a sign that changes nothing"),
+    ("±7", 0, "two answers in one sign"),
+    (r"\pm 7", 0, "two answers in one sign"),
+    ("≠ 7", 0, "says that it is not 7"),
+    ("7%", 1, "a unit"),
+    ("$7", 1, "a currency"),
+    ("0.7", 0, "another number"),
+    ("70", 0, "begins with it"),
+    ("17", 0, "ends with it"),
+    ("1,007", 0, "a thousands separator is part of the number"),
+    ("7,000", 0, "a thousands separator is part of the number"),
+    ("7_0", 0, "Python's separator is none"),
+    ("0x7", 0, "hexadecimal"),
+    ("0b111", 0, "binary"),
+    ("2**3", 0, "a power is not computed"),
+    ("2**7", 0, "nor is its exponent the answer"),
+    ("7**1", 0, "nor one that has the value"),
+    ("x^7", 0, "an exponent"),
+    ("7//2", 0, "floor division is not computed"),
+    ("49//7", 0, "nor is its divisor the answer"),
+    ("97**89**83", 0, "a tower of powers"),
+    ("9**9**9**9", 0, "a tower of powers"),
+    (NINES, 0, "a huge integer"),
+    ("1/" + NINES, 0, "a huge denominator"),
+    (THOUSANDS, 0, "a huge integer with separators"),
+    ("NaN", 0, "no number"),
+    ("inf", 0, "no number"),
+    ("None", 0, "no number"),
+    ("__import__('os').abort()", 0, "code is text"),
+    (r"\boxed{7}", 1, "boxed"),
+    (r"8 \boxed{7}", 1, "the box is the answer"),
+    (r"\boxed{8} 7", 0, "a right number after a wrong box"),
+    (r"\boxed{7} 8", 0, "a wrong number after the right box"),
+    (r"\boxed{7} \boxed{7}", 0, "several boxes"),
+    (r"\boxed{6} \boxed{7}", 0, "several boxes"),
+    (r"\boxed{7} \fbox{8}", 0, "several boxes of two kinds"),
+    (r"\boxed{\boxed{7}}", 0, "a box in a box"),
+    (r"\boxed{{{7}}}", 1, "nested braces"),
+    (r"\boxed{7, 8}", 0, "two answers in a box"),
+    (r"\boxed{6 7 8}", 0, "answers sprayed in a box"),
+    (r"\boxed{7", 0, "a box that is not closed"),
+    (r"\boxed{} 7", 0, "an empty box"),
+    (r"\boxed{\frac{14}{2}}", 1, "a fraction in LaTeX"),
+    (r"\boxed{3\frac{8}{2}}", 0, "a mixed number is not read"),
+    (r"\boxed{" * 1000, 0, "1,000 boxes"),
+]
+
+THOUSAND = [
+    ("1000", 1, "right"),
+    ("1,000", 1, "a thousands separator"),
+    ("1000.00", 1, "the same value"),
+    ("1e3", 0, "scientific notation is not read"),
+    ("10**3", 0, "a power is not computed"),
+    ("1 000", 0, "a space separates two numbers"),
+    ("1.000", 0, "a point is a decimal point"),
+    ("1,00,0", 0, "no thousands separators"),
+    ("1_000", 0, "Python's separator is none"),
+    (r"\boxed{1{,}000}", 1, "a thousands separator in LaTeX"),
+]
+
+TEXT = [
+    ("Paris", 1, "right"),
+    (" Paris\n", 1, "white space"),
+    ("", 0, "empty"),
+    ("Paris Paris", 0, "repeated"),
+    ("Paris, London, Rome", 0, "answers sprayed"),
+    ("paris", 0, "another text"),
+    ("Paris.", 0, "another text"),
+    ("Раris", 0, "Cyrillic letters that look the same"),
+    ("Pa\u200bris", 0, "a character without width"),
+    (r"\boxed{Paris}", 0, "another text"),
+]
+
+HALF = [
+    (r"so $\boxed{\frac{1}{2}}$", 1, "right"),
+    ("0.5", 1, "the same value"),
+    ("$2/4$", 1, "the same value"),
+    ("1/3", 0, "wrong"),
+    ("", 0, "empty"),
+    (" \n", 0, "blank"),
+    (r"\boxed{\frac{1}{2}} \boxed{\frac{1}{3}}", 0, "several boxes"),
+    (r"\boxed{0.5} or \boxed{0.5}", 0, "several boxes, even if both are right"),
+    ("0.5, no, 0.6", 0, "a wrong answer follows the right one"),
+    ("½ of it", 0, "a sign that math-verify does not read"),
+    ("٠٫٥", 0, "Arabic digits"),
+    ("$9^{9^{9^9}}$", 0, "a tower of powers"),
+    ("9**9**9**9", 0, "a tower of powers"),
+    (r"\boxed{" + "{" * 200 + "0.5" + "}" * 200 + "}", 0, "nested braces without end"),
+    (r"\boxed{\frac{1}{0}}", 0, "no number"),
+    ("nan", 0, "no number"),
+    (r"\boxed{\infty}", 0, "no number"),
+    (NINES, 0, "a huge integer"),
+]
+
+COUNTDOWN = [  # 13 from 1, 2, 3, 4
+    ("<answer>(1 + 2) * 3 + 4</answer>", 1, "right"),
+    ("thinking\n(1 + 2) * 3 + 4", 1, "right, on the last line"),
+    ("<answer>(1 + 2) × 3 + 4</answer>", 1, "a sign of multiplication in Unicode"),
+    ("", 0, "empty"),
+    ("13", 0, "the target itself"),
+    ("<answer>13</answer>", 0, "the target itself"),
+    ("(1 + 2) * 3 + 4 = 13", 0, "an equation"),
+    ("<answer>3 * 4 + 1</answer>", 0, "a number is left out"),
+    ("<answer>1 + 2 + 3 + 4 + 3</answer>", 0, "a number is used twice"),
+    ("<answer>9 + 4</answer>", 0, "numbers that were not given"),
+    ("<answer>12 + 1</answer>", 0, "digits glued"),
+    ("<answer>(1 + 2) * 3 + 4</answer><answer>1</answer>", 0, "a wrong answer follows the right one"),
+    ("<answer>1</answer><answer>(1 + 2) * 3 + 4</answer>", 0, "several answers"),
+    ("<answer>(1 + 2) * 3 + 4</answer>" * 1000, 0, "1,000 repeats"),
+    ("<answer>(1 + 2) * 3 + 4", 0, "a tag that is not closed"),
+    ("<answer>2**3 + 4 + 1</answer>", 0, "a power"),
+    ("<answer>7//2 + 4</answer>", 0, "floor division"),
+    ("<answer>97**89**83</answer>", 0, "a tower of powers"),
+    ("<answer>(١ + 2) * 3 + 4</answer>", 0, "an Arabic digit"),
+    ("<answer>1e1 + 2 + 3 + 4</answer>", 0, "scientific notation"),
+    ("<answer>1/0 + 2 + 3 + 4</answer>", 0, "division by zero"),
+    ("<answer>__import__('os')._exit(0)</answer>", 0, "code is never run"),
+    ("<answer>True + 2 * 4 + 3 + 1</answer>", 0, "True is no number"),
+    ("<answer>" + "(" * 10_000 + "13" + ")" * 10_000 + "</answer>", 0, "nesting without end"),
+    ("<answer>" + "-" * 100_000 + "13</answer>", 0, "signs without end"),
+    ("<answer>+1 + 2 * 4 + 3 + 1</answer>", 0, "a sign before a number, and a number twice"),
+    ("<answer>(1 + 2) * 3 + 4 # 13</answer>", 0, "a comment"),
+]
+
+FORMAT = [
+    ("<think>a</think><answer>7</answer>", 1, "the format"),
+    ("<think></think> <answer></answer>\n", 1, "the format says nothing of what stands in it"),
+    ("", 0, "empty"),
+    ("7", 0, "no tags"),
+    ("<answer>7</answer>", 0, "no thinking"),
+    ("<think>a</think><answer>7</answer> and 8", 0, "text follows"),
+    ("<think>a</think><answer>6</answer><answer>7</answer>", 0, "two answers"),
+    ("<think>a<think>b</think></think><answer>7</answer>", 0, "nested thinking"),
+    ("<think><answer>7</answer></think>", 0, "the answer is in the thinking"),
+    ("<answer>7</answer><think>a</think>", 0, "the wrong way round"),
+    ("<think>a</think><answer>7", 0, "a tag that is not closed"),
+    ("<THINK>a</THINK><ANSWER>7</ANSWER>", 0, "other tags"),
+    ("<think>a</think><answer>7</answer>" * 1000, 0, "1,000 repeats"),
+]
+
+THINK = [  # the answer is 7
+    ("<think>8?</think><answer>7</answer>", 1, "right"),
+    ("<think>7</think><answer>8</answer>", 0, "right only in the thinking"),
+    ("<think>8</think><answer>7, no, 8</answer>", 0, "a wrong answer follows the right one"),
+    ("7", 0, "no block"),
+    ("", 0, "empty"),
+    ("<answer></answer>", 0, "an empty block"),
+    ("<answer>7</answer><answer>7</answer>", 0, "several blocks"),
+    ("<think><answer>7</answer></think>", 0, "the block is in the thinking"),
+    ("<think><answer>7</answer>", 0, "the block is in a thinking that does not end"),
+    ("<answer>7</think></answer>", 0, "the thinking ends in the block"),
+    ("<answer>7</answer> 8", 1, "what follows the block is no answer"),
+    ("<answer>8</answer> 7", 0, "what follows the block is no answer"),
+    ("<answer><answer>7</answer></answer>", 0, "a block in a block"),
+    (r"<think>a</think><answer>\boxed{7}\boxed{8}</answer>", 0, "several boxes in the block"),
+]
+
+ADD = {"name": "add", "arguments": {"a": 1, "b": 2}}
+TEXT_OF_ADD = json.dumps(ADD)
+CALLS = [
+    (TEXT_OF_ADD, 1, "right"),
+    ('{"arguments": {"b": 2.0, "a": 1}, "name": "add"}', 1, "the order of keys, and 2.0"),
+    (f"<tool_call>{TEXT_OF_ADD}</tool_call>", 1, "in tags"),
+    (f"```json\n{TEXT_OF_ADD}\n```", 1, "in a fence"),
+    ("", 0, "empty"),
+    ("[]", 0, "no call"),
+    ("add(1, 2)", 0, "code"),
+    (TEXT_OF_ADD + " ", 1, "white space"),
+    (TEXT_OF_ADD + " done", 0, "text follows"),
+    (f"<tool_call>{TEXT_OF_ADD}</tool_call> done", 0, "text follows"),
+    (f"<tool_call>{TEXT_OF_ADD}</tool_call>" * 2, 0, "called twice"),
+    (f"[{TEXT_OF_ADD}, {TEXT_OF_ADD}]", 0, "called twice"),
+    (f"<tool_call>[{TEXT_OF_ADD}]</tool_call>", 0, "a list in a tag"),
+    (f"<tool_call>{TEXT_OF_ADD}", 0, "a tag that is not closed"),
+    (TEXT_OF_ADD * 2, 0, "two texts"),
+    ('{"name": "add", "arguments": {"a": 1, "b": 3, "b": 2}}', 0, "a key twice"),
+    ('{"name": "sub", "name": "add", "arguments": {"a": 1, "b": 2}}', 0, "a key twice"),
+    ('{"name": "add", "arguments": {"a": true, "b": 2}}', 0, "true is not 1"),
+    ('{"name": "add", "arguments": {"a": "1", "b": 2}}', 0, "a text is no number"),
+    ('{"name": "add", "arguments": {"a": 1, "b": 2, "c": NaN}}', 0, "NaN is no JSON"),
+    ('{"name": "add", "arguments": {"a": 1, "b": 2, "c": null}}', 0, "one argument more"),
+    ('{"name": "add", "arguments": {"a": 1}}', 0, "one argument less"),
+    ('{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}', 0, "arguments as a text"),
+    ('{"name": "add", "arguments": {"a": 1, "b": 2}, "id": 1}', 0, "one key more"),
+    ("{'name': 'add', 'arguments': {'a': 1, 'b': 2}}", 0, "Python is no JSON"),
+    ('{"name": "add", "arguments": {"a": ' + NINES + ', "b": 2}}', 0, "a huge integer"),
+    ('{"name": "add", "arguments": ' + '{"a":' * 50_000, 0, "nesting without end"),
+]
+
+
+def problem(answer, **metadata):
+    return {"answer": answer, "entry": json.dumps({"answer": answer, "metadata": metadata})}
+
+
+GYM = {
+    "chain_sum": (
+        problem("7"),
+        [
+            ("3 + 4 = 7", 1, "right"),
+            ("7.0", 1, "the same value"),
+            ("77", 0, "holds the right text"),
+            ("7 8", 0, "a wrong answer follows the right one"),
+            ("7e0", 0, "scientific notation"),
+            ("٧", 0, "an Arabic digit"),
+            ("", 0, "empty"),
+        ],
+    ),
+    "base_conversion": (
+        problem("1f"),
+        [
+            ("1f", 1, "right"),
+            ("it is 1f", 0, "the package pays for any text that holds the answer, in part"),
+            ("1f " * 100, 0, "repeated"),
+        ],
+    ),
+    "countdown": (
+        problem("3*4 + 1", numbers=[1, 3, 4], target=13),
+        [
+            ("3*4 + 1", 1, "right"),
+            ("13", 0, "the target itself"),
+            ("9**9**9**9", 0, "the package would compute it"),
+            ("", 0, "the package pays 0.01"),
+        ],
+    ),
+    "puzzle24": (
+        problem("4*8 - 6 - 2", numbers=[4, 8, 6, 2]),
+        [
+            ("4*8 - 6 - 2", 1, "right"),
+            ("6*4*1*1", 0, "other numbers, which the package takes"),
+            ("4*(8 - 2) + 6/8", 0, "24.75, which the package rounds down"),
+        ],
+    ),
+    "number_sorting": (
+        problem("['1.0', '2.0']", direction="ascending"),
+        [
+            ('["1.0", "2.0"]', 1, "right"),
+            ('["1.9", "1.9"]', 0, "wrong by less than 1, which the package forgives"),
+            ('["nan", "nan"]', 0, "NaN, which the package takes"),
+            ("[NaN, NaN]", 0, "NaN, which the package takes"),
+        ],
+    ),
+    "game_of_life_halting": (
+        problem("True"),
+        [("True", 1, "right"), ("False", 0, "any text is true to the package"), ("maybe", 0, "any text")],
+    ),
+    "word_sorting": (
+        problem("a, b", sorted_words=["a", "b"]),
+        [("a, b", 1, "right"), ("a, b, c", 0, "words that follow, which the package takes")],
+    ),
+    "complex_arithmetic": (
+        problem("1.0 + 2.0i", result=[1.0, 2.0]),
+        [("1.0 + 2.0i", 1, "right"), ("nan", 0, "NaN, which the package takes"), ("1", 0, "half of it")],
+    ),
+    "simple_integration": (
+        problem("x**2 + C", variable="x", integrand="2*x"),
+        [
+            ("x**2 + C", 1, "right"),
+            ("x*x", 1, "right, without the constant"),
+            ("Integral(2*x, x)", 0, "the question itself"),
+            ("integrate(2*x, x)", 0, "the package would compute it"),
+            ("x**2 + __import__('time').sleep(60)", 0, "code"),
+        ],
+    ),
+    "string_insertion": (
+        problem("ABC"),
+        [("ABC", 1, "right"), ("'A' 'B' 'C'", 0, "the package would execute it"), ("exit()", 0, "code")],
+    ),
+}
+
+RULES = {  # name -> (rule, columns, cases)
+    "last_number": (REWARDS["last_number"], {"answer": "7"}, SEVEN),
+    "last_number of 1000": (REWARDS["last_number"], {"answer": "1,000"}, THOUSAND),
+    "answer": (REWARDS["answer"], {"answer": 7}, SEVEN),
+    "answer in text": (REWARDS["answer"], {"answer": "Paris"}, TEXT),
+    "exact_match": (REWARDS["exact_match"], {"answer": "Paris"}, TEXT),
+    "math": (REWARDS["math"], {"answer": r"\frac{1}{2}"}, HALF),
+    "countdown": (countdown.correct, {"numbers": [1, 2, 3, 4], "target": 13}, COUNTDOWN),
+    "format": (REWARDS["format"], {}, FORMAT),
+    "think": (of_block(last_number), {"answer": "7"}, THINK),
+    "function_call": (REWARDS["function_call"], {"answer": ADD}, CALLS),
+    **{
+        f"reasoning_gym {name}": (
+            scorer(name, "{}", _last_number if name == "chain_sum" else _last_line),
+            columns,
+            cases,
+        )
+        for name, (columns, cases) in GYM.items()
+    },
+}
+CASES = [(name, i) for name, (_, _, cases) in RULES.items() for i in range(len(cases))]
+
+
+@functools.cache
+def scores(name: str) -> list[float]:
+    rule, columns, cases = RULES[name]
+    completions = [completion for completion, _, _ in cases]
+    columns = {column: [value] * len(cases) for column, value in columns.items()}
+    total, _ = score({name: (1.0, rule)}, ["p"] * len(cases), completions, columns)
+    return total
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_a_completion_is_worth(name, case):
+    for package in ("math_verify", "reasoning_gym"):
+        if name.startswith(package.removesuffix("_verify")):
+            pytest.importorskip(package)
+    completion, expected, why = RULES[name][2][case]
+    assert scores(name)[case] == expected, f"{completion[:80]!r}: {why}"
+
+
+def test_the_corpus_is_large_and_has_both_sides():
+    assert len({(name, RULES[name][2][case][0]) for name, case in CASES}) >= 250
+    for _, _, cases in RULES.values():
+        assert {expected for _, expected, _ in cases} == {0, 1}
+
+
+def test_no_other_reward_is_paid_for_silence():
+    """`repetitive` and `too_short` are penalties, so 1 is what silence costs."""
+    for name in ("answer", "exact_match", "last_number", "format", "function_call"):
+        total, _ = score({name: (1.0, REWARDS[name])}, ["p"] * 2, ["", " \n"], {"answer": [json.dumps(ADD)] * 2})
+        assert total == [0.0, 0.0]
+    for name in ("repetitive", "too_short"):
+        assert score({name: (1.0, REWARDS[name])}, ["p"] * 2, ["", " \n"], {})[0] == [1.0, 1.0]
