@@ -79,7 +79,7 @@ def draw(found: dict[str, dict], file: Path) -> None:
     bars.set(
         xticks=range(len(found)), xticklabels=found, ylim=(0, 1), title="mean@8 on held-out problems, 95 % interval"
     )
-    bars.legend()
+    bars.legend(loc="upper right")
     figure.savefig(file, dpi=150)
 
 
