@@ -250,14 +250,17 @@ LINES = {  # a line of the file -> words of the sentence
 
 def complaint(capsys, command: str, *left: str) -> str:
     """The one sentence on stderr; nothing may be left behind but the files named."""
-    before = sorted(Path().rglob("*"))
+    before = files()
     with pytest.raises(SystemExit) as stop:
         cli.main(command.split())
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err, err
-    after = {path for path in Path().rglob("*") if "__pycache__" not in path.parts and path.is_file()}
-    assert after - {Path(name) for name in left} == {path for path in before if path.is_file()}
+    assert files() - {Path(name) for name in left} == before
     return err
+
+
+def files() -> set[Path]:
+    return {path for path in Path().rglob("*") if "__pycache__" not in path.parts and path.is_file()}
 
 
 @pytest.mark.parametrize("line", LINES)
