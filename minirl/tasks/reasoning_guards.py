@@ -25,11 +25,15 @@ def may_be_right(name: str, answer: str, entry: dict) -> bool:
         return False
     if any(c.isdigit() and not c.isascii() for c in answer):
         return False
-    foreign = {match.lower() for match in FOREIGN.findall(answer)}
-    if entry["answer"] is not None and not foreign <= {match.lower() for match in FOREIGN.findall(oracle)} | {"\\"}:
+    if entry["answer"] is not None and not _foreign(answer) <= _foreign(oracle) | {"\\"}:
         return False
     guard = GUARDS.get(name)
     return guard is None or bool(guard(answer, oracle, entry["metadata"]))
+
+
+def _foreign(text: str) -> set[str]:
+    """What an answer holds only where the oracle does, too; one quotation mark is as good as the other."""
+    return {match.lower().replace('"', "'") for match in FOREIGN.findall(text)}
 
 
 def _is_oracle(answer: str, oracle: str, metadata: dict) -> bool:
