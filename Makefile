@@ -19,8 +19,8 @@ venv: $(INSTALLED)  ## set up .venv; does nothing when that is done
 demo: $(INSTALLED)  ## watch a tiny model learn
 	$(BIN)/minirl demo
 
-test: lint  ## lint, then every test
-	$(BIN)/python -m pytest
+test: lint  ## lint, then every test, on up to 8 cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: $(INSTALLED)  ## ruff check and ruff format --check
 	$(BIN)/ruff check

@@ -79,7 +79,7 @@ def draw(found: dict[str, dict], file: Path) -> None:
     bars.set(
         xticks=range(len(found)), xticklabels=found, ylim=(0, 1), title="mean@8 on held-out problems, 95 % interval"
     )
-    bars.legend()
+    bars.legend(loc="upper right")
     figure.savefig(file, dpi=150)
 
 
@@ -95,9 +95,8 @@ def run(given: list[str]) -> None:
         difference = content["compare"]["differences"]["eval/mean"]
         low, high = difference["interval"]
         before, after = content["compare"]["metrics"]["eval/mean"], content["metrics"]["eval/mean"]
-        print(
-            f"{task:10} mean@8 {before:.3f} -> {after:.3f}, difference {difference['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
-        )
+        change = f"{before:.3f} -> {after:.3f}, difference {difference['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+        print(f"{task:10} mean@8 {change}")
     print(f"picture: {OUT / 'before_after.png'}")
 
 

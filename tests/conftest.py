@@ -1,8 +1,12 @@
-"""Shared by every test: one hypothesis profile, and the golden numbers."""
+"""Shared by every test: one thread a process, one hypothesis profile, and the golden numbers."""
 
 import json
 import os
 from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start too: the sizes are small, and several processes that
+# each spread over all cores wait for one another. An OMP_NUM_THREADS of the caller stands.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest

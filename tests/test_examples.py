@@ -31,15 +31,16 @@ def few(example, monkeypatch):
 
 
 def test_sft_then_grpo(few, tmp_path, capsys):
-    few[0].main(["--out", str(tmp_path), "--sft-steps", "60", "--steps", "2"])
+    few[0].main(["--out", str(tmp_path), "--sft-steps", "5", "--steps", "2"])
     said = capsys.readouterr().out
-    stages = [line.split()[0] for line in said.partition("held-out accuracy")[2].splitlines() if "." in line]
-    assert stages == ["SFT", "GRPO"]
+    rows = [line.split() for line in said.partition("held-out accuracy")[2].splitlines() if line.strip()]
+    assert [row[0] for row in rows] == ["after", "SFT", "GRPO"]
+    assert all(len(row) == 4 and all(0 <= float(share) <= 1 for share in row[1:]) for row in rows[1:])
     assert (tmp_path / "grpo" / "model" / "model.safetensors").exists()
 
 
 def test_rlhf_trains_on_the_model_alone_and_logs_the_rule(few, tmp_path, capsys):
-    few[1].main(["--out", str(tmp_path), "--sft-steps", "60", "--steps", "2"])
+    few[1].main(["--out", str(tmp_path), "--sft-steps", "40", "--steps", "2"])
     said = capsys.readouterr().out
     assert "of the held-out pairs right" in said and "PPO on the reward model" in said
     for record in read_metrics(tmp_path / "ppo")[1:]:

@@ -1,5 +1,7 @@
 """docs/new_variant.md: its diffs apply to this repository, are short, and the tests that they bring pass."""
 
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "new_variant.md").read_text(encoding="utf-8")
@@ -31,31 +34,65 @@ def apply(diff: str, root: Path) -> None:
         (root / name).write_text(text, encoding="utf-8")
 
 
-@pytest.fixture
-def copy(tmp_path) -> Path:
+def copy_to(folder: Path) -> Path:
     """The package and its tests, importable from the folder alone."""
     ignored = shutil.ignore_patterns("__pycache__")
-    for folder, to in (("minirl", "minirl"), ("kernels", "minirl/kernels"), ("tests", "tests")):
-        shutil.copytree(ROOT / folder, tmp_path / to, ignore=ignored)
-    return tmp_path
+    for source, to in (("minirl", "minirl"), ("kernels", "minirl/kernels"), ("tests", "tests")):
+        shutil.copytree(ROOT / source, folder / to, ignore=ignored)
+    return folder
 
 
-def python(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(cwd), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    return copy_to(tmp_path)
 
 
 TESTS = ("tests/test_losses.py", "tests/test_train.py", "tests/test_advantages.py")
 GENERAL = "rows_of_the_table or equals_its_definition or unscorable or share_one_signature"
+FORKS = """
+import json, os, sys
+import hypothesis, pytest, torch, torch._dynamo  # once for all of the runs; minirl comes from the folder of each
+
+def run(folder, words):
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = folder
+    log = os.open("log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    return pytest.main(["-p", "no:cacheprovider", "-v", *words])
+
+for folder, words in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        os._exit(run(folder, words))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """Exit code and output of pytest: in a copy with each variant, and in one that has the tests of maxrl alone."""
+    folders = {name: copy_to(tmp_path_factory.mktemp(name)) for name in (*DIFFS, "tests alone")}
+    for name, folder in folders.items():
+        apply(DIFFS.get(name, DIFFS["maxrl"]), folder)
+    for file in ("minirl/losses.py", "minirl/advantages.py"):
+        shutil.copy(ROOT / file, folders["tests alone"] / file)
+    jobs = [(str(folders[name]), [*TESTS, "-k", f"{name} or {GENERAL}"]) for name in DIFFS]
+    jobs += [(str(folders["tests alone"]), [TESTS[0], "-k", "rows_of_the_table"])]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(jobs)], env=environment, capture_output=True, text=True, check=True
+    )
+    said = [(folder / "log").read_text(encoding="utf-8") for folder in folders.values()]
+    return dict(zip(folders, zip(map(int, done.stdout.split()), said, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", DIFFS)
-def test_a_variant_of_the_page_is_short_and_its_tests_pass(name, copy):
+def test_a_variant_of_the_page_is_short_and_its_tests_pass(name, runs):
     assert 2 <= len(changed(DIFFS[name])) <= 15
-    apply(DIFFS[name], copy)
-    done = python("-m", "pytest", "-p", "no:cacheprovider", "-v", *TESTS, "-k", f"{name} or {GENERAL}", cwd=copy)
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = set(re.findall(r"::(\S+) PASSED", done.stdout))
+    code, said = runs[name]
+    assert code == 0, said
+    passed = set(re.findall(r"::(\S+) PASSED", said))
     mine = {f"test_every_preset_{what}[{name}]" for what in ("trains_towards_tokens_with_positive_advantage",)}
     mine |= {f"test_every_preset_takes_a_step[{name}]", "test_presets_are_the_rows_of_the_table"}
     if name == "maxrl":
@@ -64,27 +101,21 @@ def test_a_variant_of_the_page_is_short_and_its_tests_pass(name, copy):
     assert mine <= passed
 
 
-def test_the_tests_of_a_variant_fail_without_its_code(copy):
+def test_the_tests_of_a_variant_fail_without_its_code(runs):
     """The copy is what they run, not the installed package, and they do look at the row."""
-    kept = {name: (copy / name).read_bytes() for name in ("minirl/losses.py", "minirl/advantages.py")}
-    apply(DIFFS["maxrl"], copy)
-    for name, content in kept.items():
-        (copy / name).write_bytes(content)
-    done = python("-m", "pytest", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", "rows_of_the_table", cwd=copy)
-    assert done.returncode == 1
-    assert "Right contains 1 more item:\nE         {'maxrl': " in done.stdout
+    code, said = runs["tests alone"]
+    assert code == 1, said
+    assert "Right contains 1 more item:\nE         {'maxrl': " in said
 
 
 def test_the_page_gives_the_advantages_that_its_code_gives(copy):
     apply(DIFFS["maxrl"], copy)
-    lines = (
-        "import torch",
-        "from minirl.advantages import maxrl",
-        "for right in (1, 7):",
-        "    A = maxrl(torch.tensor([1.0] * right + [0.0] * (8 - right)), torch.zeros(8, dtype=torch.long), eps=0)",
-        "    print(round(A[0].item(), 6), round(A[-1].item(), 6))",
-    )
-    assert python("-c", "\n".join(lines), cwd=copy).stdout.split() == ["7.0", "-1.0", str(round(1 / 7, 6)), "-1.0"]
+    spec = importlib.util.spec_from_file_location("advantages_with_maxrl", copy / "minirl" / "advantages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for right, wanted in ((1, 7.0), (7, 1 / 7)):
+        A = module.maxrl(torch.tensor([1.0] * right + [0.0] * (8 - right)), torch.zeros(8, dtype=torch.long), eps=0)
+        assert A[[0, -1]].tolist() == pytest.approx([wanted, -1.0], abs=1e-6)
     assert "1 right answer of 8: A = 7 for it, −1 for the others;  7 of 8: 1/7 and −1" in PAGE
     assert f"\n{len(changed(DIFFS['maxrl']))} changed lines" in PAGE
 

@@ -11,6 +11,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -133,14 +135,17 @@ def command(args: list[str], log: str, fate: tuple | None) -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> Lab:
+def lab(tmp_path_factory) -> Iterator[Lab]:
     with pytest.MonkeyPatch.context() as patch:
+        server = forkserver.ForkServer()  # of our own: another test's has neither our imports nor our environment
+        for name in forkserver.__all__:
+            patch.setattr(forkserver, name, getattr(server, name))
         patch.setenv("OMP_NUM_THREADS", "1")
         lab = Lab(tmp_path_factory.mktemp("lab"))
         process = lab.start(["--help"], lab.folder / "help.log")  # starts the server, which keeps the environment
         process.join()
         assert process.exitcode == 0
-        return lab
+        yield lab
 
 
 def check_same(a: Path, b: Path, what: object = "") -> None:

@@ -55,6 +55,7 @@ class Outside:
 
     function: str
     trusted: bool = False
+    takes_timeout = True  # what wraps such a reward says so, too
 
     def __call__(self, prompts, completions, timeout: float = TIMEOUT, **columns) -> list[Any | Exception]:
         """For each completion what it returned, a TimeoutError, or an Unusable."""
@@ -155,7 +156,7 @@ def _row(batch, i: int) -> dict[str, list]:
 def _entries(function: Reward, batch, timeout: float) -> list:
     """For each completion what the reward returned, or the exception that stands for it."""
     size = len(batch["completions"])
-    outside = {"timeout": timeout} if isinstance(function, Outside) else {}
+    outside = {"timeout": timeout} if getattr(function, "takes_timeout", False) else {}
     try:
         entries = _as_list(function(**batch, **outside), size)
         return [Late(f"gave {e}") if isinstance(e, TimeoutError) else e for e in entries]

