@@ -133,7 +133,7 @@ class Lab:
             result = {"command": command} | used
             model = next(iter(folder.glob("**/sft/model")), folder / "model")
             if name not in ("outcomes", "reward"):
-                result |= self._evaluate(model)
+                result |= self._evaluate(model, folder / "eval")
             file.write_text(json.dumps(result))
         self.done += 1
         self._say(seed, name, json.loads(file.read_text()))
@@ -146,8 +146,8 @@ class Lab:
             f"about {left:.0f} min to go"
         )
 
-    def _evaluate(self, model: Path) -> dict:
-        command = f"eval --model {model} {TASK} {SIZES} --prompts 256 --samples 8 --seed 1000 --json"
+    def _evaluate(self, model: Path, out: Path) -> dict:
+        command = f"eval --model {model} {TASK} {SIZES} --prompts 256 --samples 8 --seed 1000 --json --out {out}"
         said, _ = common.minirl(command, threads=1)
         return json.loads(said.splitlines()[-1])["metrics"]
 

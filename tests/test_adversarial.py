@@ -323,6 +323,8 @@ GYM = {
     ),
 }
 
+READERS = {"chain_sum": _last_number}
+
 RULES = {  # name -> (rule, columns, cases)
     "last_number": (REWARDS["last_number"], {"answer": "7"}, SEVEN),
     "last_number of 1000": (REWARDS["last_number"], {"answer": "1,000"}, THOUSAND),
@@ -335,11 +337,7 @@ RULES = {  # name -> (rule, columns, cases)
     "think": (of_block(last_number), {"answer": "7"}, THINK),
     "function_call": (REWARDS["function_call"], {"answer": ADD}, CALLS),
     **{
-        f"reasoning_gym {name}": (
-            scorer(name, "{}", _last_number if name == "chain_sum" else _last_line),
-            columns,
-            cases,
-        )
+        f"reasoning_gym {name}": (scorer(name, "{}", READERS.get(name, _last_line)), columns, cases)
         for name, (columns, cases) in GYM.items()
     },
 }
@@ -351,8 +349,9 @@ def scores(name: str) -> list[float]:
     rule, columns, cases = RULES[name]
     completions = [completion for completion, _, _ in cases]
     columns = {column: [value] * len(cases) for column, value in columns.items()}
-    total, _ = score({name: (1.0, rule)}, ["p"] * len(cases), completions, columns)
-    return total
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minirl.rewards.math.SECONDS", 1.5)  # for the towers of powers
+        return score({name: (1.0, rule)}, ["p"] * len(cases), completions, columns)[0]
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -372,8 +371,13 @@ def test_the_corpus_is_large_and_has_both_sides():
 
 def test_no_other_reward_is_paid_for_silence():
     """`repetitive` and `too_short` are penalties, so 1 is what silence costs."""
-    for name in ("answer", "exact_match", "last_number", "format", "function_call"):
-        total, _ = score({name: (1.0, REWARDS[name])}, ["p"] * 2, ["", " \n"], {"answer": [json.dumps(ADD)] * 2})
-        assert not any(value > 0 for value in total)  # NaN where the rule reads numbers only
+    for name, answer in (
+        ("answer", 7),
+        ("exact_match", "x"),
+        ("last_number", 0),
+        ("format", ""),
+        ("function_call", ADD),
+    ):
+        assert score({name: (1.0, REWARDS[name])}, ["p"] * 2, ["", " \n"], {"answer": [answer] * 2})[0] == [0.0, 0.0]
     for name in ("repetitive", "too_short"):
         assert score({name: (1.0, REWARDS[name])}, ["p"] * 2, ["", " \n"], {})[0] == [1.0, 1.0]

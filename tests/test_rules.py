@@ -168,19 +168,15 @@ HOSTILE = {
     "thousands, glued": "111," * (MEGABYTE // 4) + "111x",
     "numbers": "1 " * (MEGABYTE // 2),
     "numbers, glued": "1x " * (MEGABYTE // 3),
-    "sums": "-1+" * (MEGABYTE // 3),
     "powers": "2**" * (MEGABYTE // 3) + "3",
-    "fractions": "1/" * (MEGABYTE // 2),
     "parentheses": "(" * MEGABYTE,
     "brackets": "[" * MEGABYTE,
     "objects": '{"name":' * (MEGABYTE // 8),
     "braces": r"\boxed" + "{" * MEGABYTE,
     "boxes": r"\boxed{" * (MEGABYTE // 7),
-    "numbers in a box": r"\boxed{" + "1 " * (MEGABYTE // 2) + "}",
     "fractions in a box": r"\boxed{" + r"\frac{1}" * (MEGABYTE // 8) + "}",
     "backslashes": "\\" * MEGABYTE,
     "blanks": " " * MEGABYTE,
-    "lines": "\n" * MEGABYTE,
     "thoughts": "<think>" * (MEGABYTE // 7),
     "half a tag": "<think>" + "<" * MEGABYTE,
     "answers": "<answer>" * (MEGABYTE // 8),
@@ -191,7 +187,7 @@ HOSTILE = {
     "a string": '"' + "\\u0041" * (MEGABYTE // 6),
     "nul": "\0" * MEGABYTE,
 }
-RULES = {name: rule for name, rule in REWARDS.items() if name != "math"}  # that one is called in the sandbox
+RULES = {name: rule for name, rule in REWARDS.items() if name not in ("math", "answer")}  # in the sandbox; two others
 TASK = load_task("countdown", train_size=1, heldout_size=1)
 COLUMNS = {"numbers": [[1, 2, 3]], "target": [6]}
 

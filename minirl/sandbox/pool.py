@@ -58,7 +58,8 @@ class Worker:
     def __init__(self, selector: selectors.BaseSelector):
         program = Path(__file__).with_name("worker.py")
         self.folder = os.path.realpath(tempfile.mkdtemp(prefix="minirl-"))  # of its cells
-        words = [sys.executable, "-I", str(program), json.dumps([p or os.getcwd() for p in sys.path]), self.folder]
+        path = json.dumps([p or os.getcwd() for p in sys.path])
+        words = [sys.executable, "-P", "-s", str(program), path, self.folder]  # -I would ignore PYTHONHASHSEED
         keep = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
         env = {name: os.environ[name] for name in keep if name in os.environ}
         env |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}  # the same result on every run

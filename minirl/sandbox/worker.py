@@ -1,6 +1,6 @@
 """A worker of the pool: a process that forks a cell for each job, and ends it when its time is over.
 
-    python -I worker.py SYS_PATH FOLDER      jobs on standard input, results on standard output
+    python -P -s worker.py SYS_PATH FOLDER      jobs on standard input, results on standard output
 
 The worker forks before it has read what the job is about, and the cell reads it: so no cell inherits anything of
 another job, and a program nothing of its tests. What is trusted is called in the worker itself.

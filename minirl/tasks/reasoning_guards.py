@@ -32,7 +32,7 @@ def may_be_right(name: str, answer: str, entry: dict) -> bool:
 
 
 def _foreign(text: str) -> set[str]:
-    """What there is of FOREIGN, either quote as one."""
+    """What an answer holds only where the oracle does, too; one quotation mark is as good as the other."""
     return {match.lower().replace('"', "'") for match in FOREIGN.findall(text)}
 
 

@@ -17,7 +17,7 @@ class PolicyConfig:
     model: str
     """Checkpoint: a Hugging Face directory or hub id."""
     task: str = "arithmetic"
-    """arithmetic, countdown or a .jsonl file, with options after a colon:
+    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
     arithmetic:op=product,digits=2"""
     out: str = "runs/policy"
     """Folder of the run."""

@@ -48,7 +48,8 @@ class SampleConfig:
     model: str
     """Checkpoint: a Hugging Face directory or hub id."""
     task: str = "arithmetic"
-    """arithmetic, countdown or a .jsonl file, with options after a colon: arithmetic:op=product,digits=2"""
+    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
+    arithmetic:op=product,digits=2"""
     prompts: int | None = None
     """Training prompts, the first so many; None: all."""
     samples: int = 16
