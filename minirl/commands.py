@@ -1,57 +1,27 @@
 """The commands. Each is a config dataclass, whose field docstrings are its --help, and a function that takes it."""
 
-import contextlib
-import itertools
 import json
-import platform
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 from minirl.demo import DemoConfig, run_demo
 from minirl.display import RichDisplay, table
 from minirl.errors import InputError
-from minirl.evaluate import Evaluation, completion_records, evaluate, numbers
-from minirl.files import contents, write_json, write_jsonl
+from minirl.eval_command import EvalConfig, evaluation, prompt_text
 from minirl.report import plot, read_metrics, report
-from minirl.rewards import load_reward
-from minirl.rollout import Rollout, completion_text
+from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
-from minirl.tasks import Task, parse_task
-from minirl.tokenizer import Tokenizer
 from minirl.train.grpo import GRPOConfig, train_grpo
 from minirl.train.outcomes import OutcomesConfig, write_outcomes
 from minirl.train.ppo import PPOConfig, train_ppo
 from minirl.train.prefer import PreferConfig, train_prefer
 from minirl.train.reward import RewardConfig, train_reward
 from minirl.train.rft import RFTConfig, train_rft
-from minirl.train.run import (
-    identity,
-    load,
-    refuse_below_one,
-    refuse_negative,
-    refuse_not_positive,
-    refuse_unknown_choices,
-    refuse_unwritable,
-    shown,
-)
+from minirl.train.run import load, refuse_below_one, refuse_unknown_choices
 from minirl.train.sft import SFTConfig, train_sft
-
-EVALUATION = ("completions.jsonl", "eval.json")
-LENGTHS = (  # label, metric, format
-    ("tokens, mean", "len_mean", ".1f"),
-    ("tokens, 95th percentile", "len_p95", ".1f"),
-    ("tokens of right ones", "len_correct_mean", ".1f"),
-    ("tokens of wrong ones", "len_wrong_mean", ".1f"),
-    ("ended by themselves", "stop_frac", ".1%"),
-    ("cut off", "truncated_frac", ".1%"),
-    ("without a score", "unscored_frac", ".1%"),
-)
 
 
 @dataclass(frozen=True)
@@ -97,60 +67,6 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Accuracy of a checkpoint on a task's held-out problems: greedy, mean@k, pass@k and maj@k with 95 % intervals."""
-
-    model: str
-    """Checkpoint: a Hugging Face directory or hub id."""
-    compare: str | None = None
-    """A second checkpoint, on the same prompts with the same seeds: the differences have intervals of their own."""
-    task: str = "arithmetic"
-    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
-    arithmetic:op=product,digits=2"""
-    scorer: str | None = None
-    """Score by another rule than the task's, one that training never used: its name, or file.py:function. Votes of
-    maj@k are the task's answers all the same."""
-    out: str | None = None
-    """Folder of completions.jsonl and eval.json; None is the first that is free of runs/eval-1, runs/eval-2, ..."""
-    prompts: int = 256
-    """Held-out prompts, at most."""
-    samples: int = 8
-    """Completions a prompt (k)."""
-    max_tokens: int = 256
-    """Longest completion."""
-    temperature: float = 1.0
-    """Of the k samples; the greedy completion comes on top."""
-    top_p: float = 1.0
-    """Keep the most likely tokens up to this mass."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion; the checker sees what comes before them."""
-    ties: Literal["expected", "first"] = "expected"
-    """Where answers share the most votes: the share of right ones among them, or the one that came first."""
-    reward_timeout: float = 10.0
-    """Seconds a completion that a checker from a file may take; longer is wrong."""
-    shown: int = 4
-    """Completions to print."""
-    seed: int = 0
-    """Same seed, same completions."""
-    slots: int = 64
-    """Completions at a time."""
-    json: bool = False
-    """Print the numbers as one JSON object."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the model computes in."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-
-    def __post_init__(self):
-        refuse_unknown_choices(self)
-        refuse_below_one(self, "prompts", "samples", "slots")
-        refuse_negative(self, "shown")
-        if (self.scorer or "").startswith("model:"):
-            raise InputError(f"--scorer {self.scorer}: a reward model says neither right nor wrong: give a rule")
-        refuse_not_positive(self, "reward_timeout")
-
-
-@dataclass(frozen=True)
 class ReportConfig:
     """Draw a run: plot.png and report.html in its folder."""
 
@@ -177,125 +93,6 @@ def generate(c: GenerateConfig) -> None:
                 print(json.dumps(record | {"tokens": completion.tokens, "logprobs": completion.logprobs}))
             else:  # the display lets no escape code of a completion through to the terminal
                 display.line(f"{prompt!r} [{len(completion.tokens)} tokens, {completion.finish_reason}]\n{text}\n")
-
-
-def evaluation(c: EvalConfig) -> None:
-    task, models = _evaluation_task(c), [c.model, c.compare] if c.compare else [c.model]
-    records, results, folder = [], [], None
-    with RichDisplay() as display:
-        for i, model in enumerate(models, 1):
-            sampled: list[Rollout] = []
-            try:
-                results.append(_measured(c, model, task, sampled, display))
-            finally:  # also what Ctrl-C, or a reward that fails, leaves without a score
-                if sampled:
-                    folder = folder or _new_folder(c.out)
-                    records += completion_records(model, sampled, task)
-                    write_jsonl(folder / EVALUATION[0], records)
-                if folder and len(results) < i:
-                    display.line(f"what was sampled so far is in {folder / EVALUATION[0]}")
-    about = {"config": identity(c, contents(task.heldout[: c.prompts])), "versions": _versions()}
-    write_json(folder / EVALUATION[1], about | numbers(results))
-    if c.json:
-        print(json.dumps(numbers(results)))
-        return
-    if c.compare:
-        display.line(f"model: {c.model}\nother: {c.compare}")
-    _show_accuracies(c, task, results)
-    _show_completions(c, results, display)
-    print(f"written: {folder}")
-
-
-def _evaluation_task(c: EvalConfig) -> Task:
-    """The task with the scorer that was asked for; what is wrong with the rest is said now, not after the work."""
-    if c.out and any((Path(c.out) / name).exists() for name in EVALUATION):
-        raise InputError(f"{c.out} already holds an evaluation: choose another --out")
-    refuse_unwritable(Path(c.out or "runs/eval-1"))
-    if c.compare:
-        Tokenizer.from_pretrained(c.compare)
-    task = parse_task(c.task)
-    return replace(task, correct=load_reward(c.scorer)) if c.scorer else task
-
-
-def _new_folder(out: str | None) -> Path:
-    """The first of runs/eval-1, runs/eval-2, ... that there was not: two evaluations at a time get two."""
-    if out:
-        return Path(out)
-    for n in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            (folder := Path(f"runs/eval-{n}")).mkdir(parents=True)
-            return folder
-
-
-def _measured(c: EvalConfig, model: str, task: Task, sampled: list[Rollout], display: RichDisplay) -> Evaluation:
-    """One checkpoint, which is gone from memory when the next one comes."""
-    transformer, tokenizer = load(model, c.dtype, c.device)
-    params = SamplingParams(
-        c.samples,
-        c.temperature,
-        top_p=c.top_p,
-        max_tokens=c.max_tokens,
-        stop_ids=tokenizer.stop_ids,
-        stop=c.stop,
-        seed=c.seed,
-    )
-    return evaluate(
-        Sampler(transformer, c.slots, tokenizer=tokenizer),
-        tokenizer,
-        task,
-        params,
-        task.heldout[: c.prompts],
-        timeout=c.reward_timeout,
-        progress=lambda done, total: display.progress("evaluation", done, total),
-        ties=c.ties,
-        curve=True,
-        sampled=sampled,
-    )
-
-
-def _show_accuracies(c: EvalConfig, task: Task, results: Sequence[Evaluation]) -> None:
-    title = f"{task.name}: {len(results[0].correct)} held-out prompts, k = {c.samples}, T = {c.temperature:g}"
-    title += f", top-p {c.top_p:g}" if c.top_p < 1 else ""
-    title += f", scored by {c.scorer}" if c.scorer else ""
-    differences = results[0].over(results[1]) if c.compare else {}
-    rows = []
-    for name in results[0].values:
-        cells = [x for r in results for x in (f"{r.metrics[name]:.3f}", "{:.3f} to {:.3f}".format(*r.intervals[name]))]
-        if c.compare:
-            mean, low, high = differences[name]
-            cells += [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}"]
-        rows.append((name.removeprefix("eval/"), *cells))
-    names = ("model", "other", "difference") if c.compare else ("value",)
-    table(title, ("accuracy", *(x for name in names for x in (name, "95 % interval"))), rows)
-    if c.compare:
-        apart = [name.removeprefix("eval/") for name, (_, low, high) in differences.items() if low > 0 or high < 0]
-        print(f"the interval of the difference excludes 0 for {', '.join(apart) or 'none of them'}")
-    rows = [(label, *(shown(r.metrics, f"eval/{name}", digits) for r in results)) for label, name, digits in LENGTHS]
-    table("completions", ("", *names[: len(results)]), rows)
-
-
-def _show_completions(c: EvalConfig, results: Sequence[Evaluation], display: RichDisplay) -> None:
-    for result in results:
-        for line in result.rollout.fault_lines().values():
-            display.line(line)
-    for i in range(min(c.shown, len(results[0].correct))):
-        display.line(f"\n{_prompt_text(results[0].rollout.examples[i]['prompt'])}")
-        for who, result in zip(("model ", "other ") if c.compare else ("",), results, strict=True):
-            first = result.correct[i][0]
-            mark = "right" if first == 1 else "unscored" if np.isnan(first) else "wrong"
-            display.line(f"{who}[{mark}] {result.rollout.texts[i * c.samples]}")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("minirl", "torch", "tokenizers", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):  # minirl may be read from its source
-            found[package] = version(package)
-    return found
-
-
-def _prompt_text(prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def training(train: Callable) -> Callable:
@@ -349,7 +146,7 @@ def _last_completions(run: Path, count: int = 6) -> list[str]:
     lines = (run / "completions.jsonl").read_bytes().split(b"\n")[:-1]  # not splitlines: a text may hold other ends
     records = [json.loads(line) for line in (*lines[: count // 2], *lines[-count // 2 :])]
     return [
-        f"step {r['step']:>3}: {_prompt_text(r['prompt'])} {r['completion']}  (reward {r['reward']:g})" for r in records
+        f"step {r['step']:>3}: {prompt_text(r['prompt'])} {r['completion']}  (reward {r['reward']:g})" for r in records
     ]
 
 

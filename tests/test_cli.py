@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from tiny import tiny_checkpoint
 
-from minirl import cli, commands
+from minirl import cli, eval_command
 from minirl.display import table
 from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss
@@ -423,7 +423,7 @@ def test_what_the_first_checkpoint_said_is_kept_when_the_second_fails(model, cap
 
 def test_a_comparison_fits_a_terminal_of_100_columns(model, capsys, monkeypatch):
     shown = []
-    monkeypatch.setattr(commands, "table", lambda *args: shown.append(args))
+    monkeypatch.setattr(eval_command, "table", lambda *args: shown.append(args))
     output(
         capsys,
         *f"eval --model {model} --task {TASK} --prompts 2 --samples 128 --max-tokens 1".split(),

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [  # from the top; a file may import from its own layer or from one below
-    {"cli", "commands", "__main__"},
+    {"cli", "commands", "eval_command", "__main__"},
     {"report", "display"},
     {"demo"},
     {"train"},
@@ -33,6 +33,7 @@ EXTRAS = {"tyro", "rich", "matplotlib", "jinja2", "math_verify", "reasoning_gym"
 ADAPTERS = {
     "minirl.cli",
     "minirl.commands",
+    "minirl.eval_command",
     "minirl.report",
     "minirl.display",
     "minirl.chat_template",
