@@ -18,7 +18,6 @@ from minirl.tasks.task import Task
 
 SECONDS = 3.0  # for all tests of a program; the canonical solutions take a hundredth
 MEMORY_MB = 512
-FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 COMPLETE = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```"
 WRITE = (
     "{text}\n\nWrite it as a Python function that begins with `{header}`. Answer with the function in one code block."
