@@ -328,7 +328,7 @@ WRONG_REWARDS = {
     "formal=1": ["reward 'formal' is unknown", "did you mean 'format'"],
     "format": ["'format'", "name=weight"],
     "format=much": ["'format=much'", "name=weight"],
-    "format=nan": ["'format'", "weight", "nan"],
+    "format=nan": ["'format=nan'", "name=weight"],
     "rewards.py:raises=1": ["rewards.py:raises", "ZeroDivisionError", "completion 0"],
     "rewards.py:nan=1": ["rewards.py:nan", "none of 4 completions", "NaN"],
     "rewards.py:infinite=1": ["rewards.py:infinite", "inf", "completion 0"],

@@ -18,6 +18,8 @@ from minirl.rewards import REWARDS, Outside, RewardError, guarded, load_reward, 
 from minirl.rewards import math as math_adapter
 from minirl.rewards.numbers import last_number, whole_number
 from minirl.rewards.rules import format_match, is_repetitive, overlong, overlong_penalty, repetition_penalty
+from minirl.sandbox import Job, shared
+from minirl.tasks.style import of_block
 
 NAN = math.nan
 
@@ -498,17 +500,20 @@ def test_what_is_no_reward_is_named_with_its_prompt(name, outside, mine):
     assert (
         fault.sentence.startswith(f"reward 'mine' {words}") and "for prompt 8, completion 0 ('b'): " in fault.sentence
     )
-    stopping = [on_bad for on_bad in ("stop", "strict") if _stops(mine(name, outside), on_bad, fault.sentence, options)]
-    assert stopping == (["stop", "strict"] if kind == "unusable" else ["strict"])
+    what = fault.sentence.partition("('b'): ")[0]
+    stopping = {on_bad: _stops(mine(name, outside), on_bad, what, options) for on_bad in ("stop", "strict")}
+    assert stopping["stop"] == (fault.sentence.removeprefix(what) if kind == "unusable" else "")
+    assert ("on_bad=strict stops at that" in stopping["strict"]) == (kind != "unusable") and stopping["strict"]
 
 
-def _stops(reward, on_bad, sentence, options) -> bool:
+def _stops(reward, on_bad, what, options) -> str:
+    """The end of the sentence."""
     try:
         faults_of(reward, on_bad=on_bad, **options)
     except RewardError as error:
-        assert str(error) == sentence
-        return True
-    return False
+        assert str(error).startswith(what)
+        return str(error).removeprefix(what)
+    return ""
 
 
 def test_a_reward_that_fails_on_the_batch_alone_spoils_all_of_it():
@@ -528,7 +533,7 @@ def test_a_column_that_cannot_be_sent_is_named(mine):
 def test_a_wall_that_a_reward_runs_into_is_named(tmp_path):
     (tmp_path / "mine.py").write_text("import socket\ndef f(completions, **columns): return [socket.socket()]\n")
     fault = faults_of(load_reward(f"{tmp_path}/mine.py:f"), on_bad="skip")[1][0]
-    assert "PermissionError" in fault.sentence and "`trusted:` before its path lifts that" in fault.sentence
+    assert "PermissionError" in fault.sentence and "or put `trusted:` before its path)" in fault.sentence
 
 
 @pytest.mark.parametrize("options", [{"on_bad": "ignore"}, {"timeout": 0}, {"timeout": math.nan}])
@@ -642,3 +647,71 @@ def test_rewards_of_steps_are_refused_where_nobody_listens(value):
         InputError, match="no number; only advantage grpo_process takes rewards of steps, for completion"
     ):
         score_one(lambda completions, **_: [value], ("a",))
+
+
+def test_columns_may_have_any_name_that_rewards_do_not_take(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def f(prompts, completions, timeout, **columns): return [timeout[0] + columns['self'][0]]\n"
+    )
+    outside = load_reward(f"{tmp_path}/mine.py:f")
+    for reward in (outside, of_block(outside)):
+        total, _ = score({"f": (1.0, reward)}, ["p"], ["<answer>1</answer>"], {"timeout": [5], "self": [2]}, timeout=3)
+        assert total == [7.0]
+
+
+def test_a_message_that_never_ends_is_cut(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(completions, **columns): raise ValueError('x' * 10**6)\n")
+
+    def inside(completions, **columns):
+        raise ValueError("x" * 10**6)
+
+    for reward in (load_reward(f"{tmp_path}/mine.py:f"), inside):
+        sentence = faults_of(reward, on_bad="skip")[1][0].sentence
+        assert "ValueError: xxx" in sentence and "…" in sentence and len(sentence) < 1000
+
+
+def test_an_exception_that_cannot_be_shown_is_told(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "class Odd(Exception):\n    def __str__(self): return 1 / 0\ndef f(completions, **columns): raise Odd\n"
+    )
+    for spec in (f"{tmp_path}/mine.py:f", f"trusted:{tmp_path}/mine.py:f"):
+        assert (
+            "failed with Odd: its message cannot be shown" in faults_of(load_reward(spec), on_bad="skip")[1][0].sentence
+        )
+
+
+@pytest.mark.parametrize(
+    "how", ["os._exit(0)", "os.kill(os.getpid(), 11)", "raise KeyboardInterrupt", "raise SystemExit"]
+)
+def test_a_file_whose_import_ends_its_process_is_refused_at_once(how, tmp_path):
+    (tmp_path / "mine.py").write_text(f"import os\n{how}\ndef f(completions, **columns): return [1.0]\n")
+    with pytest.raises(InputError, match=r"mine.py:f cannot be loaded \(.*\): correct it"):
+        load_reward(f"{tmp_path}/mine.py:f")
+
+
+def test_a_file_imports_what_lies_beside_it_and_nothing_of_another_one(tmp_path):
+    for name, worth in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helper.py").write_text(f"WORTH = {worth}\n")
+        (tmp_path / name / "mine.py").write_text(
+            "import helper\ndef f(completions, **columns):\n    import helper as again\n"
+            "    return [helper.WORTH + again.WORTH]\n"
+        )
+    for trusted in ("", "trusted:"):
+        for name, worth in (("one", 2), ("two", 4), ("one", 2)):
+            assert (
+                score_one(load_reward(f"{trusted}{tmp_path}/{name}/mine.py:f"), completions=["a"] * 4)[0] == [worth] * 4
+            )
+
+
+def test_only_a_trusted_function_has_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "5")
+    (tmp_path / "mine.py").write_text(
+        "import os\nAT_IMPORT = os.environ.get('MY_KEY', '0')\n"
+        "def f(completions, **columns): return [float(AT_IMPORT) + float(os.environ.get('MY_KEY', '0'))]\n"
+    )
+    for trusted, worth in (("trusted:", 10), ("", 0), ("trusted:", 10)):
+        assert score_one(load_reward(f"{trusted}{tmp_path}/mine.py:f"), completions=["a"] * 3)[0] == [worth] * 3
+    program = "import os\ndef f(): return os.environ.get('MY_KEY')"
+    outcomes = shared().map([Job.tests(program, "assert f() is None", entry="f")] * 6, 5)
+    assert all(outcome["passed"] for outcome in outcomes)

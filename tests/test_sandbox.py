@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -263,7 +264,7 @@ def children(process: int) -> list[int]:
     return [int(word) for word in found.split()]
 
 
-def eventually(condition, seconds: float = 5.0) -> bool:
+def eventually(condition, seconds: float = 15.0) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -292,7 +293,8 @@ def test_a_worker_that_dies_is_replaced_and_none_of_its_jobs_is_lost():
 
         def kill_one(done, total):
             if done % 10 == 5:
-                killed.append(pool.workers[0].process.pid)
+                orphans = [worker for worker in pool.workers if worker.task and worker.task.orphaned]
+                killed.append(next(worker.process.pid for worker in pool.workers if worker not in orphans))
                 os.kill(killed[-1], signal.SIGKILL)
 
         assert pool.map([Job.call("math:sqrt", [n]) for n in range(100)], 5, progress=kill_one) == [
@@ -367,6 +369,32 @@ def test_a_killed_trainer_leaves_no_process_and_no_folder_behind():
     trainer.wait()
     assert eventually(lambda: not any(map(running, processes)))
     assert eventually(lambda: not any(map(os.path.exists, folders)))
+
+
+def test_a_trusted_function_that_hangs_ends_when_the_trainer_is_gone(tmp_path):
+    (tmp_path / "mine.py").write_text("def hang():\n    while True: pass\n")
+    job = f"Job.call({str(tmp_path / 'mine.py:hang')!r}, trusted=True)"
+    program = KILLED_TRAINER.replace('Job.call("time:sleep", [1.0])', job).replace("* 2, 5)\n", "* 2, 0.5)\n")
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    processes = [int(word) for word in trainer.stdout.readline().split()[:2]]
+    time.sleep(0.3)
+    trainer.kill()
+    trainer.wait()
+    assert all(map(running, processes))  # they are at work
+    assert eventually(lambda: not any(map(running, processes)))
+
+
+def test_threads_take_turns(pool):
+    def call(base: int) -> None:
+        found[base] = pool.map([Job.call("math:sqrt", [float((base + n) ** 2)]) for n in range(50)], 5)
+
+    found: dict[int, list] = {}
+    threads = [threading.Thread(target=call, args=(base,)) for base in (0, 100, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {base: [float(base + n) for n in range(50)] for base in (0, 100, 200)}
 
 
 def test_a_job_of_megabytes_is_no_hurdle(pool):

@@ -52,8 +52,9 @@ def load_reward(spec: str) -> Reward:
         )
     if not path.endswith(".py") or not Path(path).is_file():
         raise InputError(f"reward {spec!r}: there is no Python file {path}: give path/to/file.py:function.")
-    load(str(Path(path).resolve()) + place[len(path) :])
-    return Outside(str(Path(path).resolve()) + place[len(path) :], trusted=place != spec)
+    function, trusted = str(Path(path).resolve()) + place[len(path) :], place != spec
+    load(function, trusted)
+    return Outside(function, trusted)
 
 
 def _made(name: str, numbers: str) -> Reward:

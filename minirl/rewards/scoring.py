@@ -5,13 +5,13 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
 from minirl.errors import InputError
 from minirl.rewards.rules import Reward
-from minirl.sandbox import call_each
+from minirl.sandbox import call_each, told
 
 TIMEOUT = 10.0  # seconds for one completion, where nothing else is said
 
@@ -25,14 +25,16 @@ class Unusable(Exception):
 
     kind, value = "unusable", math.nan
     advice = "correct it, or return None for what it cannot score"
+    strict = advice  # where everything stops the run
 
 
 class Unscored(Unusable):
-    kind, advice = "unscored", "it has no score and is left out"
+    kind, advice, strict = "unscored", "it has no score and is left out", "on_bad=strict stops at that"
 
 
 class Late(Unusable):
     kind, value, advice = "late", 0.0, "it counts as 0; is the timeout long enough?"
+    strict = "on_bad=strict stops at that; is the timeout long enough?"
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,21 @@ class Fault:
 @dataclass(frozen=True)
 class Outside:
     """A reward function that is called outside the trainer, one completion at a time: it can neither hang it nor take
-    it down. It sees no network and writes no files but temporary ones, unless it is `trusted`.
+    it down. Unless it is `trusted`, it is called in an empty folder, has no network and nothing of the environment,
+    reads only Python, its packages and its file's own folder, and what it prints is not seen.
 
     `function` is "path/to/file.py:name" or "package.module:name"; its file is imported there, never here.
     """
 
     function: str
     trusted: bool = False
-    takes_timeout = True  # what wraps such a reward says so, too
+    timeout: float = TIMEOUT  # seconds for one completion
 
-    def __call__(self, prompts, completions, timeout: float = TIMEOUT, **columns) -> list[Any | Exception]:
+    def within(self, timeout: float) -> "Outside":
+        """The same with another time limit; what wraps such a reward has a `within`, too."""
+        return replace(self, timeout=timeout)
+
+    def __call__(self, /, prompts, completions, **columns) -> list[Any | Exception]:
         """For each completion what it returned, a TimeoutError, or an Unusable."""
         batch = {"prompts": prompts, "completions": completions, **columns}
         rows = [_row(batch, i) for i in range(len(completions))]
@@ -66,21 +73,25 @@ class Outside:
         except (TypeError, ValueError) as error:
             message = f"reward {self.function}: a column cannot be sent to another process ({error}): leave it out"
             raise InputError(message) from error
-        outcomes = call_each(self.function, rows, timeout, trusted=self.trusted)
+        outcomes = call_each(self.function, rows, self.timeout, trusted=self.trusted)
         return [self._entry(outcome) for outcome in outcomes]
 
     def _entry(self, outcome):
         if isinstance(outcome, TimeoutError):
             return outcome
         if isinstance(outcome, Exception):
-            return Unusable(f"failed with {outcome}{WALLS if '[Errno ' in str(outcome) and not self.trusted else ''}")
+            hint = WALLS if "[Errno " in str(outcome) else ""
+            return Unusable(f"failed with {outcome}{'' if self.trusted else hint}")
         try:
             return _as_list(outcome, 1)[0]
         except Unusable as error:
             return error
 
 
-WALLS = " (it is called without network or files to write; `trusted:` before its path lifts that)"
+WALLS = (
+    " (it is called in an empty folder, without network and environment, and sees but Python and its file's folder: "
+    "read by whole paths, or put `trusted:` before its path)"
+)
 
 
 def score(
@@ -126,7 +137,8 @@ def score(
                     on_steps(name, i, steps)
             except Unusable as found:
                 value, place = found.value, places[i] if places else f"completion {i}"
-                sentence = f"reward {name!r} {found} for {place} ({_short(completions[i])}): {found.advice}"
+                advice = found.strict if on_bad == "strict" else found.advice
+                sentence = f"reward {name!r} {found} for {place} ({_short(completions[i])}): {advice}"
                 if found.kind in stops:
                     raise RewardError(sentence) from None
                 if on_fault:
@@ -156,9 +168,9 @@ def _row(batch, i: int) -> dict[str, list]:
 def _entries(function: Reward, batch, timeout: float) -> list:
     """For each completion what the reward returned, or the exception that stands for it."""
     size = len(batch["completions"])
-    outside = {"timeout": timeout} if getattr(function, "takes_timeout", False) else {}
+    function = function.within(timeout) if hasattr(function, "within") else function
     try:
-        entries = _as_list(function(**batch, **outside), size)
+        entries = _as_list(function(**batch), size)
         return [Late(f"gave {e}") if isinstance(e, TimeoutError) else e for e in entries]
     except InputError:
         raise
@@ -174,7 +186,7 @@ def _entries(function: Reward, batch, timeout: float) -> list:
 
 
 def _unusable(error: Exception) -> Exception:
-    return error if isinstance(error, Unusable) else Unusable(f"failed with {type(error).__name__}: {error}")
+    return error if isinstance(error, Unusable) else Unusable(f"failed with {told(error)}")
 
 
 def _as_list(values, expected: int) -> list:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from minirl.errors import InputError
-from minirl.sandbox.worker import CALL, FRAME, HEADER, LOAD, TESTS, TRUSTED
+from minirl.sandbox.worker import CALL, FRAME, GRACE, HEADER, LOAD, LOADING, TESTS, TRUSTED
 
-LOADING = 120.0  # seconds to import a function; torch alone may take ten
-GRACE = 5.0  # seconds beyond a job's own for the worker to say that they are over
 STILLBORN = 5  # workers in a row that die before their first word
 
 
@@ -39,11 +38,19 @@ class Job:
     kind: bytes
     parts: tuple[bytes, bytes] = (b"", b"")
     function: str = ""
+    trusted: bool = False
+
+    @property
+    def loaded(self) -> tuple[str, bool]:
+        """What its worker must have loaded."""
+        return self.function, self.trusted
 
     @classmethod
     def call(cls, function: str, args: Sequence = (), kwargs: dict | None = None, trusted: bool = False) -> "Job":
-        """`function` is "package.module:name" or "path/to/file.py:name"; trusted: without walls but for time."""
-        return cls(TRUSTED if trusted else CALL, (json.dumps([list(args), kwargs or {}]).encode(), b""), function)
+        """`function` is "package.module:name" or "path/to/file.py:name"; trusted: without walls but for time, and with
+        this process's environment."""
+        arguments = json.dumps([list(args), kwargs or {}]).encode()
+        return cls(TRUSTED if trusted else CALL, (arguments, b""), function, trusted)
 
     @classmethod
     def tests(cls, program: str, tests: str, helpers: str = "", entry: str = "") -> "Job":
@@ -70,7 +77,7 @@ class Worker:
         os.set_blocking(self.inbox, False)
         self.unsent, self.received = memoryview(b""), b""
         self.walls: set[str] = set()  # that stand there; none before its first words
-        self.function = ""  # that it has loaded
+        self.loaded = ("", False)  # the function, and whether as a trusted one
         self.task: Task | None = None
         self.deadline = time.monotonic() + LOADING  # for its first words
         selector.register(self.outbox, selectors.EVENT_READ, self)
@@ -130,7 +137,8 @@ class Task:
 
 
 class Pool:
-    """`workers` processes (default: one a core, at least 2, started when they are needed)."""
+    """`workers` processes (default: one a core, at least 2, started when they are needed). One `map` at a time: other
+    threads wait for it."""
 
     def __init__(self, workers: int | None = None):
         if workers is not None and workers < 1:
@@ -140,6 +148,7 @@ class Pool:
         self.workers: list[Worker] = []
         self.waiting: deque[Task] = deque()
         self.stillborn = 0
+        self.lock = threading.Lock()
 
     def __enter__(self) -> "Pool":
         return self
@@ -162,6 +171,10 @@ class Pool:
 
         InputError if a function cannot be loaded, or if programs shall run where the walls do not stand.
         """
+        with self.lock:
+            return self._map(jobs, seconds, memory_mb, progress)
+
+    def _map(self, jobs, seconds, memory_mb, progress) -> list[Any | Exception]:
         self.waiting = deque(Task(i, job) for i, job in enumerate(jobs))
         outcomes: list[Any] = [None] * len(jobs)
         done = 0
@@ -192,10 +205,11 @@ class Pool:
                     "programs that a model wrote run only where Linux can shut them in (Landlock, from kernel 5.13 on, "
                     f"and seccomp); this machine has but: {', '.join(sorted(worker.walls))}"
                 )
-            task.loading = bool(job.function) and worker.function != job.function and job.kind != LOAD
+            task.loading = bool(job.function) and worker.loaded != job.loaded and job.kind != LOAD
             if job.kind == LOAD or task.loading:
-                worker.function = job.function
-                worker.send(LOAD, (job.function.encode(), b""), LOADING, memory_mb)
+                worker.loaded = job.loaded
+                environment = json.dumps(dict(os.environ)).encode() if job.trusted else b""
+                worker.send(LOAD, (job.function.encode(), environment), LOADING, memory_mb)
             else:
                 worker.send(job.kind, job.parts, seconds, memory_mb)
             worker.limits = seconds, memory_mb
@@ -227,7 +241,7 @@ class Pool:
             return []
         if task.loading or task.job.kind == LOAD:
             if "error" in message:
-                worker.task, worker.function = None, ""
+                worker.task, worker.loaded = None, ("", False)
                 raise InputError(f"{task.job.function} cannot be loaded ({message['error']}): correct it")
             if task.loading:
                 task.loading = False
@@ -294,6 +308,8 @@ def call_each(
     return shared().map(jobs, seconds, memory_mb)
 
 
-def load(function: str) -> None:
+def load(function: str, trusted: bool = False) -> None:
     """InputError if the function cannot be loaded; nothing of it is imported here."""
-    shared().map([Job(LOAD, function=function)], LOADING)
+    (outcome,) = shared().map([Job(LOAD, function=function, trusted=trusted)], LOADING)
+    if isinstance(outcome, Exception):
+        raise InputError(f"{function} cannot be loaded ({outcome}): correct it")

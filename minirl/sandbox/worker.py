@@ -3,9 +3,11 @@
     python -P -s worker.py SYS_PATH FOLDER      jobs on standard input, results on standard output
 
 The worker forks before it has read what the job is about, and the cell reads it: so no cell inherits anything of
-another job, and a program nothing of its tests. What is trusted is called in the worker itself.
+another job, and a program nothing of its tests. What is trusted is called in the worker itself, with the trainer's
+environment; the kernel ends it with its time, even if the trainer is gone by then.
 """
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -18,7 +20,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":  # before anything of the project or of a user is imported
@@ -27,6 +29,7 @@ if __name__ == "__main__":  # before anything of the project or of a user is imp
 from minirl.sandbox import judge
 from minirl.sandbox.walls import Limits, Walls, import_folders, python_folders, standing
 
+ENVIRONMENT = dict(os.environ)  # that the pool gave; a trusted function's is more
 HEADER = struct.Struct(">cdIII")  # kind, seconds, memory in MiB, bytes of the two parts that follow
 LOAD, CALL, TRUSTED, TESTS = b"L", b"C", b"T", b"P"
 FRAME = struct.Struct(">I")  # bytes of a result, which is JSON
@@ -34,6 +37,9 @@ ACK = b"+"  # of a cell: it has read its part
 MAX_RESULT = 16 * 2**20  # bytes
 MAX_FILES, MAX_DISK = 256, 64 * 2**20  # of what a cell has written
 TICK = 0.02  # seconds between two looks at it
+LOADING = 120.0  # seconds to import a function; torch alone may take ten
+GRACE = 5.0  # seconds beyond those of a job
+LONGEST = 500  # characters of an exception's message
 
 PRELOADED = (  # what programs import most, so that none of them waits for it
     *("abc", "array", "ast", "bisect", "calendar", "cmath", "collections", "contextlib", "copy", "dataclasses"),
@@ -47,6 +53,7 @@ class Worker:
     def __init__(self, jobs: int, results: int, folder: str):
         self.jobs, self.results, self.folder = jobs, results, folder
         self.function: Callable | None = None
+        self.own = ""  # the folder of the function's file
         self.walls = {TESTS: Walls(folder, python_folders())}
 
     def serve(self) -> None:
@@ -55,24 +62,40 @@ class Worker:
             kind, seconds, memory_mb, first, second = HEADER.unpack(exactly(self.jobs, HEADER.size))
             limits = Limits(seconds, memory_mb)
             if kind == LOAD:
-                result = self.load(exactly(self.jobs, first).decode())
+                result = self.load(exactly(self.jobs, first).decode(), exactly(self.jobs, second))
             elif kind == TRUSTED:
-                result = _call(self.function, exactly(self.jobs, first))
+                arguments = exactly(self.jobs, first)
+                with mortal(seconds + GRACE):
+                    result = _call(self.function, arguments)
             elif kind == CALL:
                 result = self.call(first, limits)
             else:
                 result = self.test(first, second, limits)
             send(self.results, result)
 
-    def load(self, spec: str) -> bytes:
-        """Import the function here, so that its cells need not."""
+    def load(self, spec: str, environment: bytes) -> bytes:
+        """Import the function here, so that its cells need not; `environment` is that of a trusted one, as JSON."""
+        os.environ.clear()
+        os.environ.update((json.loads(environment) if environment else {}) | ENVIRONMENT)
+        self._enter_folder(str(Path(spec.rpartition(":")[0]).resolve().parent) if ".py:" in spec else "")
         try:
-            self.function = load_function(spec)
-            own = [str(Path(spec.rpartition(":")[0]).resolve().parent)] if ".py:" in spec else []
-            self.walls[CALL] = Walls(self.folder, [*import_folders(), *own])
-        except (Exception, SystemExit) as error:
-            return _as_json({"error": f"{type(error).__name__}: {error}"})
+            with mortal(LOADING + GRACE):
+                self.function = load_function(spec)
+            self.walls[CALL] = Walls(self.folder, [*import_folders(), *filter(None, [self.own])])
+        except BaseException as error:
+            return _as_json({"error": told(error)})
         return _as_json({"value": True})
+
+    def _enter_folder(self, folder: str) -> None:
+        """A file imports what lies beside it, as a script does; what was beside the one before is forgotten."""
+        if self.own in sys.path:
+            sys.path.remove(self.own)
+            for name, module in list(sys.modules.items()):
+                top, place = name.partition(".")[0], getattr(module, "__file__", None) or ""
+                if place.startswith((f"{self.own}/{top}/", f"{self.own}/{top}.")):
+                    del sys.modules[name]
+        self.own = folder if folder and folder not in sys.path else ""
+        sys.path[:0] = [self.own] if self.own else []
 
     def call(self, size: int, limits: Limits) -> bytes:
         def run(cell: "Cell") -> None:
@@ -181,7 +204,8 @@ class Cell:
         for output in (1, 2):
             os.dup2(0, output)  # the worker's 0 is /dev/null
         os.chdir(walls.folder)
-        os.environ.update(HOME=walls.folder, TMPDIR=walls.folder)
+        os.environ.clear()
+        os.environ.update(ENVIRONMENT | {"HOME": walls.folder, "TMPDIR": walls.folder})
         tempfile.tempdir = None
         walls.close(limits)
         kept = sorted({*keep, *([self.results] if reports else [])})
@@ -242,7 +266,26 @@ def _call(function: Callable, arguments: bytes) -> bytes:
         args, kwargs = json.loads(arguments)
         return _as_json({"value": function(*args, **kwargs)})
     except BaseException as error:
-        return _as_json({"error": f"{type(error).__name__}: {error}"})
+        return _as_json({"error": told(error)})
+
+
+def told(error: BaseException) -> str:
+    """What an exception says, whatever its __str__ does and however much it is."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "its message cannot be shown"
+    return f"{type(error).__name__}: {message[:LONGEST]}{'…' * (len(message) > LONGEST)}"
+
+
+@contextlib.contextmanager
+def mortal(seconds: float) -> Iterator[None]:
+    """Within, the process dies by SIGALRM when its time is over, also in a call of C that never returns."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _as_json(value) -> bytes:

@@ -71,7 +71,8 @@ def of_block(rule: Reward) -> Reward:
             return values  # whoever called says what is wrong with it
         return [0.0 if b is None and v is not None and v == v else v for b, v in zip(blocks, values, strict=True)]
 
-    of_answer_block.takes_timeout = getattr(rule, "takes_timeout", False)
+    if hasattr(rule, "within"):
+        of_answer_block.within = lambda timeout: of_block(rule.within(timeout))
     return of_answer_block
 
 

@@ -385,9 +385,11 @@ def verdict_metrics(labels: torch.Tensor, rollout: Rollout) -> dict[str, float]:
 def _name_and_weight(spec: str) -> tuple[str, float]:
     name, _, weight = spec.rpartition("=")
     try:
-        return name, float(weight)
+        if math.isfinite(float(weight)):
+            return name, float(weight)
     except ValueError:
-        raise InputError(f"reward {spec!r} must be given as name=weight, for instance format=0.2") from None
+        pass
+    raise InputError(f"reward {spec!r} must be given as name=weight with a number, for instance format=0.2")
 
 
 def step_line(step: int, steps: int, m: dict) -> str:
