@@ -9,7 +9,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
 # Steps. From one step to the next means of 128 completions scatter (SmolLM2 on sums: lengths by 3 %, entropy by 15 %,
 # shares and rewards by 0.03 to 0.08); those of ten steps by a third of that, while what goes wrong takes tens of steps.
@@ -20,7 +20,7 @@ DRIFTS = (  # metric, what is wrong with a, its first values, and b, its last; t
     # Reasoning that pays grows answers slowly; twice the length within a run is worth a look, and so is a third of it.
     (
         "len/mean",
-        lambda a, b: b > 2 * a,
+        lambda a, b: b > 2 * a and b > a + 2,
         "Completions grew from {a:.0f} to {b:.0f} tokens: read some; where length itself pays set overlong_cache.",
     ),
     (
@@ -34,10 +34,11 @@ DRIFTS = (  # metric, what is wrong with a, its first values, and b, its last; t
         lambda a, b: b > max(2 * a, a + 0.3),
         "Entropy rose from {a:.2f} to {b:.2f}: the policy falls apart; lower lr, or give a KL to the reference.",
     ),
-    # Ten points are twice what ten steps of 32 completions scatter; where every second is cut off it needs no rise.
+    # Ten points are twice what ten steps of 32 completions scatter; where every second is cut off it needs no rise, and
+    # a clear fall is good news.
     (
         "truncated_frac",
-        lambda a, b: b > min(a + 0.1, 0.5),
+        lambda a, b: b > a + 0.1 or b > max(0.5, a - 0.1),
         "{b:.0%} are cut off, {a:.0%} at first: raise max_tokens, or set overlong_cache or truncation.",
     ),
     # Shares that are nearly 0 in a run that learns, so ten points more are no scatter.
@@ -61,6 +62,11 @@ DRIFTS = (  # metric, what is wrong with a, its first values, and b, its last; t
         "reward/unscored_frac",
         lambda a, b: b > 0.05,
         "{b:.0%} of the completions cannot be scored: check the rewards.",
+    ),
+    (
+        "(late|unusable)_frac",
+        lambda a, b: b > 0.05,
+        "{b:.0%} have a reward that is late, or none because it failed: read faults.jsonl ({name}).",
     ),
     # Below 0.6 a model hardly tells two answers apart, beyond 10 its scores are far from where training left them; ten
     # points and a factor of two it loses on texts that are no longer those it learned from.
@@ -116,6 +122,8 @@ class HeldOut:
     best: float = -math.inf
     best_step: int = 0
     best_reward: float = math.nan
+    best_error: float = math.nan  # its standard error
+    count: int = 0
     lowest_reward: float = math.inf
     highest_reward: float = -math.inf
     sentence: str = ""  # as of the last evaluation
@@ -125,13 +133,15 @@ class HeldOut:
         step, accuracy = record["step"], record["eval/mean"]
         since = list(rewards)[-max(3, step - self.last_step) :]  # those that this evaluation and the one before enclose
         reward = fmean(since) if since else math.nan
+        error = stdev(since) / math.sqrt(len(since)) if len(since) > 1 else math.nan
         pair = (self.last + accuracy) / 2
         self.first = accuracy if math.isnan(self.first) else self.first
-        self.last, self.last_step = accuracy, step
+        self.last, self.last_step, self.count = accuracy, step, self.count + 1
         if pair >= self.best:
-            self.best, self.best_step, self.best_reward = pair, step, reward
+            self.best, self.best_step, self.best_reward, self.best_error = pair, step, reward, error
         self.lowest_reward, self.highest_reward = min(self.lowest_reward, reward), max(self.highest_reward, reward)
-        risen = reward > self.best_reward + 0.05 * (self.highest_reward - self.lowest_reward)
+        scatter = 2 * math.hypot(error, self.best_error)
+        risen = reward - self.best_reward > max(0.05 * (self.highest_reward - self.lowest_reward), scatter)
         self.sentence = ""
         if risen and pair < self.best - self._noise(record):
             self.sentence = (
@@ -141,9 +151,11 @@ class HeldOut:
 
     def _noise(self, record: dict) -> float:
         """A fall that evaluations alone may show: three standard errors of one, which is that of the difference of two
-        pairs, as the prompts are the same each time; at least 5 points."""
+        pairs, as the prompts are the same each time, and more the more there were, of which the best is one; at least 5
+        points. With the scatter of the rewards that is a false alarm in 1 of 100 flat runs of 100 evaluations."""
         samples = record.get("eval/prompts", math.inf) * record.get("eval/samples", 1)
-        return max(0.05, 3 * math.sqrt(max(0.0, self.best * (1 - self.best)) / samples))
+        error = math.sqrt(max(0.0, self.best * (1 - self.best)) / samples)
+        return max(0.05, math.sqrt(9 + 2 * math.log(self.count)) * error)
 
 
 @dataclass

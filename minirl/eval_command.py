@@ -20,7 +20,6 @@ from minirl.rewards import load_reward
 from minirl.rollout import Rollout
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
-from minirl.tokenizer import Tokenizer
 from minirl.train.run import (
     identity,
     load,
@@ -76,6 +75,9 @@ class EvalConfig:
     """Where answers share the most votes: the share of right ones among them, or the one that came first."""
     reward_timeout: float = 10.0
     """Seconds a completion that a checker from a file may take; longer is wrong."""
+    on_bad_reward: Literal["stop", "skip", "strict"] = "stop"
+    """What is no score at all (an exception, a text, infinity) ends the evaluation, or leaves its completion without
+    one; strict: None, NaN and a late one end it, too."""
     shown: int = 4
     """Completions to print."""
     seed: int = 0
@@ -101,6 +103,7 @@ class EvalConfig:
 def evaluation(c: EvalConfig) -> None:
     task, models = _evaluation_task(c), [c.model, c.compare] if c.compare else [c.model]
     records, results, folder = [], [], None
+    about = {"config": identity(c, contents(task.heldout[: c.prompts])), "versions": _versions()}
     with RichDisplay() as display:
         for i, model in enumerate(models, 1):
             sampled: list[Rollout] = []
@@ -113,8 +116,7 @@ def evaluation(c: EvalConfig) -> None:
                     write_jsonl(folder / EVALUATION[0], records)
                 if folder and len(results) < i:
                     display.line(f"what was sampled so far is in {folder / EVALUATION[0]}")
-    about = {"config": identity(c, contents(task.heldout[: c.prompts])), "versions": _versions()}
-    write_json(folder / EVALUATION[1], about | numbers(results))
+            write_json(folder / EVALUATION[1], about | numbers(results))
     if c.json:
         print(json.dumps(numbers(results)))
         return
@@ -130,10 +132,26 @@ def _evaluation_task(c: EvalConfig) -> Task:
     if c.out and any((Path(c.out) / name).exists() for name in EVALUATION):
         raise InputError(f"{c.out} already holds an evaluation: choose another --out")
     refuse_unwritable(Path(c.out or "runs/eval-1"))
-    if c.compare:
-        Tokenizer.from_pretrained(c.compare)
     task = parse_task(c.task)
-    return replace(task, correct=load_reward(c.scorer)) if c.scorer else task
+    task = replace(task, correct=load_reward(c.scorer)) if c.scorer else task
+    if c.compare:  # by then the first checkpoint has cost its time
+        sampler, params = _sampler(c, c.compare)
+        sampler.check([sampler.tokenizer.prompt_ids(row["prompt"]) for row in task.heldout[: c.prompts]], params)
+    return task
+
+
+def _sampler(c: EvalConfig, model: str) -> tuple[Sampler, SamplingParams]:
+    transformer, tokenizer = load(model, c.dtype, c.device)
+    params = SamplingParams(
+        c.samples,
+        c.temperature,
+        top_p=c.top_p,
+        max_tokens=c.max_tokens,
+        stop_ids=tokenizer.stop_ids,
+        stop=c.stop,
+        seed=c.seed,
+    )
+    return Sampler(transformer, c.slots, tokenizer=tokenizer), params
 
 
 def _new_folder(out: str | None) -> Path:
@@ -148,23 +166,15 @@ def _new_folder(out: str | None) -> Path:
 
 def _measured(c: EvalConfig, model: str, task: Task, sampled: list[Rollout], display: RichDisplay) -> Evaluation:
     """One checkpoint, which is gone from memory when the next one comes."""
-    transformer, tokenizer = load(model, c.dtype, c.device)
-    params = SamplingParams(
-        c.samples,
-        c.temperature,
-        top_p=c.top_p,
-        max_tokens=c.max_tokens,
-        stop_ids=tokenizer.stop_ids,
-        stop=c.stop,
-        seed=c.seed,
-    )
+    sampler, params = _sampler(c, model)
     return evaluate(
-        Sampler(transformer, c.slots, tokenizer=tokenizer),
-        tokenizer,
+        sampler,
+        sampler.tokenizer,
         task,
         params,
         task.heldout[: c.prompts],
         timeout=c.reward_timeout,
+        on_bad=c.on_bad_reward,
         progress=lambda done, total: display.progress("evaluation", done, total),
         ties=c.ties,
         curve=True,
@@ -189,6 +199,10 @@ def _show_accuracies(c: EvalConfig, task: Task, results: Sequence[Evaluation]) -
     if c.compare:
         apart = [name.removeprefix("eval/") for name, (_, low, high) in differences.items() if low > 0 or high < 0]
         print(f"the interval of the difference excludes 0 for {', '.join(apart) or 'none of them'}")
+    if any(r.graded for r in results):
+        print(
+            "scores other than 0 and 1: mean and greedy are mean scores, pass@k and maj@k count a score of 1 as right"
+        )
     rows = [(label, *(shown(r.metrics, f"eval/{name}", digits) for r in results)) for label, name, digits in LENGTHS]
     table("completions", ("", *names[: len(results)]), rows)
 
@@ -201,7 +215,7 @@ def _show_completions(c: EvalConfig, results: Sequence[Evaluation], display: Ric
         display.line(f"\n{prompt_text(results[0].rollout.examples[i]['prompt'])}")
         for who, result in zip(("model ", "other ") if c.compare else ("",), results, strict=True):
             first = result.correct[i][0]
-            mark = "right" if first == 1 else "unscored" if np.isnan(first) else "wrong"
+            mark = {1: "right", 0: "wrong"}.get(first, "unscored" if np.isnan(first) else f"score {first:g}")
             display.line(f"{who}[{mark}] {result.rollout.texts[i * c.samples]}")
 
 

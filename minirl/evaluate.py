@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from minirl.errors import InputError
-from minirl.metrics import bootstrap_ci, majority_at_k, mean_at_k, paired_difference, pass_at_k
+from minirl.metrics import accuracy_interval, majority_at_k, mean_at_k, paired_difference, pass_at_k
 from minirl.rewards.scoring import TIMEOUT
 from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler, SamplingParams
@@ -22,12 +22,17 @@ class Evaluation:
     metrics: dict[str, float]
     values: dict[str, list[float]]  # of each accuracy a value a prompt, NaN where it has no score
     rollout: Rollout  # the k samples a prompt
-    correct: np.ndarray  # [P, k] of 1, 0 or NaN
+    correct: np.ndarray  # [P, k] of 1, 0, what the checker gives in between, or NaN
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap over prompts, of each accuracy."""
-        return {name: bootstrap_ci(values) for name, values in self.values.items()}
+        """95 % over prompts, of each accuracy."""
+        return {name: accuracy_interval(values) for name, values in self.values.items()}
+
+    @property
+    def graded(self) -> bool:
+        """Whether there are scores other than 0 and 1."""
+        return not np.isin(self.correct[~np.isnan(self.correct)], (0, 1)).all()
 
     def over(self, other: "Evaluation") -> dict[str, tuple[float, float, float]]:
         """How much better this model is than another on the same prompts: of each accuracy the mean difference and the
@@ -55,8 +60,9 @@ def evaluate(
 
     pass@k and maj@k are of k, with `curve` also of 1, 2, 4, ... up to it; `ties` is the rule of a tied vote (see
     `majority_at_k`). What is drawn is appended to `sampled` before it is scored: the samples, then the greedy ones.
-    What has no score is left out, what takes longer than `timeout` seconds is wrong; with no score at all the
-    accuracies are NaN, or an InputError where one is required. `on_bad` is that of `minirl.rewards.score`.
+    Right is a score of 1. What has no score is left out, what takes longer than `timeout` seconds is wrong; with no
+    score at all the accuracies are NaN, or an InputError where one is required. `on_bad` is that of
+    `minirl.rewards.score`.
     """
     examples = task.heldout if examples is None else examples
     if not examples:
@@ -134,7 +140,7 @@ def _lengths(rollout: Rollout, correct: np.ndarray) -> dict[str, float]:
         "len_mean": float(lengths.mean()),
         "len_p95": float(np.quantile(lengths, 0.95)),
         "len_correct_mean": mean_at_k(lengths[correct == 1]),
-        "len_wrong_mean": mean_at_k(lengths[correct < 1]),
+        "len_wrong_mean": mean_at_k(lengths[(correct != 1) & ~np.isnan(correct)]),
         "stop_frac": float(np.mean(ended)),
         "truncated_frac": rollout.truncated.double().mean().item(),
         "unscored_frac": float(np.isnan(correct).mean()),
@@ -154,9 +160,10 @@ def _passed(correct: np.ndarray, k: int) -> float:
 
 
 def _majority(answers: np.ndarray, correct: np.ndarray, k: int, ties: str) -> float:
-    """Votes are right if their completion was: that works for any task, also where several answers are right. NaN where
-    nothing could be scored."""
-    if np.isnan(correct).all():
+    """Votes are right if their completion was: that works for any task, also where several answers are right. Of those
+    that have a score, of all of these where they are fewer than k; NaN where there is none."""
+    scored = ~np.isnan(correct)
+    if not scored.any():
         return math.nan
     right = {answer for answer, good in zip(answers, correct, strict=True) if answer and good == 1}
-    return majority_at_k(list(answers), right, k, ties)
+    return majority_at_k(list(answers[scored]), right, min(k, int(scored.sum())), ties)

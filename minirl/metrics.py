@@ -88,6 +88,16 @@ def bootstrap_ci(
     return float(low), float(high)
 
 
+def accuracy_interval(per_prompt_values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """`bootstrap_ci`, or where all values are 0 or all are 1, so that it would have no width, the exact binomial
+    interval over prompts (Clopper & Pearson 1934)."""
+    values = _scored(per_prompt_values)
+    if not values.size or values.min() != values.max() or values[0] not in (0, 1):
+        return bootstrap_ci(values, level)
+    width = 1 - ((1 - level) / 2) ** (1 / values.size)
+    return (0.0, width) if values[0] == 0 else (1 - width, 1.0)
+
+
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """The mean over prompts of first − second, and the ends of its 95 % bootstrap interval.
 

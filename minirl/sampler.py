@@ -130,7 +130,7 @@ class Sampler:
         `order` is the order of admission of the samples (sample i·n + j is completion j of prompt i); it changes no
         completion.
         """
-        self._check(prompts, params, order)
+        self.check(prompts, params, order)
         run = _Generation(self, prompts, params, order)
         done, total = 0, len(prompts) * params.n
         while done < total:
@@ -140,7 +140,8 @@ class Sampler:
                 progress(done, total)
         return [run.completions[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
 
-    def _check(self, prompts, params: SamplingParams, order: Sequence[int] | None) -> None:
+    def check(self, prompts, params: SamplingParams, order: Sequence[int] | None = None) -> None:
+        """InputError for what `generate` would refuse."""
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer: Sampler(model, tokenizer=...)")
         if order is not None and sorted(order) != list(range(len(prompts) * params.n)):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -73,6 +74,8 @@ LOUD = [
     ("Entropy fell from", {"entropy": grows(0.001, 0.4), "reward/mean": grows(0.4, 0.3), "eval/mean": grows(0.3, 0.2)}),
     ("38% are cut off, 2% at first", {"truncated_frac": grows(0.4)}),
     ("60% are cut off", {"truncated_frac": lambda x, v: 0.6}),
+    (r"20% have a reward that is late, .* \(late_frac\)", {"late_frac": lambda x, v: 0.2}),
+    (r"20% have a reward that is late, .* \(unusable_frac\)", {"unusable_frac": lambda x, v: 0.2}),
     (r"2\d% go round in loops, 2% at first", {"repetition_frac": grows(0.3)}),
     ("Looping: reward/repetition fell", {"reward/repetition": lambda x, v: v - 0.5 * x}),
     (r"2\d% say nothing, 2% at first", {"too_short_frac": grows(0.3)}),
@@ -129,6 +132,8 @@ def test_every_row_of_the_table_is_among_them():
         {"entropy": grows(0.06, 0.4), "reward/mean": grows(0.4, 0.3)},  # to a sixth
         {"truncated_frac": grows(0.08)},
         {"truncated_frac": grows(0.3, 0.5)},  # it gets better
+        {"len/mean": grows(1.4)},
+        {"late_frac": lambda x, v: 0.03},
         {"repetition_frac": grows(0.08)},
         {"too_short_frac": lambda x, v: 0.4},  # as it was
         {"kl_ref/k3": lambda x, v: 40.0 if x == 0.5 else v},  # k3 has a long tail: a single step is no jump
@@ -146,6 +151,27 @@ def test_a_fall_of_accuracy_that_few_samples_would_show_by_chance_is_no_hacking(
     fall = {"eval/mean": lambda x, v: v if x < 0.75 else 0.45}
     assert len(summary(run_of(100, **fall))) == 1
     assert summary(run_of(100, **fall, **{"eval/prompts": lambda x, v: 5, "eval/samples": lambda x, v: 4})) == []
+
+
+def test_a_share_of_cut_off_ones_that_falls_is_no_alarm_any_more():
+    watch = Alarms(run_of(100, truncated_frac=grows(0.55, 0.95)))
+    (alarm,) = watch.raised.values()
+    assert alarm.first < 15 and 20 < alarm.last < 60 and watch.in_force == 0
+
+
+def test_flat_accuracy_under_noise_is_no_hacking_however_long_the_run():
+    """100 evaluations of 64 x 8 samples, a reward that goes up and down: there is always a best one to fall from."""
+    hacked = 0
+    for seed in range(30):
+        rng, watch = random.Random(seed), Alarms()
+        for step in range(1, 1001):
+            record = {"step": step, "reward/mean": 0.5 + rng.gauss(0, 0.05)}
+            if step % 10 == 0:
+                right = 0.5 + rng.gauss(0, (0.25 / 512) ** 0.5)
+                record |= {"eval/mean": right, "eval/prompts": 64, "eval/samples": 8}
+            watch.update(record)
+        hacked += "hacked" in watch.raised
+    assert hacked <= 1
 
 
 # ---- when they are said --------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tiny import tiny_checkpoint
 from minirl import cli, eval_command
 from minirl.display import table
 from minirl.errors import InputError
+from minirl.evaluate import evaluate
 from minirl.losses import PRESETS, PolicyLoss
 from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
@@ -404,21 +405,42 @@ def test_a_difference_that_is_there_is_said(two, capsys, elsewhere):
 def test_a_second_checkpoint_that_is_not_there_is_said_before_the_first_is_measured(
     model, capsys, elsewhere, monkeypatch
 ):
-    monkeypatch.setattr(Transformer, "from_pretrained", None)
+    monkeypatch.setattr(eval_command, "evaluate", None)
     with pytest.raises(SystemExit):
         cli.main(evaluated(model, "--compare", "nowhere"))
     assert "nowhere" in capsys.readouterr().err
     assert list(elsewhere.iterdir()) == []
 
 
-def test_what_the_first_checkpoint_said_is_kept_when_the_second_fails(model, capsys, elsewhere, tmp_path):
+def test_a_second_checkpoint_that_cannot_take_the_prompts_is_said_before_the_first_is_measured(
+    model, capsys, elsewhere, tmp_path, monkeypatch
+):
     second = tiny_checkpoint(tmp_path / "second")
-    (second / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(eval_command, "evaluate", None)
+    config = json.loads((second / "config.json").read_text()) | {"max_position_embeddings": 2}
+    spoilt = {"config.json": (json.dumps(config), "context holds 2"), "model.safetensors": ("", "truncated")}
+    for name, (content, words) in spoilt.items():
+        (second / name).write_text(content)
+        with pytest.raises(SystemExit):
+            cli.main(evaluated(model, "--compare", str(second)))
+        assert words in capsys.readouterr().err and list(elsewhere.iterdir()) == []
+
+
+def test_what_the_first_checkpoint_said_is_kept_when_the_second_fails(model, capsys, elsewhere, monkeypatch):
+    def fails_then(*args, **options):
+        monkeypatch.setattr(eval_command, "evaluate", fails)
+        return evaluate(*args, **options)
+
+    def fails(*args, **options):
+        raise InputError("no more")
+
+    monkeypatch.setattr(eval_command, "evaluate", fails_then)
     with pytest.raises(SystemExit):
-        cli.main(evaluated(model, "--compare", str(second)))
+        cli.main(evaluated(model, "--compare", model))
     said = capsys.readouterr()
-    assert "what was sampled so far is in runs/eval-1/completions.jsonl" in said.out and "second" in said.err
+    assert "what was sampled so far is in runs/eval-1/completions.jsonl" in said.out and "no more" in said.err
     assert len(lines(elsewhere / "runs/eval-1/completions.jsonl")) == 50
+    assert "eval/mean" in json.loads((elsewhere / "runs/eval-1/eval.json").read_text())["metrics"]
 
 
 def test_a_comparison_fits_a_terminal_of_100_columns(model, capsys, monkeypatch):

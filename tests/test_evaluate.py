@@ -97,7 +97,7 @@ def test_the_curve_is_that_of_1_2_4_and_so_on_up_to_k():
 
 
 def test_what_training_logs_needs_no_bootstrap(monkeypatch):
-    monkeypatch.setattr(evaluate_module, "bootstrap_ci", None)
+    monkeypatch.setattr(evaluate_module, "accuracy_interval", None)
     names = "mean pass@4 maj@4 greedy prompts samples temperature len_mean len_p95 len_correct_mean len_wrong_mean"
     names += " stop_frac truncated_frac unscored_frac"
     assert list(measured().metrics) == [f"eval/{name}" for name in names.split()]
@@ -140,7 +140,8 @@ def test_what_cannot_be_scored_is_left_out_and_half_right_is_not_right():
     result = measured(Says(sampled), replace(TASK, correct=graded))
     assert result.metrics["eval/mean"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert result.metrics["eval/pass@4"] == pytest.approx((1 + 0 + 0) / 3)
-    assert result.metrics["eval/maj@4"] == pytest.approx((0.5 + 0 + 0) / 3)
+    assert result.metrics["eval/maj@4"] == pytest.approx((1 + 0 + 0) / 3)
+    assert result.graded and not measured().graded
     assert result.metrics["eval/greedy"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert np.isnan(result.correct[2]).all()
     assert result.metrics["eval/unscored_frac"] == 6 / 16

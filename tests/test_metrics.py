@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minirl.errors import InputError
-from minirl.metrics import bootstrap_ci, majority_at_k, mean_at_k, paired_difference, pass_at_k
+from minirl.metrics import accuracy_interval, bootstrap_ci, majority_at_k, mean_at_k, paired_difference, pass_at_k
 
 
 def test_pass_at_k_matches_the_golden_values(golden):
@@ -132,6 +132,16 @@ def test_bootstrap_interval_is_that_of_the_normal_approximation_for_many_prompts
     half = 1.96 * values.std() / math.sqrt(400)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.2 * half)
     assert bootstrap_ci(values) == (low, high) != bootstrap_ci(values, seed=1)
+
+
+def test_an_accuracy_that_is_the_same_everywhere_is_not_certain():
+    """Clopper & Pearson: with probability p in each of n prompts, none right has probability (1 - p)^n."""
+    low, high = accuracy_interval([0.0] * 4)
+    assert low == 0 and (1 - high) ** 4 == pytest.approx(0.025)
+    assert accuracy_interval([1.0] * 4 + [math.nan]) == (pytest.approx(1 - high), 1.0)
+    assert accuracy_interval([1.0] * 1000)[0] > 0.996
+    for values in ([0.5] * 4, [0.0, 1.0, 1.0], [], [7.0, 7.0]):
+        assert accuracy_interval(values) == pytest.approx(bootstrap_ci(values), nan_ok=True)
 
 
 def test_bootstrap_interval_widens_with_its_level():

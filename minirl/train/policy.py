@@ -231,7 +231,8 @@ class PolicyTrainer:
                 self.display.line(line)
         for fault in rollout.faults:
             example, text = rollout.indices[fault.row // rollout.group_size], rollout.texts[fault.row]
-            self.faults.append({"reward": fault.reward, "fault": fault.kind, "prompt": example, "completion": text})
+            known = {"reward": fault.reward, "fault": fault.kind, "prompt": example, "completion": text}
+            self.faults.append(known | {"sentence": fault.sentence})
 
     # --- from rewards to advantages ---------------------------------------------------------------------------------
 
