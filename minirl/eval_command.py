@@ -179,6 +179,7 @@ def _measured(c: EvalConfig, model: str, task: Task, sampled: list[Rollout], dis
         ties=c.ties,
         curve=True,
         sampled=sampled,
+        name=c.scorer or "correct",
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from minirl.errors import InputError
 from minirl.metrics import accuracy_interval, majority_at_k, mean_at_k, paired_difference, pass_at_k
+from minirl.rewards import Reward
 from minirl.rewards.scoring import TIMEOUT
 from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler, SamplingParams
@@ -54,6 +55,7 @@ def evaluate(
     ties: str = "expected",
     curve: bool = False,
     sampled: list[Rollout] | None = None,
+    name: str = "correct",
 ) -> Evaluation:
     """Accuracy of `task.correct` on examples (default: all held-out ones) from k = params.n samples each, and
     greedy.
@@ -62,7 +64,7 @@ def evaluate(
     `majority_at_k`). What is drawn is appended to `sampled` before it is scored: the samples, then the greedy ones.
     Right is a score of 1. What has no score is left out, what takes longer than `timeout` seconds is wrong; with no
     score at all the accuracies are NaN, or an InputError where one is required. `on_bad` is that of
-    `minirl.rewards.score`.
+    `minirl.rewards.score`, and `name` is what its sentences call the checker.
     """
     examples = task.heldout if examples is None else examples
     if not examples:
@@ -70,7 +72,7 @@ def evaluate(
     sampled = [] if sampled is None else sampled
     rollout = sample(sampler, tokenizer, examples, params, progress)
     sampled.append(rollout)
-    correct = _correct(rollout, task, timeout, on_bad)
+    correct = _correct(rollout, {name: task.correct}, timeout, on_bad)
     if require_score:
         rollout.require_score()
     k = params.n
@@ -84,7 +86,7 @@ def evaluate(
     if greedy:
         single = sample(sampler, tokenizer, examples, replace(params, n=1, temperature=0.0))
         sampled.append(single)
-        values["greedy"] = _correct(single, task, timeout, on_bad)[:, 0].tolist()
+        values["greedy"] = _correct(single, {name: task.correct}, timeout, on_bad)[:, 0].tolist()
     metrics = {f"eval/{name}": mean_at_k(v) for name, v in values.items()}
     metrics |= {"eval/prompts": len(examples), "eval/samples": k, "eval/temperature": params.temperature}
     metrics |= {f"eval/{name}": value for name, value in _lengths(rollout, correct.ravel()).items()}
@@ -147,8 +149,8 @@ def _lengths(rollout: Rollout, correct: np.ndarray) -> dict[str, float]:
     }
 
 
-def _correct(rollout: Rollout, task: Task, timeout: float, on_bad: str) -> np.ndarray:
-    rollout.score({"correct": (1.0, task.correct)}, timeout, on_bad=on_bad)
+def _correct(rollout: Rollout, checker: dict[str, Reward], timeout: float, on_bad: str) -> np.ndarray:
+    rollout.score({name: (1.0, rule) for name, rule in checker.items()}, timeout, on_bad=on_bad)
     return rollout.rewards.view(-1, rollout.group_size).numpy()
 
 

@@ -339,6 +339,17 @@ def test_what_was_sampled_is_written_when_scoring_stops(error, code, model, caps
     assert [file.name for file in (elsewhere / "runs/eval-1").iterdir()] == ["completions.jsonl"]
 
 
+def test_a_scorer_that_fails_is_called_by_its_name_and_may_be_skipped(model, capsys, elsewhere):
+    (elsewhere / "my.py").write_text(
+        "def rule(prompts, completions, answer, **columns): return [1 / (int(answer[0]) % 2)]\n"
+    )
+    with pytest.raises(SystemExit):
+        cli.main(evaluated(model, "--scorer", "my.py:rule"))
+    assert "reward 'my.py:rule' failed with ZeroDivisionError" in capsys.readouterr().err
+    out = plain(output(capsys, *evaluated(model, "--scorer", "my.py:rule", "--on-bad-reward", "skip")))
+    assert "reward 'my.py:rule' failed" in out and "without a score" in out and "mean 1.000" in out
+
+
 def test_another_scorer_decides_what_is_right_and_the_task_what_is_voted_for(model, capsys, elsewhere, monkeypatch):
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "12")
     (elsewhere / "my.py").write_text("def never(prompts, completions, **columns):\n    return [0] * len(completions)\n")
