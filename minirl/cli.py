@@ -19,6 +19,7 @@ from minirl.commands import COMMANDS
 from minirl.errors import InputError
 from minirl.files import read_json
 from minirl.rewards.registry import did_you_mean
+from minirl.tasks import TASKS
 from minirl.train import grpo, ppo
 
 
@@ -45,9 +46,15 @@ def parse(name: str, args: Sequence[str]):
         ours = re.match(r"Error parsing \w+: (.*)", text)  # from a config's __post_init__
         raise InputError(ours[1] if ours else f"{text}: see minirl {name} --help") from None
     if unknown:
-        hint = did_you_mean(unknown[0], _options(kind))
+        hint = _did_you_mean(unknown[0], _options(kind))
         raise InputError(f"minirl {name} has no option {unknown[0]!r}{hint}: see minirl {name} --help")
     return config
+
+
+def _did_you_mean(word: str, options: Sequence[str]) -> str:
+    """Without the dashes, which would make any two short options alike."""
+    flag = word.partition("=")[0].lstrip("-").replace("_", "-")
+    return did_you_mean(flag, [option.removeprefix("--") for option in options]).replace("mean '", "mean '--")
 
 
 def _options(kind: type, prefix: str = "--") -> list[str]:
@@ -148,7 +155,22 @@ def _dispatch(args: list[str]) -> None:
             f"minirl has no command {args[0]!r}{did_you_mean(args[0], COMMANDS)}: choose from {', '.join(COMMANDS)}"
         )
     config = parse(args[0], args[1:])
-    COMMANDS[args[0]][1](config)
+    try:
+        COMMANDS[args[0]][1](config)
+    except InputError as error:
+        if "no chat template" not in str(error) or not getattr(config, "task", None):
+            raise
+        raise InputError(_no_chat_template(config.task)) from error
+
+
+def _no_chat_template(task: str) -> str:
+    """The tokenizer's own sentence speaks to programmers."""
+    name, _, options = task.partition(":")
+    if name not in TASKS:
+        return f"the model has no chat template, which messages in {name} need: write its prompts as texts, style=plain"
+    kept = [option for option in options.split(",") if option and not option.startswith("style=")]
+    plain = f"--task {name}:{','.join([*kept, 'style=plain'])}"
+    return f"the model has no chat template, which the prompts of task {name!r} need: give {plain}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,9 +1,12 @@
 """Writing so that a reader sees the old content or the new, never half of it."""
 
+import codecs
+import gzip
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +76,22 @@ def is_number(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and -3e38 < x < 3e38
 
 
+def kind_of(value: object) -> str:
+    """What a value of JSON is, in words for a sentence."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+        case list():
+            return "a list"
+    return "an object"
+
+
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file; an InputError names the file, and the line if its content is broken."""
     path = Path(path)
@@ -85,7 +104,7 @@ def read_json(path: str | Path) -> dict:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__} where a JSON object is needed: restore the file")
+        raise InputError(f"{path} holds {kind_of(content)} where a JSON object is needed: restore the file")
     return content
 
 
@@ -95,22 +114,36 @@ def contents(examples: Sequence[dict]) -> list[dict]:
 
 
 def read_jsonl(path: str | Path, take: Callable[[object, str], dict] = lambda example, where: example) -> list[dict]:
-    """The examples of a file, one a line, at least one of them. `take` gets what a line holds and where it stands, and
-    returns the example, or raises an InputError if the line cannot be used."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a text may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): check the path") from None
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                example = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not valid JSON ({error}): each line must be one object") from None
-            examples.append(take(example, where))
+    """The examples of a file (see `json_values`), at least one of them. `take` gets what a line holds and where it
+    stands, and returns the example, or raises an InputError if the line cannot be used."""
+    examples = [take(example, where) for example, where in json_values(path)]
     if not examples:
         raise InputError(f"{path} holds no examples: give at least one line")
     return examples
+
+
+def json_values(path: str | Path) -> Iterator[tuple[object, str]]:
+    """What each line of a JSONL file holds, and where it stands; blank lines are left out. Of a .json file that holds
+    a list, its entries. Any file may be packed by gzip. InputError names the file, and the line that is no JSON."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            lines = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+            is_json = path.name.removesuffix(".gz").endswith(".json")
+            for number, line in enumerate(lines, start=1):  # a line ends with \n alone: a text may hold other ends
+                if is_json and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                    entries = parse_json(line + lines.read(), str(path), "correct the file")
+                    yield from ((entry, f"{path}, entry {i}") for i, entry in enumerate(entries, start=1))
+                    return
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield parse_json(line.rstrip(), where, "write one object a line, in UTF-8"), where
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read ({error}): check the path, and that the file is whole") from None
+
+
+def parse_json(text: bytes, where: str, advice: str) -> object:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error}): {advice}") from None

@@ -245,7 +245,11 @@ TASKS = {
     "arithmetic:digits=1,train_size=5000": ["100 prompts", "train_size=5000"],
     "arithmetic:digits=1,style=plain,train_size=0": ["no training examples"],
     "arithmetic:digits=1,style=plain,heldout_size=0": ["no held-out examples"],
-    "arithmetic:digits=1": ["no chat template"],
+    "arithmetic:digits=1": ["no chat template", "give --task arithmetic:digits=1,style=plain"],
+    "arithmetic:style=chat,op=sum": ["give --task arithmetic:op=sum,style=plain"],
+    "arithmetic": ["give --task arithmetic:style=plain"],
+    "arithmetic:digits=1,digits=2": ["option digits is given 2 times"],
+    "gsm8k:path=": ["option path is empty"],
     "arithmetic:digits=40,style=plain": ["prompt 0 has 8", "context holds 32"],
     "arithmetic:digits=1,style=plain,template={a} and {b}": ["' '", "no token"],
     "missing.jsonl": ["missing.jsonl: there is no such file"],
@@ -259,10 +263,10 @@ def test_a_task_that_cannot_be(task, complaint):
 
 
 LINES = {
-    '{"prompt": "1=", "answer": "1"': ["data.jsonl, line 2", "not JSON"],
+    '{"prompt": "1=", "answer": "1"': ["data.jsonl, line 2", "not valid JSON"],
     '{"question": "1="}': ["data.jsonl, line 2", "no 'prompt'", "question"],
     '{"prompt": ""}': ["data.jsonl, line 2", "empty"],
-    '{"prompt": 3}': ["data.jsonl, line 2", "int"],
+    '{"prompt": 3}': ["data.jsonl, line 2", "is a number"],
     "[1]": ["data.jsonl, line 2", "list"],
     '{"prompt": "\\ud800"}': ["data.jsonl, line 2", "surrogate"],
 }
@@ -316,7 +320,8 @@ def test_demonstrations_that_are_none(content, complaint):
         Path("data.jsonl").write_bytes(content)
     said = complaint(*sft())
     assert "data.jsonl" in said
-    assert ("holds no examples" if content in (b"", b"\n\n") else "cannot be read") in said
+    words = {None: "cannot be read", b"\xff\xfe{}": "data.jsonl, line 1: not valid JSON"}
+    assert words.get(content, "holds no examples") in said
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------
@@ -383,6 +388,8 @@ OPTIONS = {
     "sft --model model": ["--data"],
     "grpo --model model --step 5": ["no option '--step'", "did you mean '--steps'"],
     "grpo --model model --loss.eps 5": ["no option '--loss.eps'", "did you mean"],
+    "grpo --model model --temprature=2": ["did you mean '--temperature'"],
+    "grpo --model model --reward_timeuot 2": ["did you mean '--reward-timeout'"],
     "grpo --model model extra": ["'extra'"],
     "grpo --model": ["--model"],
     "grpo --model model --steps many": ["--steps", "'many'"],

@@ -524,3 +524,23 @@ def test_ctrl_c_ends_with_130_and_without_a_word(monkeypatch, capsys):
         cli.main(["generate", "--model", "m", "--prompts", "1"])
     assert stop.value.code == 130
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("word", ["--bogus", "--xy", "--max_tokenz=1"])
+def test_only_an_option_that_is_close_is_suggested(word, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--model", "m", word, "1"])
+    said = capsys.readouterr().err
+    assert f"no option '{word}'" in said
+    assert ("did you mean '--max-tokens'?" in said) == (word == "--max_tokenz=1") and said.count("mean") == (
+        word == "--max_tokenz=1"
+    )
+
+
+def test_messages_of_a_file_need_a_chat_template(model, capsys, tmp_path):
+    """Style plain would not turn them into texts."""
+    (tmp_path / "chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}')
+    spec = f"{tmp_path / 'chat.jsonl'}:heldout_path={tmp_path / 'chat.jsonl'}"
+    with pytest.raises(SystemExit), pytest.warns(UserWarning):
+        cli.main(["eval", "--model", str(model), "--task", spec, "--max-tokens", "2"])
+    assert "has no chat template, which messages in " in capsys.readouterr().err

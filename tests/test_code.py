@@ -61,6 +61,11 @@ def humaneval():
     return load_task("humaneval")
 
 
+def columns_of(examples: list[dict]) -> dict[str, list]:
+    names = ("source", "helpers", "entry_point", "test")
+    return {name: [example[name] for example in examples] for name in names}
+
+
 def broken(source: str, entry: str) -> list[str]:
     """The solution with its results changed, in five ways; at least one of them is wrong whatever is returned."""
     changed = "lambda v: not v if isinstance(v, bool) else v + 1 if isinstance(v, (int, float)) else str(v) + 'x'"
@@ -183,7 +188,12 @@ def test_the_sanitized_file_is_a_list(tmp_path):
 
 
 def test_tests_that_are_at_fault_leave_a_completion_without_a_score(tmp_path):
-    row = {"task_id": "x/0", "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(candidate):\n    assert ("}
+    row = {
+        "task_id": "x/0",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "test": "def check(candidate):\n    candidate(object())",
+    }
     (tmp_path / "x.jsonl").write_text(json.dumps(row))
     task = load_task("humaneval", path=tmp_path / "x.jsonl")
     columns = {name: [task.heldout[0][name]] for name in ("source", "entry_point", "test")}
@@ -193,14 +203,18 @@ def test_tests_that_are_at_fault_leave_a_completion_without_a_score(tmp_path):
 @pytest.mark.parametrize(
     ("content", "name", "words"),
     [
-        (None, "none.jsonl", ["none.jsonl cannot be read"]),
-        (b"", "x.jsonl", ["holds no examples"]),
-        (b"[1]", "x.jsonl", ["x.jsonl, line 1", "list"]),
-        (b'{"question": "?"}', "x.jsonl", ["no 'task_id', only question", "is it this data set?"]),
-        (b"nonsense", "x.jsonl.gz", ["x.jsonl.gz cannot be read"]),
-        (gzip.compress(b"{"), "x.jsonl.gz", ["x.jsonl.gz cannot be read"]),
-        (b"{}", "x.json", ["holds no list of problems"]),
+        (None, "none.jsonl", ["none.jsonl: there is no such file"]),
+        (b"", "x.jsonl", ["the file is empty"]),
+        (b"[1]", "x.jsonl", ["x.jsonl, line 1: this is a list, but must be an object"]),
+        (b"[1]", "x.json", ["x.json, entry 1: this is a number, but must be an object"]),
+        (b"[1", "x.json", ["x.json: not valid JSON"]),
+        (b'\n{"question": "?"}', "x.jsonl", ["x.jsonl, line 2: there is no 'task_id', only question"]),
+        (b"nonsense", "x.jsonl.gz", ["x.jsonl.gz, line 1: not valid JSON"]),
+        (gzip.compress(b"\n{", mtime=0), "x.jsonl.gz", ["x.jsonl.gz, line 2: not valid JSON"]),
+        (gzip.compress(b"{}" * 99, mtime=0)[:-9], "x.jsonl.gz", ["x.jsonl.gz cannot be read", "whole"]),
+        (b"{}", "x.json", ["no 'task_id', only nothing"]),
     ],
+    ids=range(10),
 )
 def test_a_file_that_is_not_the_data_set_is_a_sentence(content, name, words, tmp_path):
     if content is not None:
@@ -211,13 +225,156 @@ def test_a_file_that_is_not_the_data_set_is_a_sentence(content, name, words, tmp
         assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize(("code", "words"), [("def f(:", "no Python"), ("x = 1", "call no function of its code")])
-def test_a_problem_of_mbpp_that_makes_no_sense_is_named(code, words, tmp_path):
-    (tmp_path / "x.jsonl").write_text(
-        json.dumps({"task_id": 20, "text": "?", "code": code, "test_list": ["assert f(1)"]})
-    )
-    with pytest.raises(InputError, match=f"task_id 20: .*{words}"):
+HUMANEVAL = {
+    "task_id": "x/0",
+    "prompt": "def f(x):\n",
+    "entry_point": "f",
+    "test": "def check(candidate):\n    assert candidate(1) == 2",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task_id": None}, "'task_id' is null, but must be a text"),
+        ({"prompt": None}, "'prompt' is null, but must be a text"),
+        ({"prompt": 7}, "'prompt' is a number, but must be a text"),
+        ({"prompt": "Write f."}, "'prompt' is no Python"),
+        ({"prompt": "def f(x):\0"}, "'prompt' is no Python"),
+        ({"entry_point": None}, "'entry_point' is null"),
+        ({"entry_point": 3}, "'entry_point' is a number"),
+        ({"entry_point": "f(1)"}, r"'entry_point' is 'f\(1\)', but must be the name of a function"),
+        ({"test": None}, "'test' is null"),
+        ({"test": "def check(candidate):\n    assert ("}, "'test' is no Python"),
+        ({"test": "assert f(1) == 2"}, "'test' defines no function check"),
+        ({"canonical_solution": 5}, "'canonical_solution' is a number"),
+    ],
+)
+def test_a_bad_row_of_humaneval_is_named(change, words, tmp_path):
+    rows = [HUMANEVAL, HUMANEVAL | change]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=rf"x\.jsonl, line 2: {words}"):
+        load_task("humaneval", path=tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("prompt", ["def f(x):\n", "def f(x):", "def g(x):\n    return x + 1\n\ndef f(x):\n    # so\n"])
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_a_function_without_a_docstring_is_judged(prompt, style, tmp_path):
+    row = HUMANEVAL | {"prompt": prompt, "canonical_solution": None}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    example = load_task("humaneval", path=tmp_path / "x.jsonl", style=style).heldout[0]
+    task = load_task("humaneval", path=tmp_path / "x.jsonl", style=style)
+    completions = ["\n    return x + 1", "def f(x):\n    return x + 1", "    return x"]
+    assert task.correct(["p"] * 3, completions, **columns_of([example] * 3)) == [1.0, 1.0, 0.0]
+    if style == "chat":
+        assert f"```python\n{prompt.strip()}\n```" in example["prompt"][0]["content"]
+
+
+PROBLEM = {"task_id": 20, "text": "?", "code": "def f(x):\n  return x", "test_list": ["assert f(1) == 1"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task_id": "Mbpp/11"}, "'task_id' is \"Mbpp/11\", but must be a whole number"),
+        ({"task_id": None}, "'task_id' is null, but must be"),
+        ({"task_id": 5.7}, "'task_id' is 5.7, but must be"),
+        ({"text": None}, "task_id 20: 'text' is null, but must be a text"),
+        ({"text": 1}, "task_id 20: 'text' is a number"),
+        ({"code": None}, "task_id 20: 'code' is null"),
+        ({"code": 7}, "task_id 20: 'code' is a number"),
+        ({"code": "def f(:"}, "task_id 20: 'code' is no Python"),
+        ({"code": "x = 1"}, "task_id 20: its tests call no function of its code"),
+        ({"test_list": None}, "task_id 20: 'test_list' holds no test"),
+        ({"test_list": []}, "task_id 20: 'test_list' holds no test"),
+        ({"test_list": [1]}, "task_id 20: 'test_list' holds a number, but must be a list of texts"),
+        ({"test_list": "assert f(1)"}, "task_id 20: 'test_list' is a text, but must be a list of texts"),
+        ({"test_list": ["assert ("]}, "task_id 20: 'test_list' is no Python"),
+        ({"challenge_test_list": {}}, "task_id 20: 'challenge_test_list' is an object"),
+        ({"challenge_test_list": ["assert ("]}, "task_id 20: 'challenge_test_list' is no Python"),
+        ({"test_imports": "import math"}, "task_id 20: 'test_imports' is a text, but must be a list of texts"),
+        ({"test_setup_code": 3}, "task_id 20: 'test_setup_code' is a number"),
+    ],
+)
+def test_a_bad_row_of_mbpp_is_named(change, words, tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, [PROBLEM, PROBLEM | change])))
+    with pytest.raises(InputError, match=rf"x\.jsonl, line 2(, |: ){words}"):
         load_task("mbpp", path=tmp_path / "x.jsonl")
+
+
+def test_a_problem_of_mbpp_without_words_is_named_and_null_is_nothing(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({name: value for name, value in PROBLEM.items() if name != "text"}))
+    with pytest.raises(InputError, match=r"line 1, task_id 20: there is no 'text', only task_id, code, test_list"):
+        load_task("mbpp", path=path)
+    nothing = dict.fromkeys(("text", "test_imports", "test_setup_code", "challenge_test_list"))
+    path.write_text(json.dumps(PROBLEM | nothing | {"prompt": "Words."}))
+    (message,) = load_task("mbpp", path=path).heldout[0]["prompt"]
+    assert message["content"].startswith("Words.\n")
+
+
+def test_the_first_ten_problems_of_mbpp_are_no_data_set(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(PROBLEM | {"task_id": i}) for i in range(1, 11)))
+    with pytest.raises(InputError, match="all problems have a task_id of 10 or less"):
+        load_task("mbpp", path=tmp_path / "x.jsonl")
+
+
+NODE = """import math
+class Base(object):
+\tdef __init__(self, data):
+\t\tself.data = math.floor(data)
+\t\tself.left = self.right = None
+class Node(Base):
+\tpass
+class Unused: pass
+def height(node):
+\treturn 1 + max(height(node.left), height(node.right)) if node else 0"""
+TREE = PROBLEM | {
+    "task_id": 927,
+    "code": NODE,
+    "test_setup_code": "root = Node(1)\r\nroot.left = Node(2)",
+    "test_list": ["assert height(root) == 2", "assert height(None) == 0"],
+}
+RIGHT = "def height(tree):\n    return tree and 1 + max(height(tree.left), height(tree.right)) or 0"
+
+
+@pytest.mark.parametrize("style", ["chat", "plain", "think"])
+def test_classes_that_the_tests_use_are_given(style, tmp_path):
+    """Problems 601 (Pair), 927 (Node) and others build their arguments from a class of the reference code."""
+    (tmp_path / "x.jsonl").write_text(json.dumps(TREE))
+    task = load_task("mbpp", path=tmp_path / "x.jsonl", style=style)
+    (example,) = task.train
+    shown = str(example["prompt"])
+    assert "class Base(object)" in shown and "class Node(Base)" in shown and "import math" in shown
+    assert "Unused" not in shown and "max(" not in shown and "root" not in shown
+    repeated = "class Node:\n    def __init__(self, data):\n        self.left = self.right = None\n" + RIGHT
+    completions = [RIGHT, repeated, NODE, "def height(tree):\n    return 2", "def height(tree):\n    return Node(1)"]
+    if style == "plain":
+        completions[0] = RIGHT.partition("\n")[2].replace("tree", "node")
+    if style == "think":
+        completions = [f"<think></think><answer>{text}</answer>" for text in completions]
+    scores = task.correct(prompts=["p"] * 5, completions=completions, **columns_of([example] * 5))
+    assert scores == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_functions_that_the_tests_use_are_given_and_no_program_can_change_them(tmp_path):
+    code = "def same(a, b):\n  return sorted(a) == sorted(b)\ndef f(x):\n  return [x, 1]"
+    row = PROBLEM | {"code": code, "test_list": ["assert same(f(2), [1, 2])", "assert not same(f(3), [1, 2])"]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    task = load_task("mbpp", path=tmp_path / "x.jsonl")
+    (example,) = task.heldout
+    assert "This is given:\n\n```python\ndef same(a, b):" in example["prompt"][0]["content"]
+    cheat = "def same(a, b):\n    return b is not None and len(a) == 0\ndef f(x):\n    return [] if x == 2 else [1]"
+    used = "def f(x):\n    return [1, x] if same([1], [1]) else []"
+    assert task.correct(["p"] * 2, [cheat, used], **columns_of([example] * 2)) == [0.0, 1.0]
+
+
+def test_a_plain_prompt_of_mbpp_asks_for_no_code_block(mbpp):
+    (example, _) = load_task("mbpp", path=mbpp, style="plain", shown_tests=1).train
+    assert example["prompt"] == (
+        'def add(x, y=0):\n    """Write a function to add 511.\n'
+        'It must pass tests like these:\nassert add(1) == 512"""\n'
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """GSM8K and MATH in the forms in which they are public."""
 
+import gzip
 import json
 
 import pytest
@@ -61,7 +62,7 @@ def test_gsm8k_takes_the_strict_number(tmp_path):
         ({"question": " ", "answer": WORDS}, "'question' is empty"),
         ({"question": ["Q?"], "answer": WORDS}, "'question' is a list, but must be a text"),
         ("[]", "this is a list"),
-        ("{", "this is not JSON"),
+        ("{", "not valid JSON"),
     ],
 )
 def test_a_line_that_is_not_of_gsm8k_is_named(tmp_path, row, message):
@@ -79,8 +80,22 @@ def test_the_path_is_needed_and_the_other_options_are_checked(task, tmp_path):
         load_task(task, path=str(tmp_path / "none.jsonl"))
     with pytest.raises(InputError, match=rf"{task}: limit must be at least 1"):
         load_task(task, path=str(tmp_path), limit=0)
-    with pytest.raises(InputError, match="the file is empty"):
+    with pytest.raises(InputError, match=r"there is no \.json file in this folder"):
         load_task(task, path=str(tmp_path))
+
+
+@pytest.mark.parametrize("task, row", [("gsm8k", {"question": "?", "answer": WORDS}), ("math", "PROBLEM")])
+def test_packed_lines_and_lists_are_read_as_lines_are(task, row, tmp_path):
+    row = PROBLEM if row == "PROBLEM" else row
+    lines, entries = f"{json.dumps(row)}\n\n" * 3, f"\n{json.dumps([row] * 3, indent=2)}"
+    plain = load_task(task, path=write(tmp_path / "a.jsonl", [lines]), heldout_fraction=0)
+    assert len(plain.train) == 3
+    for name, content in (("b.jsonl.gz", lines), ("c.json", entries), ("d.json", lines), ("e.json.gz", entries)):
+        (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+        assert load_task(task, path=str(tmp_path / name), heldout_fraction=0) == plain, name
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(f"{json.dumps(row)}\n\n5".encode()))
+    with pytest.raises(InputError, match=r"f\.jsonl\.gz, line 3: this is a number, but must be an object"):
+        load_task(task, path=str(tmp_path / "f.jsonl.gz"))
 
 
 # --- boxes
@@ -152,6 +167,14 @@ def test_the_form_of_math_500_gives_level_and_answer_otherwise(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "answer, text", [(5, "5"), (-0.5, "-0.5"), (1e-05, "0.00001"), (1e20, "100000000000000000000")]
+)
+def test_an_answer_of_math_may_be_a_number(answer, text, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"problem": "?", "answer": answer}])
+    assert load_task("math", path=path, heldout_fraction=0).train[0]["answer"] == text
+
+
 def test_math_is_chosen_by_level_and_subject(tmp_path):
     rows = [
         PROBLEM | {"problem": f"{i}", "level": f"Level {i % 3}", "type": "Algebra" if i % 2 else "Geometry"}
@@ -174,7 +197,12 @@ def test_math_is_chosen_by_level_and_subject(tmp_path):
     [
         ({"problem": "?", "solution": "seven"}, r"the solution has no \\boxed{}, and there is no 'answer' beside it"),
         ({"problem": "?", "solution": r"\boxed{7"}, r"no \\boxed{}"),
+        ({"problem": "?", "answer": None}, "there is no 'answer' beside it"),
+        ({"problem": "?", "answer": " "}, "'answer' is empty"),
+        ({"problem": "?", "answer": True}, "'answer' is true, but must be a text"),
+        ({"problem": "?", "answer": [5]}, "'answer' is a list, but must be a text"),
         ({"solution": r"\boxed{7}"}, "there is no 'problem'"),
+        ({"problem": None, "solution": r"\boxed{7}"}, "'problem' is null, but must be a text"),
     ],
 )
 def test_a_problem_without_an_answer_is_named(tmp_path, row, message):

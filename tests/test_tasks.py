@@ -1,5 +1,6 @@
 """Tasks: their examples, their splits, and what their checkers accept."""
 
+import gzip
 import json
 import math
 import re
@@ -11,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minirl.errors import InputError
+from minirl.files import kind_of, read_jsonl
 from minirl.rewards import score
-from minirl.tasks import countdown, load_task
+from minirl.tasks import countdown, load_task, parse_task
 from minirl.tasks.countdown import MAX_EXPRESSION, evaluate, extract, read_answer
 
 NUMBER_PAIR = re.compile(r"(\d+)\D+(\d+)")
@@ -533,15 +535,15 @@ def test_a_reward_of_the_users_defines_accuracy(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"prompt": "a"', "this is not JSON"),
-        ("prompt", "this is not JSON"),
-        ("[" * 10**5, "this is not JSON"),
+        ('{"prompt": "a"', "not valid JSON"),
+        ("prompt", "not valid JSON"),
+        ("[" * 10**5, "not valid JSON"),
         ("[1]", "this is a list"),
-        ('"a"', "this is a str"),
+        ('"a"', "this is a text, but must be an object"),
         ('{"question": "a"}', r"there is no 'prompt', only question: name the column by prompt_column"),
         ("{}", "there is no 'prompt', only nothing"),
-        ('{"prompt": 3}', "'prompt' is a int"),
-        ('{"prompt": null}', "'prompt' is a NoneType"),
+        ('{"prompt": 3}', "'prompt' is a number, but must be a text or a list"),
+        ('{"prompt": null}', "'prompt' is null"),
         ('{"prompt": " "}', "'prompt' is empty"),
         ('{"prompt": []}', "an empty list"),
         ('{"prompt": ["a"]}', "message 0 of 'prompt' needs a 'role' and a 'content'"),
@@ -558,10 +560,92 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, message):
     assert str(error.value).startswith(f"{path}, line 2: ")
 
 
+@pytest.mark.parametrize(
+    "answer, what",
+    [
+        ("[1, 2]", "a list"),
+        ('{"a": 1}', "an object"),
+        ("NaN", "NaN"),
+        ("-Infinity", "-Infinity"),
+        ('""', "empty"),
+        ('"so #### "', "empty"),
+    ],
+)
+def test_an_answer_that_no_completion_can_equal_is_named_unless_a_reward_of_the_users_reads_it(tmp_path, answer, what):
+    path = write(tmp_path / "data.jsonl", ['{"prompt": "a", "gold": "1"}', f'{{"prompt": "b", "gold": {answer}}}'])
+    with pytest.raises(InputError, match=f"^{path}, line 2: 'gold' is {what}, which no completion can equal"):
+        load_task(path, answer_column="gold")
+    (tmp_path / "mine.py").write_text("def any_of(completions, answer, **columns):\n    return [1.0] * len(answer)\n")
+    task = load_task(path, answer_column="gold", reward=f"{tmp_path / 'mine.py'}:any_of", heldout_fraction=0)
+    assert len(task.train) == 2
+
+
+def test_texts_numbers_and_truth_values_are_answers(tmp_path):
+    answers = ["Paris", 7, 10**50, 0.5, True, None]
+    path = write(tmp_path / "data.jsonl", [{"prompt": "a", "answer": answer} for answer in answers])
+    task = load_task(path, heldout_fraction=0)
+    right = ["Paris", "7", str(10**50), "1/2", "True", "None"]
+    assert [correct_of(task, *pair) for pair in zip(task.train, right, strict=True)] == [1.0] * 5 + [None]
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_a_column_that_rewards_already_take_is_named(tmp_path, name):
+    rows = [{"prompt": "a"}, {"prompt": "b", "timeout": 1, "self": 2}, {"prompt": "c", name: 1}]
+    path = write(tmp_path / "data.jsonl", rows)
+    with pytest.raises(InputError, match=f"^{path}, line 3: a column cannot be called '{name}'"):
+        load_task(path)
+    assert len(load_task(path, limit=2, heldout_fraction=0).train) == 2
+    assert load_task(write(path, [{name: "a"}]), prompt_column=name, heldout_fraction=0).train == [{"prompt": "a"}]
+
+
+def test_a_packed_file_is_read_and_its_lines_are_named(tmp_path):
+    path = tmp_path / "sums.jsonl.gz"
+    with pytest.raises(InputError, match=r"sums\.jsonl\.gz: there is no such file"):
+        load_task(path)
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n\n{"prompt": "b"}\n{"prompt": 3}'))
+    task = load_task(path, limit=2, heldout_fraction=0)
+    assert task.name == "sums" and [row["prompt"] for row in task.train] == ["a", "b"]
+    with pytest.raises(InputError, match=f"^{path}, line 4: 'prompt' is a number"):
+        load_task(path)
+    assert read_jsonl(path)[-1] == {"prompt": 3}  # the same reader
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("", "^the task has no name: choose from arithmetic,"),
+        (":digits=1", "^the task has no name: choose from arithmetic,"),
+        ("gsm8k:path=", "^task 'gsm8k': option path is empty: give a value, or leave it away"),
+        ("gsm8k:path=x,heldout_path=", "option heldout_path is empty"),
+        ("humaneval:path=", "option path is empty"),
+        ("gsm8k:path=x,limit=3,limit=5", "option limit is given 2 times: give it once"),
+    ],
+)
+def test_a_spec_without_a_name_or_a_value_or_with_two_is_refused(spec, message):
+    with pytest.raises(InputError, match=message):
+        parse_task(spec)
+
+
+@pytest.mark.parametrize(
+    "value, kind",
+    [
+        (None, "null"),
+        (False, "false"),
+        (0, "a number"),
+        (0.5, "a number"),
+        ("", "a text"),
+        ([], "a list"),
+        ({}, "an object"),
+    ],
+)
+def test_what_json_holds_is_said_in_words(value, kind):
+    assert kind_of(value) == kind
+
+
 def test_a_line_that_is_not_utf_8_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "\xff"}\n')  # the first line's byte order mark is fine
-    with pytest.raises(InputError, match=r"line 2: this is not JSON.*UTF-8"):
+    with pytest.raises(InputError, match=r"line 2: not valid JSON.*UTF-8"):
         load_task(path)
 
 

@@ -2,26 +2,27 @@
 sandbox (minirl.sandbox.judge) and stand neither in the prompt nor where the program could read them."""
 
 import ast
-import gzip
 import importlib.util
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from minirl.errors import InputError
-from minirl.files import read_jsonl
 from minirl.sandbox import Job, shared
+from minirl.tasks.rows import read_rows, text_of, text_or_none, texts_of, value_of
 from minirl.tasks.split import split_by_problem
 from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
 
 SECONDS = 3.0  # for all tests of a program; the canonical solutions take a hundredth
 MEMORY_MB = 512
-COMPLETE = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}```"
-WRITE = (
-    "{text}\n\nWrite it as a Python function that begins with `{header}`. Answer with the function in one code block."
+COMPLETE = (
+    "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}\n```"
 )
+GIVEN = "This is given:\n\n```python\n{given}\n```\n\n"
+WRITE = "Write it as a Python function that begins with `{header}`. Answer with the function in one code block."
 
 
 def humaneval(
@@ -41,18 +42,8 @@ def humaneval(
     _check_seconds("humaneval", seconds)
     if not 0 <= heldout_fraction <= 1:
         raise InputError(f"humaneval: heldout_fraction must lie in [0, 1], not {heldout_fraction}.")
-    rows = _rows(_packaged() if path is None else Path(path), ("task_id", "prompt", "entry_point", "test"))
-    examples = [
-        {
-            "prompt": in_style(style, row["prompt"] if style == "plain" else COMPLETE.format(prompt=row["prompt"])),
-            "task_id": str(row["task_id"]),
-            "source": row["prompt"],
-            "entry_point": row["entry_point"],
-            "test": f"{row['test']}\ncheck({row['entry_point']})\n",
-            "solution": row["prompt"] + str(row.get("canonical_solution", "")),
-        }
-        for row in rows
-    ]
+    rows = read_rows(_packaged() if path is None else Path(path))
+    examples = [_completion_problem(row, where, style) for row, where in rows]
     if heldout_fraction in (0, 1):
         train, heldout = (examples, []) if heldout_fraction == 0 else ([], examples)
     else:
@@ -73,35 +64,24 @@ def mbpp(*, path: str, shown_tests: int = 0, seconds: float = SECONDS, style: st
     if shown_tests < 0:
         raise InputError(f"mbpp: shown_tests must be 0 or more, not {shown_tests}.")
     train, heldout = [], []
-    for row in _rows(Path(path), ("task_id", "code", "test_list")):
-        tests, number = list(row["test_list"]), int(row["task_id"])
-        entry, header = _header(row["code"], tests, f"{path}, task_id {number}")
-        text = WRITE.format(text=str(row.get("text") or row.get("prompt")).strip(), header=header)
-        if shown_tests:
-            text += "\nIt must pass tests like these:\n" + "\n".join(tests[:shown_tests])
-        safe = text.replace("\\", "/").replace('"', "'")  # inside a docstring
-        source = f'{header}\n    """{safe}"""\n' if style == "plain" else text
-        setup = [*row.get("test_imports", ()), row.get("test_setup_code") or ""]
-        example = {
-            "prompt": in_style(style, source),
-            "task_id": str(number),
-            "source": source if style == "plain" else "",
-            "entry_point": entry,
-            "test": "\n".join([*setup, *tests, *row.get("challenge_test_list", ())]),
-            "solution": row["code"],
-        }
-        if number > 10:  # the first ten are examples for prompts
-            (heldout if number <= 510 else train).append(example)
+    for row, where in read_rows(Path(path)):
+        example = _worded_problem(row, where, shown_tests, style)
+        if row["task_id"] > 10:  # the first ten are examples for prompts
+            (heldout if row["task_id"] <= 510 else train).append(example)
+    if not train and not heldout:
+        raise InputError(
+            f"{path}: all problems have a task_id of 10 or less, which are examples for prompts: add more."
+        )
     return _task("mbpp", train, heldout, seconds, style)
 
 
 def _task(name: str, train: list[dict], heldout: list[dict], seconds: float, style: str) -> Task:
-    def correct(prompts, completions, source, entry_point, test, **columns) -> list[float | Exception | None]:
+    def correct(prompts, completions, source, entry_point, test, helpers=None, **columns) -> list:
         """1 where the program passes the tests, else 0; a TimeoutError where it takes too long; None where the tests
-        themselves fail to run."""
+        themselves fail to run. `helpers` is what the tests may call of their own, by default the source."""
         jobs = [
-            Job.tests(program_of(text, s, entry), t, s, entry)
-            for text, s, entry, t in zip(completions, source, entry_point, test, strict=True)
+            Job.tests(program_of(text, s, entry), t, h, entry)
+            for text, s, entry, t, h in zip(completions, source, entry_point, test, helpers or source, strict=True)
         ]
         return run_tests(jobs, seconds)
 
@@ -152,33 +132,105 @@ def code_block(completion: str) -> str | None:
     return code if code.strip() else None
 
 
-def _rows(path: Path, needed: Sequence[str]) -> list[dict]:
-    """The objects of a .jsonl file, a .jsonl.gz file, or a .json file that holds a list of them."""
+def _completion_problem(row: dict, where: str, style: str) -> dict:
+    """An example from a row of HumanEval."""
+    name = str(row["task_id"]) if isinstance(row.get("task_id"), int) else text_of(row, "task_id", where)
+    prompt, entry, test = (text_of(row, column, where) for column in ("prompt", "entry_point", "test"))
+    if not entry.isidentifier():
+        raise InputError(f"{where}: 'entry_point' is {entry!r}, but must be the name of a function.")
+    check = [node for node in ast.walk(_parsed(test, "test", where)) if getattr(node, "name", None) == "check"]
+    if not check:
+        raise InputError(f"{where}: 'test' defines no function check(candidate): correct the file.")
+    return {
+        "prompt": in_style(style, prompt if style == "plain" else COMPLETE.format(prompt=prompt.removesuffix("\n"))),
+        "task_id": name,
+        "source": prompt,
+        "helpers": _begun(prompt, where),
+        "entry_point": entry,
+        "test": f"{test}\ncheck({entry})\n",
+        "solution": prompt + text_or_none(row, "canonical_solution", where),
+    }
 
-    def take(row: object, where: str) -> dict:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: this is a {type(row).__name__}, but must be an object")
-        missing = [name for name in needed if name not in row]
-        if missing:
-            raise InputError(
-                f"{where}: there is no {missing[0]!r}, only {', '.join(row) or 'nothing'}: is it this data set?"
-            )
-        return row
 
-    if path.suffix == ".jsonl":
-        return read_jsonl(path, take)
+def _worded_problem(row: dict, where: str, shown_tests: int, style: str) -> dict:
+    """An example from a row of MBPP. The classes and functions of its code that the tests use are given: they stand in
+    the prompt and above each program; objects of such a class live where the program runs, so the tests take the class
+    from there, but functions alone they take from their own side, where no program can change them."""
+    number = value_of(row, "task_id", where)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise InputError(f"{where}: 'task_id' is {json.dumps(number)}, but must be a whole number.")
+    where = f"{where}, task_id {number}"
+    text = text_of(row, "prompt" if row.get("text") is None and "prompt" in row else "text", where).strip()
+    code, tests = text_of(row, "code", where), _tests(row, where)
+    function, given = _tested(code, tests, where)
+    header, above = f"def {function.name}({ast.unparse(function.args)}):", ast.unparse(given)
+    source = f"{above}\n\n\n{header}\n" if above else ""
+    shown = "\n".join(["\nIt must pass tests like these:", *row["test_list"][:shown_tests]]) if shown_tests else ""
+    if style == "plain":
+        safe = (text + shown).replace("\\", "/").replace('"', "'")  # inside a docstring
+        prompt = source = f'{source or header + chr(10)}    """{safe}"""\n'
+    else:
+        prompt = f"{text}\n\n{GIVEN.format(given=above) if above else ''}{WRITE.format(header=header)}{shown}"
+    has_class = any(isinstance(node, ast.ClassDef) for node in given.body)
+    return {
+        "prompt": in_style(style, prompt),
+        "task_id": str(number),
+        "source": source,
+        "helpers": "" if has_class else above,
+        "entry_point": function.name,
+        "test": "\n".join(tests.values()),
+        "solution": code,
+    }
+
+
+def _tests(row: dict, where: str) -> dict[str, str]:
+    """What is run to test a program of MBPP, by column."""
+    parts = {name: texts_of(row, name, where) for name in ("test_imports", "test_list", "challenge_test_list")}
+    if not parts["test_list"]:
+        raise InputError(f"{where}: 'test_list' holds no test: add one.")
+    setup = text_or_none(row, "test_setup_code", where)
+    imports, tests, challenge = ("\n".join(part) for part in parts.values())
+    return {"test_imports": imports, "test_setup_code": setup, "test_list": tests, "challenge_test_list": challenge}
+
+
+def _tested(code: str, tests: dict[str, str], where: str) -> tuple[ast.FunctionDef, ast.Module]:
+    """The function of the code that the tests call, and its other classes and functions that they use, with what those
+    use in turn."""
+    body = _parsed(code, "code", where).body
+    trees = {column: _parsed(text, column, where) for column, text in tests.items()}
+    called, used = _names(trees["test_list"]), set().union(*map(_names, trees.values()))
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and node.name in called]
+    if not functions:
+        raise InputError(f"{where}: its tests call no function of its code: correct the file.")
+    given = []
+    for node in reversed(body):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node is not functions[-1] and node.name in used:
+            given.insert(0, node)
+            used |= _names(node)
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)] if given else []
+    return functions[-1], ast.Module(imports + given, [])
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _begun(prompt: str, where: str) -> str:
+    """The prompt of HumanEval as a whole program: a function without a docstring needs some body."""
     try:
-        if path.suffix == ".gz":
-            rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).split(b"\n") if line.strip()]
-        else:
-            rows = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, EOFError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): give the path of a .jsonl, .jsonl.gz or .json file"
-        ) from None
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"{path} holds no list of problems: is it this data set?")
-    return [take(row, f"{path}, problem {number}") for number, row in enumerate(rows)]
+        _parsed(prompt, "prompt", where)
+    except InputError:
+        prompt += "\n    pass\n"
+        _parsed(prompt, "prompt", where)
+    return prompt
+
+
+def _parsed(text: str, column: str, where: str) -> ast.Module:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes such as "\d", for the file's author
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InputError(f"{where}: {column!r} is no Python ({error}): correct the file.") from error
 
 
 def _packaged() -> Path:
@@ -189,19 +241,6 @@ def _packaged() -> Path:
         )
         raise InputError(message)
     return Path(found.origin).parent / "data" / "HumanEval.jsonl.gz"
-
-
-def _header(code: str, tests: Sequence[str], where: str) -> tuple[str, str]:
-    """Name and first line of the function that the tests call."""
-    try:
-        functions = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
-        called = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
-    except SyntaxError as error:
-        raise InputError(f"{where}: its code or a test is no Python ({error}): correct the file") from error
-    tested = [node for node in functions if node.name in called]
-    if not tested:
-        raise InputError(f"{where}: its tests call no function of its code: correct the file")
-    return tested[-1].name, f"def {tested[-1].name}({ast.unparse(tested[-1].args)}):"
 
 
 def _check_seconds(task: str, seconds: float) -> None:

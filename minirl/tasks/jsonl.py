@@ -1,18 +1,23 @@
 """Tasks in JSONL files: one JSON object a line, with a prompt, and columns such as the answer."""
 
+import json
+import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 from minirl.errors import InputError
+from minirl.files import kind_of
 from minirl.rewards.math import math_answer, math_match
 from minirl.rewards.numbers import whole_number
 from minirl.rewards.registry import load_reward
-from minirl.rewards.rules import Reward
+from minirl.rewards.rules import Reward, answer_match
 from minirl.tasks.arithmetic import last_number_text
 from minirl.tasks.rows import filled, read_rows, two_sides
 from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
+
+RESERVED = {"prompts", "completions", "completion_ids"}  # what every reward is given beside the columns
 
 
 def jsonl(
@@ -33,27 +38,44 @@ def jsonl(
     Of an answer that ends in "#### 72" only the 72 is kept.
     Prompts that are chat messages already stay so in any style. `reward` (a name or path/to/file.py:function, see
     `load_reward`) defines accuracy; the default compares numbers where the answer is one and the whole text elsewhere,
-    and cannot score examples without an answer.
+    and cannot score examples without an answer. Other answers than a text, a number or true and false need a reward of
+    their own.
     """
     check_style("jsonl", style)
     correct = load_reward(reward)
     columns = {"prompt": prompt_column, "answer": answer_column}
 
     def read(place: Path, most: int | None) -> list[dict]:
-        return read_examples(place, columns, style, most)
+        return read_examples(place, columns, style, most, _check_answer if correct is answer_match else None)
 
     train, heldout = two_sides("jsonl", read, path, heldout_path, heldout_fraction, limit, seed)
     task = Task(
-        Path(path).stem, train, heldout, {"correct": (1.0, correct)}, correct, _extractor(correct, train + heldout)
+        Path(path.removesuffix(".gz")).stem,
+        train,
+        heldout,
+        {"correct": (1.0, correct)},
+        correct,
+        _extractor(correct, train + heldout),
     )
     return with_style(task, style)
 
 
-def read_examples(path: Path, columns: dict[str, str], style: str = "plain", limit: int | None = None) -> list[dict]:
-    """The examples of a file under the names "prompt" and "answer"; `columns` says what the file calls these two."""
+def read_examples(
+    path: Path,
+    columns: dict[str, str],
+    style: str = "plain",
+    limit: int | None = None,
+    check_answer: Callable[[object, str, str], None] | None = None,
+) -> list[dict]:
+    """The examples of a file under the names "prompt" and "answer"; `columns` says what the file calls these two.
+    `check_answer(answer, its column, where)` raises an InputError for what cannot be one."""
     if path.is_dir():
         raise InputError(f"{path}: there is no such file, but a folder: give the path of a JSONL file.")
-    examples = [_example(row, where, columns, style) for row, where in islice(read_rows(path), limit)]
+    examples = []
+    for row, where in islice(read_rows(path), limit):
+        examples.append(_example(row, where, columns, style))
+        if check_answer and "answer" in examples[-1]:
+            check_answer(examples[-1]["answer"], columns["answer"], where)
     if columns["answer"] != "answer" and not any("answer" in example for example in examples):
         raise InputError(f"{path}: no line has a {columns['answer']!r}: name the column by answer_column.")
     return examples
@@ -65,18 +87,31 @@ def _example(row: dict, where: str, columns: dict[str, str], style: str) -> dict
         raise InputError(f"{where}: there is no {columns['prompt']!r}, only {found}: name the column by prompt_column.")
     prompt = _prompt(row.pop(columns["prompt"]), where, columns["prompt"])
     answer = row.pop(columns["answer"], None)
+    reserved = [name for name in row if name in RESERVED]
+    if reserved:
+        raise InputError(f"{where}: a column cannot be called {reserved[0]!r}, rewards already take that: rename it.")
     row["prompt"] = in_style(style, prompt)
     if answer is not None:
         row["answer"] = answer.rpartition("####")[2].strip() if isinstance(answer, str) else answer
     return row
 
 
+def _check_answer(answer: object, column: str, where: str) -> None:
+    """For the default reward, which compares texts and numbers."""
+    known = isinstance(answer, str | int) or (isinstance(answer, float) and math.isfinite(answer))
+    if not known or answer == "":
+        what = "empty" if answer == "" else json.dumps(answer) if isinstance(answer, float) else kind_of(answer)
+        raise InputError(
+            f"{where}: {column!r} is {what}, which no completion can equal: give a text or a number, null for none, or "
+            "by reward=FILE.py:FUNCTION a reward that reads it."
+        )
+
+
 def _prompt(prompt, where: str, column: str) -> str | list[dict]:
     if isinstance(prompt, str):
         return filled(prompt, column, where)
     if not isinstance(prompt, list):
-        kind = type(prompt).__name__
-        raise InputError(f"{where}: {column!r} is a {kind}, but must be a text or a list of chat messages.")
+        raise InputError(f"{where}: {column!r} is {kind_of(prompt)}, but must be a text or a list of chat messages.")
     if not prompt:
         raise InputError(f"{where}: {column!r} is an empty list: it needs at least one chat message.")
     for i, message in enumerate(prompt):

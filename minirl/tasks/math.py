@@ -4,10 +4,12 @@ A problem has a solution, whose last \boxed{} is the answer, a level (1 to 5), a
 type; MATH-500's files give the answer beside the solution.
 """
 
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 
 from minirl.errors import InputError
+from minirl.files import is_number
 from minirl.rewards.boxed import last_box
 from minirl.rewards.math import math_answer, math_match
 from minirl.rewards.registry import did_you_mean
@@ -62,9 +64,10 @@ def _example(row: dict, where: str, style: str) -> dict:
     problem = text_of(row, "problem", where)
     solution = row.get("solution")
     box, _ = last_box(solution) if isinstance(solution, str) else (None, -1)
-    answer = box or row.get("answer")
-    if not isinstance(answer, str) or not answer.strip():
+    beside = row.get("answer")
+    if not box and beside in (None, ""):
         raise InputError(rf"{where}: the solution has no \boxed{{}}, and there is no 'answer' beside it: give one.")
+    answer = box or (f"{Decimal(str(beside)):f}" if is_number(beside) else text_of(row, "answer", where))
     return {
         "prompt": in_style(style, f"{problem}\n{INSTRUCTION}" if style == "chat" else problem),
         "answer": answer.strip(),

@@ -29,8 +29,8 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def load_task(name_or_path: str | Path, **options) -> Task:
-    """A built-in task, or the examples of a .jsonl file; the options are the keyword arguments of its function in this
-    folder.
+    """A built-in task, or the examples of a .jsonl or .jsonl.gz file; the options are the keyword arguments of its
+    function in this folder.
 
     Values may be texts, as a command line gives them ("3", "true", "none"). InputError names the choices for an unknown
     task or option.
@@ -38,11 +38,10 @@ def load_task(name_or_path: str | Path, **options) -> Task:
     name = str(name_or_path)
     if name in TASKS:
         return TASKS[name](**_checked(name, TASKS[name], options))
-    if name.endswith(".jsonl") or Path(name).exists():
+    if name and (name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists()):
         return jsonl(name, **_checked(name, jsonl, options))
-    choices = ", ".join(TASKS)
-    hint = did_you_mean(name, TASKS)
-    raise InputError(f"task {name!r} is unknown{hint}: choose from {choices}, or give the path of a .jsonl file.")
+    what = f"task {name!r} is unknown{did_you_mean(name, TASKS)}" if name else "the task has no name"
+    raise InputError(f"{what}: choose from {', '.join(TASKS)}, or give the path of a .jsonl file.")
 
 
 def parse_task(spec: str) -> Task:
@@ -52,6 +51,10 @@ def parse_task(spec: str) -> Task:
     for option, equals, _ in pairs:
         if not equals:
             raise InputError(f"task {spec!r}: {option!r} is no option=value: write it as {name}:option=value,...")
+    given = [option for option, _, _ in pairs]
+    for option in given:
+        if given.count(option) > 1:
+            raise InputError(f"task {spec!r}: option {option} is given {given.count(option)} times: give it once.")
     return load_task(name, **{option: value for option, _, value in pairs})
 
 
@@ -77,6 +80,8 @@ def _checked(task: str, function: Callable, options: dict) -> dict:
 
 def _converted(task: str, option: str, value, annotation):
     """The value as the annotation (int, float, bool, str, or a union with None) has it."""
+    if value == "":
+        raise InputError(f"task {task!r}: option {option} is empty: give a value, or leave it away.")
     accepted = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     for kind in sorted(accepted, key=lambda kind: kind is not types.NoneType):
         try:

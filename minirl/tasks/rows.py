@@ -1,24 +1,29 @@
 """Rows of data in files, and their two sides: what tasks from files have in common."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minirl.errors import InputError
+from minirl.files import json_values, kind_of, parse_json
 from minirl.tasks.split import prompt_key, split_by_problem
 
 Row = tuple[dict, str]  # what a line holds, and where it stands
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The objects of a JSONL file, or of a folder's .json files, one in each; InputError if there are none."""
+    """The objects of a file (see `json_values`), or of a folder's .json files, one in each; InputError if there are
+    none."""
     if not path.exists():
         raise InputError(f"{path}: there is no such file: give the path of a JSONL file.")
     empty = True
-    for text, where in _texts(path):
+    for row, where in _json_files(path) if path.is_dir() else json_values(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: this is {kind_of(row)}, but must be an object.")
         empty = False
-        yield _object(text, where), where
+        yield row, where
+    if empty and path.is_dir():
+        raise InputError(f"{path}: there is no .json file in this folder: give the path of a JSONL file.")
     if empty:
         raise InputError(f"{path}: the file is empty: it needs one JSON object a line.")
 
@@ -53,19 +58,41 @@ def two_sides(
     return train, heldout
 
 
-def text_of(row: dict, column: str, where: str) -> str:
-    """A text that is there and holds something."""
+def value_of(row: dict, column: str, where: str) -> object:
+    """Whatever is there."""
     if column not in row:
         raise InputError(f"{where}: there is no {column!r}, only {', '.join(row) or 'nothing'}.")
-    if not isinstance(row[column], str):
-        raise InputError(f"{where}: {column!r} is a {type(row[column]).__name__}, but must be a text.")
-    return filled(row[column], column, where)
+    return row[column]
+
+
+def text_of(row: dict, column: str, where: str) -> str:
+    """A text that is there and holds something."""
+    text = value_of(row, column, where)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: {column!r} is {kind_of(text)}, but must be a text.")
+    return filled(text, column, where)
+
+
+def text_or_none(row: dict, column: str, where: str) -> str:
+    """A text, "" where it is not there or null."""
+    return "" if row.get(column) in (None, "") else text_of(row, column, where)
+
+
+def texts_of(row: dict, column: str, where: str) -> list[str]:
+    """A list of texts, [] where it is not there or null."""
+    texts = [] if row.get(column) is None else row[column]
+    if not isinstance(texts, list):
+        raise InputError(f"{where}: {column!r} is {kind_of(texts)}, but must be a list of texts.")
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise InputError(f"{where}: {column!r} holds {kind_of(wrong[0])}, but must be a list of texts.")
+    return texts
 
 
 def filled(text: str, column: str, where: str) -> str:
     """The text, unless it is empty or cannot be encoded."""
     if not text.strip():
-        raise InputError(f"{where}: {column!r} is empty: write something to answer.")
+        raise InputError(f"{where}: {column!r} is empty: write something.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -73,25 +100,10 @@ def filled(text: str, column: str, where: str) -> str:
     return text
 
 
-def _texts(path: Path) -> Iterator[tuple[bytes, str]]:
-    if path.is_dir():
-        for file in sorted(path.rglob("*.json")):
-            yield file.read_bytes(), str(file)
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield line, f"{path}, line {number}"
-
-
-def _object(text: bytes, where: str) -> dict:
-    try:
-        row = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: this is not JSON ({error}): write one object a line, in UTF-8.") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: this is a {type(row).__name__}, but must be a JSON object with a prompt.")
-    return row
+def _json_files(folder: Path) -> Iterator[tuple[object, str]]:
+    for file in sorted(folder.rglob("*.json")):
+        if file.is_file():
+            yield parse_json(file.read_bytes(), str(file), "each file must be one object"), str(file)
 
 
 def _warn_of_overlap(train: list[dict], heldout: list[dict], heldout_path: str) -> None:
