@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from minirl.commands import COMMANDS
-from minirl.errors import InputError
+from minirl.errors import InputError, NoChatTemplate
 from minirl.files import read_json
 from minirl.rewards.registry import did_you_mean
 from minirl.tasks import TASKS
@@ -157,14 +157,12 @@ def _dispatch(args: list[str]) -> None:
     config = parse(args[0], args[1:])
     try:
         COMMANDS[args[0]][1](config)
-    except InputError as error:
-        if "no chat template" not in str(error) or not getattr(config, "task", None):
-            raise
-        raise InputError(_no_chat_template(config.task)) from error
+    except NoChatTemplate as error:
+        raise InputError(_without_template(config.task)) if getattr(config, "task", None) else error from None
 
 
-def _no_chat_template(task: str) -> str:
-    """The tokenizer's own sentence speaks to programmers."""
+def _without_template(task: str) -> str:
+    """What a person can do on a command line; the tokenizer's own sentence speaks to programmers."""
     name, _, options = task.partition(":")
     if name not in TASKS:
         return f"the model has no chat template, which messages in {name} need: write its prompts as texts, style=plain"

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from minirl.checkpoint import resolve
-from minirl.errors import InputError
+from minirl.errors import InputError, NoChatTemplate
 from minirl.files import read_json, write_atomic, write_json
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -84,7 +84,7 @@ class Tokenizer:
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> str:
         if self.chat_template is None:
-            raise InputError("this tokenizer has no chat template: pass text, or set tokenizer.chat_template")
+            raise NoChatTemplate("this tokenizer has no chat template: pass text, or set tokenizer.chat_template")
         from minirl.chat_template import render_chat  # jinja2 is optional
 
         variables = {**self.special_tokens, **variables}
