@@ -158,7 +158,9 @@ def _dispatch(args: list[str]) -> None:
     try:
         COMMANDS[args[0]][1](config)
     except NoChatTemplate as error:
-        raise InputError(_without_template(config.task)) if getattr(config, "task", None) else error from None
+        if not hasattr(config, "task") or getattr(config, "data", None):
+            raise
+        raise InputError(_without_template(config.task)) from error
 
 
 def _without_template(task: str) -> str:
