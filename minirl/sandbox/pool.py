@@ -9,7 +9,6 @@ import atexit
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from minirl.errors import InputError
+from minirl.sandbox.folder import remove
 from minirl.sandbox.worker import CALL, FRAME, HEADER, LOAD, TESTS, TRUSTED
 
 LOADING = 120.0  # seconds to import a function; torch alone may take ten
@@ -115,7 +115,7 @@ class Worker:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
 
 
 @dataclass
