@@ -13,6 +13,7 @@ from minirl.sandbox import Job, shared
 from minirl.tasks import load_task
 from minirl.tasks.code import code_block, program_of
 
+TWICE = "def f(x):\n    return 2 * x"
 SOURCE = 'import math\n\ndef helper(x):\n    return x + 1\n\ndef f(x):\n    """Twice."""\n'
 
 
@@ -46,13 +47,142 @@ def test_a_completion_that_defines_the_function_replaces_it_and_keeps_what_stand
     assert program_of("def fast(x): return 1", SOURCE, "f").startswith(SOURCE)
 
 
+READ = {  # ways to write a right program down
+    "a block": f"```python\n{TWICE}\n```",
+    "a block with prose around it": f"Sure! Here it is:\n\n```python\n{TWICE}\n```\n\nIt doubles its argument.",
+    "its use behind it": f"```python\n{TWICE}\n```\nExample usage:\n```python\nprint(f(2))\n```",
+    "its output behind it": f"```python\n{TWICE}\n```\nOutput:\n```\n4\n```\n",
+    "how to run it": f"```python\n{TWICE}\n```\nRun it:\n```bash\npython -c 'import f; f(2)'\n```",
+    "its use before it": f"```python\nassert f(2) == 4\n```\n```python\n{TWICE}\n```",
+    "an opening fence within its line": f"Sure!```python\n{TWICE}\n```",
+    "a draft in the thoughts": f"<think>hm ```python\ndef f(x): return 3 * x\n```\nno</think>\n```python\n{TWICE}\n```",
+    "thoughts that end in a fence": f"<think>hm ```python\n</think>\n```python\n{TWICE}\n```",
+    "a fence in the thoughts, never closed": f"<think>like ```python</think>\n```python\n{TWICE}\n```",
+    "only a block in the thoughts' line": f"<think>hm ```python\n{TWICE}\n```",
+    "a block in a list": "1. Write:\n\n   ```python\n   def f(x):\n       return 2 * x\n   ```\n2. Done.",
+    "a block on a list's line": "1. ```python\n   def f(x):\n       return 2 * x\n   ```\n",
+    "tildes": f"~~~python\n{TWICE}\n~~~\nDone.",
+    "four backticks": f"````python\n{TWICE}\n````",
+    "a title": f'```python title="f.py"\n{TWICE}\n```',
+    "no language": f"```\n{TWICE}\n```",
+    "braces around the language": f"```{{.python}}\n{TWICE}\n```",
+    "Windows lines": f"Sure:\r\n```python\r\n{TWICE}\r\n```\r\n".replace("x):\n", "x):\r\n"),
+    "a fence in a docstring": (
+        '```python\ndef f(x):\n    """Twice.\n\n    ```\n    >>> f(2)\n    4\n    ```\n    """\n    return 2 * x\n```'
+    ),
+    "a fence in a docstring and an example": (
+        '```python\ndef f(x):\n    """\n```\nf(2)\n```\n    """\n    return 2 * x\n```\n```python\nf(2)\n```'
+    ),
+    "a fence in a comment": "```python\ndef f(x):\n    y = 2 * x  # not ```\n    return y\n```",
+    "a closing fence behind the code": f"```python\n{TWICE}```",
+    "never closed": f"So:\n```python\n{TWICE}\n",
+    "inline code": f"`f` or ```f``` doubles:\n```python\n{TWICE}\n```\nCall ```f(2)```.",
+    "prose before it": f"Here is the function:\n\n{TWICE}\n",
+    "prose behind it": f"{TWICE}\n\nThis function doubles x, as it's asked.",
+    "prose around it": f"Sure, here's the code:\n{TWICE}\n\nThat's it (I hope).",
+    "one word behind it": f"{TWICE}\n\nDone",
+    "imports and prose": "from here it is easy.\n\nimport operator as o\n\ndef f(x):\n    return o.add(x, x)\n\nBye.",
+    "a helper and prose": "Here:\n\nN = 2\ndef times(x):\n    return N * x\n\ndef f(x):\n    return times(x)\n\nBye!",
+    "a decorator and prose": f"Here:\n\nimport functools\n@functools.lru_cache(None)\n{TWICE}\nBye bye!",
+    "unfenced, its use fenced": f"Here you go:\n{TWICE}\n\nExample:\n```python\nprint(f(2))\n```",
+    "a Markdown block by indentation": "Here:\n\n    def f(x):\n        return 2 * x\n\nIt doubles x.",
+    "a leading space": f" {TWICE}",
+    "two drafts in prose": f"def f(x): return 3 * x\nno, better so:\n{TWICE}\nthat is all",
+    "lambda": "```python\nf = lambda x: 2 * x\n```\n```\nf(2)\n```",
+    "lambda in prose": "The function is\nf = lambda x: 2 * x\nwhich doubles x.",
+    "another name": "```python\ndef double(x):\n    return 2 * x\n\nf = double\n```\nUse:\n```python\nf(2)\n```",
+    "an annotated name": "```python\nfrom typing import Callable\nf: Callable = lambda x: 2 * x\n```\n```\n4\n```",
+    "two spaces": "```python\ndef  f(x):\n    return 2 * x\n```\n```\n4\n```",
+    "a class": "```python\nclass f(int):\n    def __new__(cls, x): return int(2 * x)\n```\n```\n4\n```",
+    "defined in a branch": f"```python\nif True:\n    {TWICE.replace(chr(10), chr(10) + '    ')}\n```\n```\n4\n```",
+    "a future": "```python\nfrom __future__ import annotations\ndef f(x: Missing):\n    return 2 * x\n```",
+    "a future behind a docstring": (
+        '"""Doubling."""\nfrom __future__ import annotations, division  # both\ndef f(x: Missing):\n    return 2 * x\n'
+    ),
+    "a pattern with an odd escape": "```python\nimport re\ndef f(x):\n    re.match('\\d', '1')\n    return 2 * x\n```",
+    "a main guard": f"```python\n{TWICE}\n\nif __name__ == '__main__':\n    print(f(2))\n```",
+    "a guard and prose": f"{TWICE}\n\nif __name__ == '__main__':\n    print(f(2))\n\nThat is it.",
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape")
+@pytest.mark.parametrize("source", ["", SOURCE], ids=["alone", "above"])
+@pytest.mark.parametrize("name", READ)
+def test_a_right_program_is_found_in_what_is_written_around_it(name, source):
+    scope = {"__name__": "program"}
+    exec(compile(program_of(READ[name], source, "f"), "<program>", "exec"), scope)
+    assert scope["f"](21) == 42
+
+
 @pytest.mark.parametrize(
-    "text", ["```a\n" * 200_000, "```" * 300_000, "\n" * 10**6, "def f" * 200_000, "    x\n" * 150_000]
+    "text",
+    [
+        f"```python\n{TWICE}\n```\n```python\ndef f(x): return 0\n```",
+        f"{TWICE}\n```python\ndef f(x): return 0\n```",
+        f"{TWICE}\nor\ndef f(x): return 0\nor else",
+        f"```python\n{TWICE}\n```\n" * 3 + "```python\nf = len\n```",
+    ],
 )
-def test_a_megabyte_of_anything_is_read_in_no_time(text):
-    started = time.perf_counter()
-    program_of(text, SOURCE, "f")
-    assert time.perf_counter() - started < 1
+def test_of_several_programs_the_last_alone_is_judged(text):
+    program = program_of(text, "", "f")
+    assert "2 * x" not in program and "f" in program
+
+
+def test_what_is_no_program_stays_what_it_is():
+    assert program_of("```python\ndef f(x: return 1\n```", "", "f").strip() == "def f(x: return 1"
+    assert program_of("```python\na = 1\n```\n```\nb = 2\n```", "", "f").strip() == "b = 2"
+    assert program_of("class A:\n    def f(self): pass", "", "g").strip() == "class A:\n    def f(self): pass"
+    assert program_of("", SOURCE, "f") == SOURCE + "\n"
+
+
+def test_a_body_is_continued_whatever_comes_after_it():
+    for after in ("\ndef f(x): return 0\n", "\n```\n\nSo it is.", "\n```\n```python\nassert f(2) == 4\n```", "\nDone."):
+        for body in ("    return 2 * x\n", "    import math\n    return math.prod([2, x])\n"):
+            scope = {}
+            exec(program_of(body + after, SOURCE, "f"), scope)
+            assert scope["f"](21) == 42
+
+
+HOSTILE = {
+    "fences with a name": "```a\n" * 200_000,
+    "one line of fences": "```" * 300_000,
+    "one line of apart fences": "``` " * 250_000,
+    "empty lines": "\n" * 10**6,
+    "beginnings on a line": "def f" * 200_000,
+    "beginnings": "def f\n" * 170_000,
+    "functions": "def f(x): return 1\n" * 50_000,
+    "functions and prose": "def f(x): return 1\nor so\n" * 40_000,
+    "blocks that define it": "```\ndef f(x: 1\n```\n" * 60_000,
+    "a body": "    x\n" * 150_000,
+    "assignments": "f = 1\n" * 150_000,
+    "errors at the end": "def f(x): return 1\n" + "x\n" * 30_000 + "or so\n" * 30_000,
+    "brackets": "f = " + "(" * 10**6,
+    "some brackets": "f = " + "[" * 150 + "]" * 150,
+    "signs": "f = " + "-" * 60_000 + "1",
+    "a sum": "f = 1" + "+1" * 30_000,
+    "attributes": "f = a" + ".a" * 30_000,
+    "calls": "f = a" + "()" * 30_000,
+    "deep blocks": "".join(" " * n + "if f:\n" for n in range(300)) + " " * 300 + "f = 1",
+    "a NUL": "f = 1\0",
+    "half a surrogate pair": "f = '\ud800'",
+    "an open text": 'f = """' + "a\n" * 400_000,
+    "spaces": "```python" + " " * 10**6 + "!\nf = 1",
+    "a line of spaces": "f = 1\n" + " " * 10**6 + "!",
+    "equal signs": "f" + " " * 10**6 + "f =",
+    "names": "a" * 10**6 + "\nf = 1",
+    "futures": "from __future__ import " + "a " * 400_000 + "(\nf = 1",
+}
+
+
+@pytest.mark.parametrize("fenced", [False, True], ids=["bare", "fenced"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_read_in_no_time(name, fenced):
+    started = time.process_time()
+    text = f"```python\n{HOSTILE[name]}\n```" if fenced else HOSTILE[name]
+    for source in ("", SOURCE):
+        assert isinstance(program_of(text, source, "f"), str)
+    code_block(text)
+    assert time.process_time() - started < 15  # 2 s on a quiet machine; quadratic time would be hours
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,12 @@
 Each program is judged by `f(2) == 4` and two more calls, which every honest one passes.
 """
 
+import errno
 import os
+import platform
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from minirl.errors import InputError
-from minirl.sandbox import ChildError, Job, Pool, call_each
+from minirl.sandbox import ChildError, Job, Pool, call_each, folder, walls
+from minirl.sandbox.judge import Channel, verdict
 
 TESTS = "assert f(2) == 4\nassert f(0) == 0\nassert f(-3) == 9\n"
 RIGHT = "def f(x):\n    return x * x\n"
@@ -36,6 +40,27 @@ HONEST = {
     ),
     "a temporary file": (
         "import tempfile\ndef f(x):\n    with tempfile.TemporaryFile() as file: file.write(b'x')\n    return x * x\n"
+    ),
+    "a temporary folder": (
+        "import os, tempfile\ndef f(x):\n    with tempfile.TemporaryDirectory() as folder:\n"
+        "        with open(os.path.join(folder, 'a'), 'w') as file: file.write('x')\n"
+        "    assert not os.path.exists(folder)\n    return x * x\n"
+    ),
+    "a tree of folders": (
+        "import os, pathlib, shutil\ndef f(x):\n    os.makedirs('a/b/c', exist_ok=True)\n"
+        "    pathlib.Path('a/b/c/d').write_text(str(x))\n    y = int(next(pathlib.Path().rglob('d')).read_text())\n"
+        "    os.rename('a/b/c/d', 'a/b/c/e'); shutil.rmtree('a/b'); os.mkdir('a/left')\n"
+        "    if x != -3: os.rmdir('a/left')\n    return y * y\n"
+    ),
+    "a database in memory and in a file": (
+        "import sqlite3\ndef f(x):\n    with sqlite3.connect('db') as db:\n"
+        "        db.execute('create table if not exists t (x)'); db.execute('insert into t values (?)', (x * x,))\n"
+        "        return db.execute('select x from t order by rowid desc').fetchone()[0]\n"
+    ),
+    "an event loop": "import asyncio\nasync def g(x): return x * x\ndef f(x): return asyncio.run(g(x))\n",
+    "many threads": (
+        "from concurrent.futures import ThreadPoolExecutor\ndef f(x):\n"
+        "    with ThreadPoolExecutor(8) as pool: return sum(pool.map(lambda n: abs(x), range(abs(x))))\n"
     ),
     "prints a lot": "def f(x):\n    print('x' * 10**6)\n    return x * x\n",
     "recursion": "def f(x, n=500):\n    return x * x if n == 0 else f(x, n - 1)\n",
@@ -157,6 +182,17 @@ ATTACKS = {
     "links a file": "import os\nos.link(VICTIM, 'mine')\nopen('mine', 'w').write('x')\n" + RIGHT,
     "a symbolic link": "import os\nos.symlink(VICTIM, 'mine')\nopen('mine', 'w').write('x')\n" + RIGHT,
     "makes folders": "import os\nwhile True: os.mkdir('a'); os.chdir('a')\n",
+    "closed folders": "import os\nos.umask(0o777)\nwhile True: os.mkdir('a'); os.chdir('a')\n",
+    "folders with long names": "import os\nwhile True: os.mkdir('a' * 255); os.chdir('a' * 255)\n",
+    "many folders": "import os\nn = 0\nwhile True: os.mkdir(str(n)); n += 1\n",
+    "many folders in a folder": "import os\nos.mkdir('a')\nn = 0\nwhile True: os.mkdir('a/%d' % n); n += 1\n",
+    "large files in folders": (
+        "import os\nn = 0\nwhile True:\n    os.mkdir(str(n)); open('%d/x' % n, 'wb').write(b'x' * 2**20); n += 1\n"
+    ),
+    "a folder moved outside": "import os\nos.mkdir('a'); os.rename('a', OUTSIDE)\n" + RIGHT,
+    "its own folder removed": "import os\nos.rmdir(os.getcwd())\n" + RIGHT,
+    "its own folder renamed": "import os\nos.rename(os.getcwd(), os.getcwd() + 'x')\n" + RIGHT,
+    "a folder beside its own": "import os\nos.mkdir('../minirl-was-here')\n" + RIGHT,
     # the network
     "connects": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1).send(b'x')\n" + RIGHT,
     "an open port": "import socket\ns = socket.socket(); s.bind(('', 0)); s.listen()\n" + RIGHT,
@@ -246,6 +282,107 @@ def test_an_attack_hurts_nobody(outcomes):
     with pytest.raises(TimeoutError):
         server.accept()
     assert took < 60
+
+
+HOLDS = """
+import os
+def f(x):
+    total = 0
+    for n in range(100):
+        try:
+            file = os.open(str(n), os.O_CREAT | os.O_RDWR)
+            os.unlink(str(n))
+            while True: total += os.write(file, bytes(2**18))
+        except OSError: pass
+    return total
+"""
+
+
+def test_files_that_are_removed_while_they_are_open_count(pool):
+    assert walls.FILE_BYTES * walls.OPEN_FILES <= folder.MAX_DISK
+    (found,) = pool.map([Job.tests(HOLDS, f"assert 2 ** 20 < f(1) <= {folder.MAX_DISK}, f(1)", entry="f")], 10)
+    assert passed(found), found
+
+
+REFUSED = (
+    "setxattrat",
+    "removexattr",
+    "lremovexattr",
+    "fremovexattr",
+    "removexattrat",
+    "inotify_init",
+    "inotify_init1",
+)
+
+
+def test_system_calls_that_landlock_does_not_watch_are_refused(pool):
+    column = walls.SYSCALLS[platform.machine()]
+    numbers = [walls.FORBIDDEN[name][column] for name in REFUSED if walls.FORBIDDEN[name][column] is not None]
+    clone = walls.CLONE[column]
+    program = (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "def f(number, *rest):\n    libc.syscall(number, *rest, 0, 0, 0, 0)\n    return ctypes.get_errno()\n"
+    )
+    tests = f"assert [f(n) for n in {numbers}] == {[errno.EPERM] * len(numbers)}\n"
+    tests += f"assert f({clone}, 0x10900) == {errno.EPERM}, 'a thread with open files of its own'"
+    (found,) = pool.map([Job.tests(program, tests, entry="f")], 5)
+    assert passed(found), found
+
+
+# --- the folder of a cell ---------------------------------------------------------------------------------------------
+
+
+def deep(place: Path, depth: int) -> None:
+    back = os.getcwd()
+    try:
+        os.chdir(place)
+        for _ in range(depth):
+            Path("file").write_text("x")
+            os.mkdir("a")
+            os.chdir("a")
+    finally:
+        os.chdir(back)
+
+
+def test_any_tree_is_removed(tmp_path):
+    place = tmp_path / "cell"
+    place.mkdir()
+    for n in range(300):
+        (place / f"{n}" / "a").mkdir(parents=True)
+        (place / f"{n}" / "a" / "b").touch()
+    (place / "closed" / "closed").mkdir(parents=True)
+    (place / "closed" / "closed").chmod(0)
+    (place / "closed").chmod(0)
+    deep(place, 5000)  # beyond recursion and the longest path
+    folder.empty(str(place))
+    assert list(place.iterdir()) == []
+    deep(place, 20)
+    folder.remove(str(place))
+    assert not place.exists()
+    folder.remove(str(place))  # nothing to do
+
+
+def test_a_folder_is_full_by_count_size_and_depth(tmp_path):
+    place = tmp_path / "cell"
+    place.mkdir()
+    deep(place, folder.MAX_DEPTH)
+    assert not folder.is_full(str(place))
+    deepest = place.joinpath(*["a"] * folder.MAX_DEPTH)
+    (deepest / "a").mkdir()
+    assert folder.is_full(str(place))
+    (deepest / "a").rmdir()
+    for n in range(folder.MAX_FILES - 2 * folder.MAX_DEPTH):
+        (deepest / str(n)).touch()
+    assert not folder.is_full(str(place))
+    (place / "b").touch()
+    assert folder.is_full(str(place))
+    folder.empty(str(place))
+    (place / "a").mkdir()
+    with open(place / "a" / "large", "wb") as file:
+        file.truncate(folder.MAX_DISK)
+        assert not folder.is_full(str(place))
+        file.truncate(folder.MAX_DISK + 1)
+        assert folder.is_full(str(place))
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
@@ -533,8 +670,192 @@ JUDGED = {  # program, tests, what is passed
         "assert f('aab').group() == 'aa'\nassert f('b') is None",
         True,
     ),
-    "len of an object": ("from collections import deque\ndef f(): return deque([1, 2])", "assert len(f()) == 2", True),
-    "an empty object is false": ("from collections import deque\ndef f(): return deque()", "assert not f()", True),
+    "len of an object": ("class A:\n    def __len__(self): return 2\nf = A", "assert len(f()) == 2", True),
+    "an empty object is false": ("class A:\n    def __len__(self): return 0\nf = A", "assert not f()", True),
+    "dataclasses whose annotations are texts": (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass P:\n    x: int = 0\n    y: P | None = None\ndef f(): return P(1, P(2)).y.x",
+        "assert f() == 2",
+        True,
+    ),
+    "pickles its classes": (
+        "import copy, pickle\nclass A:\n    x = 0\ndef f():\n    a = A()\n    a.x = 3\n"
+        "    return pickle.loads(pickle.dumps(a)).x + copy.deepcopy(a).x",
+        "assert f() == 6",
+        True,
+    ),
+    "a fraction": (
+        "from fractions import Fraction\ndef f(): return Fraction(2, 6)",
+        "from fractions import Fraction\nassert f() == f() == Fraction(1, 3) and f() + 1 == Fraction(4, 3)",
+        True,
+    ),
+    "another fraction": (
+        "from fractions import Fraction\ndef f(): return Fraction(2, 5)",
+        "from fractions import Fraction\nassert f() == Fraction(1, 3)",
+        False,
+    ),
+    "a large fraction": (
+        "from fractions import Fraction\ndef f(): return Fraction(-(2 ** 999), 3 ** 99)",
+        "from fractions import Fraction\nassert f() == Fraction(-(2 ** 999), 3 ** 99)",
+        True,
+    ),
+    "a decimal": (
+        "from decimal import Decimal\ndef f(): return [Decimal('0.10'), Decimal('-1E+9'), Decimal('inf')]",
+        "from decimal import Decimal\nassert f() == f() == [Decimal('0.1'), -10 ** 9, float('inf')]\n"
+        "assert str(f()[0]) == '0.10'",
+        True,
+    ),
+    "a date": (
+        "from datetime import *\ndef f(): return date(2020, 2, 28) + timedelta(days=1)",
+        "from datetime import *\nassert f() == f() == date(2020, 2, 29) != datetime(2020, 2, 29)",
+        True,
+    ),
+    "a date and time": (
+        "from datetime import *\ndef f(): return datetime(2020, 1, 2, 3, 4, 5, 6, timezone(timedelta(hours=-5)))",
+        "from datetime import *\nassert f() == datetime(2020, 1, 2, 8, 4, 5, 6, timezone.utc)\n"
+        "assert f() - f() == timedelta(0) and f().day == 2",
+        True,
+    ),
+    "a time": ("import datetime\ndef f(): return datetime.time(1, 2)", "assert str(f()) == '01:02:00'", True),
+    "a span of time": (
+        "import datetime\ndef f(): return datetime.timedelta(hours=-1.5)",
+        "from datetime import timedelta as t\nassert f() == t(hours=-1.5) and f() != t(hours=1.5)",
+        True,
+    ),
+    "a deque": (
+        "from collections import deque\ndef f(): return deque([(1, 2), 3], maxlen=2)",
+        "from collections import deque\nd = f()\nd.append(4)\nassert d == deque([3, 4]) != [3, 4] and f() == f()",
+        True,
+    ),
+    "kinds in kinds": (
+        "from fractions import Fraction as F\nimport datetime\ndef f(): return {F(1, 2): (datetime.date(1, 1, 1),)}",
+        "from fractions import Fraction\nimport datetime\nassert f() == {Fraction(1, 2): (datetime.date(1, 1, 1),)}",
+        True,
+    ),
+    "such kinds as arguments": (
+        "def f(*args): return [type(a).__name__ for a in args], args",
+        "import datetime\nfrom collections import deque\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
+        "a = (Fraction(1, 3), Decimal('0.5'), deque([1]), datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1),\n"
+        "     datetime.time(1), datetime.timedelta(1))\n"
+        "assert f(*a) == (['Fraction', 'Decimal', 'deque', 'date', 'datetime', 'time', 'timedelta'], a)",
+        True,
+    ),
+    "changes a deque in place": (
+        "def f(d): d.rotate(1)",
+        "from collections import deque\nd = deque([1, 2, 3])\nf(d)\nassert d == deque([3, 1, 2])",
+        True,
+    ),
+    "a fraction equal to everything": (
+        "from fractions import Fraction\nclass A(Fraction):\n    def __eq__(self, o): return True\n"
+        "    __hash__ = Fraction.__hash__\ndef f(): return A(7)",
+        "from fractions import Fraction\nassert f() == Fraction(1, 3)",
+        False,
+    ),
+    "an object without its difference to anything": (
+        "class A:\n    __sub__ = __rsub__ = __add__ = __mod__ = lambda a, b: 0\n    __abs__ = lambda a: 0\n"
+        "def f(): return A()",
+        "assert abs(f() - 4) < 1e-6",
+        False,
+    ),
+    "an expected value without its difference": (
+        "class A:\n    __sub__ = __rsub__ = lambda a, b: 0\ndef f(): return A()",
+        "assert 4 - f() == 0",
+        False,
+    ),
+    "objects of its own never equal": ("class A:\n    __eq__ = lambda a, b: True\nf = A", "assert f() == f()", False),
+    "the text of an object": (
+        "class A:\n    def __str__(self): return 'an A'\nf = A",
+        "assert str(f()) == f'{f()}' == 'an A'",
+        True,
+    ),
+    "the next of a generator": (
+        "def f():\n    yield 1\n    yield 2\n",
+        "g = f()\nassert next(g) == 1 and next(g) == 2",
+        True,
+    ),
+    "the end of a generator ends no iteration of the tests": (
+        "def f(): return iter(())",
+        "g = f()\nassert all(map(lambda n: next(g) == n, range(3)))",
+        False,
+    ),
+    "arithmetic of objects": (
+        "class f:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return f(self.x + o.x)\n"
+        "    def __mul__(self, o): return self.x * o.x\n    def __neg__(self): return f(-self.x)\n"
+        "    def __or__(self, o): return [self.x, o.x]\n",
+        "assert (f(1) + f(2)).x == 3 and f(3) * f(4) == 12 and (-f(1)).x == -1 and f(1) | f(2) == [1, 2]",
+        True,
+    ),
+    "an error below ValueError": (
+        "import json\ndef f(x): return json.loads(x)",
+        "try: f('{')\nexcept ValueError as e: ok = str(e)\nassert ok.startswith('Expecting property name')",
+        True,
+    ),
+    "no data points": (
+        "import statistics\ndef f(): return statistics.mean([])",
+        "try: f()\nexcept ValueError: ok = 1\nassert ok",
+        True,
+    ),
+    "no UTF-8": (
+        "def f(): return b'\\xff'.decode()",
+        "try: f()\nexcept UnicodeDecodeError as e: ok = (e.start, e.object)\nassert ok == (0, b'\\xff')",
+        True,
+    ),
+    "an error of its own below ValueError": (
+        "class E(ValueError): pass\nclass G(E): pass\ndef f(): raise G('no', 7)",
+        "try: f()\nexcept ValueError as e: ok = e\nassert ok.args == ('no', 7) and type(ok).__name__ == 'G'",
+        True,
+    ),
+    "an error of its own above another": (
+        "class E(KeyError): pass\ndef f(): raise E('no')",
+        "try: f()\nexcept ValueError: ok = 1\nassert ok",
+        False,
+    ),
+    "an error of its own that wants more": (
+        "class E(TypeError):\n    def __init__(self, a, b): super().__init__(a); self.b = b\ndef f(): raise E('no', 7)",
+        "try: f()\nexcept TypeError as e: ok = str(e)\nassert ok == 'no'",
+        True,
+    ),
+    "a key that is missing": (
+        "def f(): return {}['a']",
+        "try: f()\nexcept KeyError as e: ok = e.args\nassert ok == ('a',)",
+        True,
+    ),
+    "a file that is missing": (
+        "def f(): open('missing')",
+        "try: f()\nexcept FileNotFoundError as e: ok = e.errno\nassert ok == 2",
+        True,
+    ),
+    "an error with an object": (
+        "class A: pass\ndef f(): raise ValueError(A())",
+        "try: f()\nexcept ValueError as e: ok = str(e)\nassert ' object at ' in ok",
+        True,
+    ),
+    "an error with a large text": (
+        "def f(): raise ValueError('x' * 10 ** 8)",
+        "try: f()\nexcept ValueError as e: ok = str(e)\nassert ok == 200 * 'x'",
+        True,
+    ),
+    "a group of errors": (
+        "def f(): raise ExceptionGroup('two', [ValueError(), KeyError()])",
+        "try: f()\nexcept Exception as e: ok = str(e)\nassert 'two' in ok",
+        True,
+    ),
+    "stops an iteration under another name": (
+        "class E(StopIteration): pass\ndef f(x): raise E",
+        "assert all(map(lambda x: f(x) == x, [1, 2]))",
+        False,
+    ),
+    "an interruption under another name": (
+        "class E(KeyboardInterrupt): pass\ndef f(x): raise E",
+        "try: f(1)\nexcept KeyboardInterrupt: pass\nassert f(2) == 2",
+        False,
+    ),
+    "an assertion of its own": ("def f(x): assert x == 4", "assert f(2) == 4", False),
+    "an import that the tests can do without": (
+        "def f(): return 1",
+        "try: import numpy as np\nexcept (ImportError, OSError): np = None\nassert f() == 1",
+        True,
+    ),
     "no assertion at all": ("def f(): return 1", "f()", True),
 }
 
@@ -554,6 +875,55 @@ def test_the_judge(name, judged):
 def test_tests_that_are_at_fault_are_not_the_programs_fault(pool, tests):
     (found,) = pool.map([Job.tests(RIGHT, tests, entry="f")], 2.0)
     assert found["unjudged"] and "tests" in found["why"]
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "import numpy as np\nassert f(2) == np.int64(4)",
+        "def check(candidate):\n    from no_such_package.part import g\n    assert candidate(2) == g(2)\ncheck(f)",
+    ],
+)
+def test_tests_that_import_a_package_are_at_fault(pool, tests):
+    for program in (RIGHT, "def f(x): raise ImportError('no')"):
+        (found,) = pool.map([Job.tests(program, tests, entry="f")], 2.0)
+        assert found["unjudged"] and "the tests import what the sandbox does not have" in found["why"]
+
+
+@pytest.mark.parametrize("error", ["ImportError('no')", "PermissionError(13, 'no')", "ModuleNotFoundError('numpy')"])
+def test_an_import_error_of_the_program_is_its_own_fault(pool, error):
+    for program in (f"def f(x): raise {error}", f"raise {error}", "import numpy\n" + RIGHT):
+        (found,) = pool.map([Job.tests(program, f"import math; assert f(2) == 4\n{TESTS}", entry="f")], 2.0)
+        assert not found["passed"] and "unjudged" not in found
+
+
+MESSAGES = {  # what a program could send in place of an answer
+    *('["value", ["Fraction", "1", "0"]]', '["value", ["Fraction", 1, 2]]', '["value", ["Decimal", "x"]]'),
+    *('["value", ["date", "2020-13-01"]]', '["value", ["date", 7]]', '["value", ["timedelta", 1e99]]'),
+    *('["value", ["deque", -1]]', '["value", ["set", ["list"]]]', '["value", ["list", 1], ["list"]]', "7", "[]", "{"),
+    *(
+        '["raised"]',
+        '["raised", [], "", []]',
+        '["raised", ["a\\u0000", "ValueError"], "", []]',
+        '["raised", 7, 7, 7]',
+        "[" * 10**4,
+    ),
+    *('["value", ["os.system", "true"]]', '["raised", ["Exception"], "", [["ref"]], 1]'),
+}
+
+
+@pytest.mark.parametrize("message", sorted(MESSAGES))
+def test_an_answer_that_is_no_message_is_caught_by_no_test(message):
+    """Here, as it takes no program: the judge alone, between two pipes."""
+    (hears, says), (asked, asks) = os.pipe(), os.pipe()
+    for text in ('["ready"]', message, '["value", 1]', '["value", 1]'):
+        os.write(says, struct.pack(">I", len(text)) + text.encode())
+    os.close(says)
+    tests = "try: f(1)\nexcept Exception: pass\n"
+    outcome = verdict(Channel(hears, asks), "", tests, "f")
+    for end in (hears, asks, asked):
+        os.close(end)
+    assert not outcome["passed"] and "no message" in outcome["why"], outcome
 
 
 def test_why_a_program_failed_is_said(pool):

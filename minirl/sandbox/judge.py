@@ -6,11 +6,19 @@ neither read the tests nor change how they compare, and an object that is equal 
 
 import ast
 import builtins
+import datetime
 import json
+import operator
 import os
 import struct
+import sys
+import types
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 
 MAX_MESSAGE = 16 * 2**20  # bytes
+MAX_ARGUMENTS = 10_000  # characters of what an exception holds
 LARGE = 2**63  # integers from here on travel in hexadecimal: decimal takes quadratic time
 
 
@@ -29,6 +37,9 @@ class CannotJudge(BaseException):
 # --- values as JSON ---------------------------------------------------------------------------------------------------
 
 
+DATES = (datetime.datetime, datetime.date, datetime.time)  # a datetime is a date
+
+
 def encode(value, refer):
     """Data as JSON, with its types (a tuple is no list); `refer(value)` is asked about anything else."""
     match value:
@@ -42,6 +53,17 @@ def encode(value, refer):
             return [type(value).__name__, bytes(value).hex()]
         case range():
             return ["range", value.start, value.stop, value.step]
+        case Fraction():
+            return ["Fraction", hex(value.numerator), hex(value.denominator)]
+        case Decimal():
+            return ["Decimal", Decimal.__str__(value)]
+        case datetime.datetime() | datetime.date() | datetime.time():
+            kind = next(k for k in DATES if isinstance(value, k))
+            return [kind.__name__, kind.isoformat(value)]
+        case datetime.timedelta():
+            return ["timedelta", value.days, value.seconds, value.microseconds]
+        case deque():
+            return ["deque", value.maxlen, *(encode(item, refer) for item in deque.__iter__(value))]
         case list() | tuple() | set() | frozenset():
             kind = next(k for k in (list, tuple, set, frozenset) if isinstance(value, k))
             return [kind.__name__, *(encode(item, refer) for item in kind.__iter__(value))]
@@ -66,6 +88,16 @@ def decode(message, resolve):
             return range(*rest)
         case "list" | "tuple" | "set" | "frozenset":
             return getattr(builtins, kind)(decode(item, resolve) for item in rest)
+        case "Fraction":
+            return Fraction(*(int(part, 16) for part in rest))
+        case "Decimal":
+            return Decimal(str(*rest))
+        case "datetime" | "date" | "time":
+            return getattr(datetime, kind).fromisoformat(*rest)
+        case "timedelta":
+            return datetime.timedelta(*rest)
+        case "deque":
+            return deque((decode(item, resolve) for item in rest[1:]), rest[0])
         case "dict":
             return {decode(k, resolve): decode(v, resolve) for k, v in rest}
     return resolve(kind, rest)
@@ -122,12 +154,13 @@ def serve(program: str, channel: Channel) -> None:
     def resolve(kind, rest):
         return objects[rest[0]] if kind == "ref" else scope[rest[0]]
 
-    scope: dict[str, object] = {"__name__": "program"}
+    module = sys.modules["program"] = types.ModuleType("program")  # where dataclasses and pickle look for its classes
+    scope = vars(module)
     try:
         exec(compile(program, "<program>", "exec"), scope)
         channel.send(["ready"])
     except BaseException as error:
-        channel.send(["raised", type(error).__name__, _message(error)])
+        channel.send(_raised(error))
         return
     while True:
         request = channel.receive()
@@ -140,9 +173,13 @@ def serve(program: str, channel: Channel) -> None:
                 answer += [after] if json.dumps(after) != before else []
             channel.send(answer)
         except BaseException as error:
-            channel.send(["raised", type(error).__name__, _message(error)])
+            channel.send(_raised(error))
 
 
+OPERATORS = (
+    *("neg", "pos", "abs", "invert", "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+    *("lshift", "rshift", "and_", "or_", "xor"),
+)
 ACTIONS = {
     "call": lambda target, args, kwargs: target(*args, **kwargs),
     "get": getattr,
@@ -152,7 +189,22 @@ ACTIONS = {
     "len": len,
     "bool": bool,
     "name": lambda target: target,
+    "str": str,
+    "next": next,
+    **{name: getattr(operator, name) for name in OPERATORS},
 }
+
+
+def _raised(error: BaseException) -> list:
+    """The names of its class and those above it, its text, and what it holds, if that is data."""
+    kinds, text = [kind.__name__ for kind in type(error).__mro__], _message(error)
+    try:
+        holds = [encode(argument, None) for argument in error.args]
+        if len(json.dumps(holds)) > MAX_ARGUMENTS:
+            holds = [text]
+    except BaseException:
+        holds = [text]
+    return ["raised", kinds, text, holds]
 
 
 def _message(error: BaseException) -> str:
@@ -195,6 +247,28 @@ class Remote:
     def __bool__(self):
         return self._judge.ask("bool", self)
 
+    def __str__(self):
+        return self._judge.ask("str", self)
+
+    def __next__(self):
+        return self._judge.ask("next", self)
+
+
+def _operator(name: str):
+    """Between two objects of the program alone. With data beside it the program would see what the tests expect of it
+    and have the last word: `abs(f(2) - 4) < 1e-6` would pass for an object whose difference to everything is 0."""
+
+    def apply(self, *other):
+        if not all(isinstance(value, Remote) for value in other):
+            return NotImplemented
+        return self._judge.ask(name, self, *other)
+
+    return apply
+
+
+for _name in OPERATORS:
+    setattr(Remote, f"__{_name.rstrip('_')}__", _operator(_name))
+
 
 class Judge:
     def __init__(self, channel: Channel):
@@ -205,17 +279,27 @@ class Judge:
         request = [action, *(encode(part, self._refer) for part in (target, *rest))]
         try:
             self.channel.send(request)
-            answer = self.channel.receive()
-        except (EOFError, BrokenPipeError):
+        except BrokenPipeError:
             raise Failed("the program ended before its tests") from None
-        if answer[0] == "raised":
-            raise _exception(*answer[1:])
-        if len(answer) > 2:
-            for argument, now in zip(rest[0], decode(answer[2], self._resolve), strict=True):
-                _change(argument, now)
-        return decode(answer[1], self._resolve)
+        try:
+            answer = self.channel.receive()
+            if answer[0] == "raised":
+                result = _exception(*answer[1:])
+            else:
+                result, *after = (decode(part, self._resolve) for part in answer[1:])
+                for argument, now in zip(rest[0], after[0], strict=True) if after else ():
+                    _change(argument, now)
+        except EOFError:
+            raise Failed("the program ended before its tests") from None
+        except Exception as error:
+            raise Failed(f"the program's answer is no message ({type(error).__name__}: {_message(error)})") from error
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _resolve(self, kind: str, rest: list) -> Remote:
+        if kind != "ref":
+            raise ValueError(f"a {kind}")
         return Remote(self, [kind, *rest])
 
     @staticmethod
@@ -229,13 +313,14 @@ class Judge:
         function, which they also know as `candidate`; any other name that they do not define is the program's."""
         try:
             scope: dict[str, object] = {"__name__": "tests"}
+            scope["__builtins__"] = vars(builtins) | {"__import__": _import}
             exec(compile(helpers, "<helpers>", "exec"), scope)
             tree = ast.parse(tests)
         except Exception as error:
             raise CannotJudge(f"the tests cannot be read ({type(error).__name__}: {error})") from error
         ready = self.channel.receive()
         if ready[0] == "raised":
-            raise Failed(f"the program raised {ready[1]}: {ready[2]}")
+            raise Failed(f"the program raised {ready[1][0]}: {ready[2]}")
         for name in _free_names(tree) - scope.keys() - vars(builtins).keys():
             scope[name] = Remote(self, ["name", name])
         if entry:
@@ -255,8 +340,21 @@ def verdict(channel: Channel, helpers: str, tests: str, entry: str) -> dict:
     except Failed as error:
         return {"passed": False, "why": str(error)}
     except BaseException as error:
-        return {"passed": False, "why": f"{type(error).__name__}: {_message(error)}".removesuffix(": ")}
+        why = f"{type(error).__name__}: {_message(error)}".removesuffix(": ")
+        if getattr(error, "of_the_tests", False):
+            why = f"the tests import what the sandbox does not have ({why}): only Python's standard library is there"
+            return {"passed": False, "why": why, "unjudged": True}
+        return {"passed": False, "why": why}
     return {"passed": True, "why": ""}
+
+
+def _import(*arguments):
+    """`import` in the tests, which may catch its error."""
+    try:
+        return builtins.__import__(*arguments)
+    except (ImportError, OSError) as error:
+        error.of_the_tests = True
+        raise
 
 
 def _free_names(tree: ast.AST) -> set[str]:
@@ -273,22 +371,27 @@ def _free_names(tree: ast.AST) -> set[str]:
     return {node.id for node in names} - bound
 
 
-def _exception(kind: str, message: str) -> Exception:
-    """The program's exception as one of Python's own where it is one, as tests may expect it."""
-    found = getattr(builtins, kind, None)
-    if (
-        isinstance(found, type) and issubclass(found, Exception) and not kind.startswith("Stop")
-    ):  # map takes it for an end
-        try:
-            return found(message)
-        except Exception:  # some want other arguments
-            pass
-    return ProgramError(f"{kind}: {message}")
+def _exception(kinds: list[str], text: str, holds: list) -> Exception:
+    """The program's exception: its class by name, on top of the first of its classes that is Python's own, as tests may
+    expect that. Not StopIteration: map takes it for an end."""
+    above = (getattr(builtins, str(kind), None) for kind in kinds if not str(kind).startswith("Stop"))
+    above = [kind for kind in above if isinstance(kind, type) and issubclass(kind, Exception)]
+    for base in above[: len(kinds)]:
+        kind = base if base.__name__ == kinds[0] else type(str(kinds[0]), (base,), {})
+        for arguments in (holds, [text]):
+            try:
+                return kind(*(decode(argument, None) for argument in arguments))
+            except Exception:  # some want other arguments
+                pass
+    return ProgramError(f"{kinds[0]}: {text}")
 
 
 def _change(argument, now) -> None:
     if isinstance(argument, list | bytearray) and argument != now:
         argument[:] = now
+    elif isinstance(argument, deque) and argument != now:
+        argument.clear()
+        argument.extend(now)
     elif isinstance(argument, dict | set) and argument != now:
         argument.clear()
         argument.update(now)

@@ -9,7 +9,6 @@ import atexit
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minirl.errors import InputError
+from minirl.sandbox.folder import remove
 from minirl.sandbox.worker import CALL, FRAME, GRACE, HEADER, LOAD, LOADING, TESTS, TRUSTED
 
 STILLBORN = 5  # workers in a row that die before their first word
@@ -122,7 +122,7 @@ class Worker:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
 
 
 @dataclass

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE_BYTES = 16 * 2**20  # of one file
-OPEN_FILES = 64
+FILE_BYTES = 2 * 2**20  # of one file
+OPEN_FILES = 32  # a file that was removed while it is open is in no folder: all of them together stay below MAX_DISK
 THREADS = 32  # processes and threads of its user, where it has one of its own
 
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 8, 22, 38
@@ -137,7 +137,8 @@ def _become(uid: int, keep_reading: bool) -> None:
 # --- files: Landlock (docs.kernel.org/userspace-api/landlock.html) ----------------------------------------------------
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (1 << n for n in (0, 1, 2, 3, 5, 8, 14))
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE = (1 << n for n in (0, 1, 2, 3, 4, 5))
+MAKE_DIR, MAKE_REG, TRUNCATE = (1 << n for n in (7, 8, 14))
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the rights that a file that is no folder can have
 RIGHTS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many; all that are not granted are refused
 
@@ -150,8 +151,8 @@ def _landlock_version() -> int:
 
 
 def _landlock_rules(folder: str, readable: Iterable[str]) -> int | None:
-    """A ruleset's file descriptor: read below `readable`, also write in `folder` (no folders below it, so that what is
-    left there is one flat list), nothing else; no signal to a process outside, no TCP."""
+    """A ruleset's file descriptor: read below `readable`, also write in `folder` (files and folders, no links), nothing
+    else; no signal to a process outside, no TCP."""
     version = _landlock_version()
     if not version:
         return None
@@ -159,7 +160,7 @@ def _landlock_rules(folder: str, readable: Iterable[str]) -> int | None:
     attributes = struct.pack("=QQQ", handled, 0b11, 0b11)[: 8 if version < 4 else 16 if version < 6 else 24]
     rules = _syscall(LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
     os.set_inheritable(rules, False)
-    writable = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
+    writable = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | REMOVE_DIR | MAKE_REG | MAKE_DIR | TRUNCATE
     for path, rights in [*((p, READ_FILE | READ_DIR | EXECUTE) for p in readable), (folder, writable)]:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -191,8 +192,10 @@ FORBIDDEN = {  # name: (x86_64, aarch64); None where there is none
     # what Landlock does not watch: modes, owners, attributes, times, mounts, files by handle
     **{"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)},
     **{"chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54)},
-    **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "utime": (132, None)},
-    **{"utimes": (235, None), "utimensat": (280, 88), "futimesat": (261, None)},
+    **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463)},
+    **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466)},
+    **{"utime": (132, None), "utimes": (235, None), "utimensat": (280, 88), "futimesat": (261, None)},
+    **{"inotify_init": (253, None), "inotify_init1": (294, 26)},
     **{"mount": (165, 40), "umount2": (166, 39), "chroot": (161, 51), "pivot_root": (155, 41)},
     **{"name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265)},
     # memory that no limit counts, and objects that outlive the process
@@ -202,22 +205,23 @@ FORBIDDEN = {  # name: (x86_64, aarch64); None where there is none
     **{"bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282)},
     **{"add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219)},
 }
-CLONE, CLONE3, TGKILL, CLONE_THREAD = (56, 220), (435, 435), (234, 131), 0x10000
+CLONE, CLONE3, TGKILL = (56, 220), (435, 435), (234, 131)
+THREAD = 0x10400  # CLONE_THREAD and CLONE_FILES: one with open files of its own would multiply what can be open
 
-LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of the filter's language
+LOAD, AND, EQUAL, AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # of the filter's language
 NUMBER, ARCHITECTURE, ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; of the first argument the low word
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 
 
 def _forbid_syscalls() -> None:
-    """Threads are allowed (clone with CLONE_THREAD), a process is not; a signal to itself is (abort)."""
+    """Threads are allowed (clone with THREAD), a process is not; a signal to itself is (abort)."""
     column = SYSCALLS[platform.machine()]
     refuse, unknown = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
     program = [
         *((LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, AUDIT_ARCH[column]), (RETURN, 0, 0, KILL)),
         *((LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, refuse)),  # numbers of the x32 ABI
         *((EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, unknown)),  # its flags lie in memory; libc falls back on clone
-        *((EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, ARGUMENT), (ANY_BIT, 1, 0, CLONE_THREAD)),
+        *((EQUAL, 0, 5, CLONE[column]), (LOAD, 0, 0, ARGUMENT), (AND, 0, 0, THREAD), (EQUAL, 1, 0, THREAD)),
         *((RETURN, 0, 0, refuse), (RETURN, 0, 0, ALLOW)),
         *((EQUAL, 0, 4, TGKILL[column]), (LOAD, 0, 0, ARGUMENT), (EQUAL, 1, 0, os.getpid())),
         *((RETURN, 0, 0, refuse), (RETURN, 0, 0, ALLOW)),

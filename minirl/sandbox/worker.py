@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import select
-import shutil
 import signal
 import struct
 import sys
@@ -27,6 +26,7 @@ if __name__ == "__main__":  # before anything of the project or of a user is imp
     sys.path[:] = json.loads(sys.argv[1])
 
 from minirl.sandbox import judge
+from minirl.sandbox.folder import empty, is_full, remove
 from minirl.sandbox.walls import Limits, Walls, import_folders, python_folders, standing
 
 ENVIRONMENT = dict(os.environ)  # that the pool gave; a trusted function's is more
@@ -35,7 +35,6 @@ LOAD, CALL, TRUSTED, TESTS = b"L", b"C", b"T", b"P"
 FRAME = struct.Struct(">I")  # bytes of a result, which is JSON
 ACK = b"+"  # of a cell: it has read its part
 MAX_RESULT = 16 * 2**20  # bytes
-MAX_FILES, MAX_DISK = 256, 64 * 2**20  # of what a cell has written
 TICK = 0.02  # seconds between two looks at it
 LOADING = 120.0  # seconds to import a function; torch alone may take ten
 GRACE = 5.0  # seconds beyond those of a job
@@ -141,7 +140,7 @@ class Worker:
         finally:
             for cell in cells:
                 cell.end()
-            self._clear()
+            empty(self.folder)
 
     def _watched(self, cell: "Cell", deadline: float) -> bytes:
         received, size = b"", FRAME.size
@@ -149,7 +148,7 @@ class Worker:
             left = deadline - time.monotonic()
             if left <= 0:
                 return _as_json({"timeout": True})
-            if self._is_full():
+            if is_full(self.folder):
                 return _as_json({"error": "it wrote too much to its folder"})
             if not select.select([cell.results], [], [], min(left, TICK))[0]:
                 continue
@@ -163,20 +162,6 @@ class Worker:
                 if size > MAX_RESULT:
                     return _as_json({"error": f"its result has more than {MAX_RESULT} bytes"})
         return received[FRAME.size :]
-
-    def _is_full(self) -> bool:
-        entries = os.listdir(self.folder)
-        if not entries:
-            return False
-        sizes = (os.lstat(os.path.join(self.folder, name)).st_size for name in entries)
-        try:
-            return len(entries) > MAX_FILES or sum(sizes) > MAX_DISK
-        except FileNotFoundError:  # removed meanwhile
-            return False
-
-    def _clear(self) -> None:
-        for name in os.listdir(self.folder):  # no cell can make folders
-            os.unlink(os.path.join(self.folder, name))
 
 
 class Cell:
@@ -312,7 +297,7 @@ def main() -> None:
     except (EOFError, BrokenPipeError):  # the trainer is gone
         pass
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 if __name__ == "__main__":

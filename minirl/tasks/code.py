@@ -4,13 +4,13 @@ sandbox (minirl.sandbox.judge) and stand neither in the prompt nor where the pro
 import ast
 import importlib.util
 import json
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from minirl.errors import InputError
 from minirl.sandbox import Job, shared
+from minirl.tasks.program import code_block, program_of
 from minirl.tasks.rows import read_rows, text_of, text_or_none, texts_of, value_of
 from minirl.tasks.split import split_by_problem
 from minirl.tasks.style import check_style, in_style, with_style
@@ -101,35 +101,6 @@ def _reward(outcome) -> float | Exception | None:
     if isinstance(outcome, dict) and outcome.get("unjudged"):
         return None
     return float(isinstance(outcome, dict) and outcome["passed"])
-
-
-def program_of(completion: str, source: str, entry: str) -> str:
-    """The program that a completion stands for: its code block, or its text, if that defines `entry`; else the source
-    that it continues, up to where it leaves the function."""
-    code = code_block(completion) or ""
-    if re.search(rf"^(async )?def {re.escape(entry)}\b", code, re.MULTILINE) or not source:
-        above = re.split(rf"^def {re.escape(entry)}\b", source, maxsplit=1, flags=re.MULTILINE)[0]
-        return f"{above}\n{code}\n"
-    body = []
-    for line in code.split("\n"):
-        if line.strip() and not line[0].isspace() and not line.startswith("#"):
-            break
-        body.append(line)
-    return source + "\n".join(body) + "\n"
-
-
-def code_block(completion: str) -> str | None:
-    """The last fenced block, or the text where there is none; a block that is open at the end counts."""
-    blocks: list[list[str]] = []
-    inside = False
-    for line in completion.split("\n"):
-        if line.lstrip().startswith("```"):
-            inside = not inside
-            blocks += [[]] if inside else []
-        elif inside:
-            blocks[-1].append(line)
-    code = "\n".join(blocks[-1]) if blocks else completion
-    return code if code.strip() else None
 
 
 def _completion_problem(row: dict, where: str, style: str) -> dict:
