@@ -99,6 +99,91 @@ SEVEN = [
     (r"\boxed{\frac{14}{2}}", 1, "a fraction in LaTeX"),
     (r"\boxed{3\frac{8}{2}}", 0, "a mixed number is not read"),
     (r"\boxed{" * 1000, 0, "1,000 boxes"),
+    (r"\boxed{- 7}", 0, "the sign, with a space"),
+    ("x = - 7", 0, "the sign, with a space"),
+    ("it is - 7", 0, "the sign, with a space"),
+    ("- 7", 0, "a sign or a bullet"),
+    ("so\n- 7", 0, "a sign or a bullet"),
+    ("5 - 7", 1, "a subtraction ends in 7"),
+    ("Answer – 7", 1, "a dash"),
+    ("-$7", 0, "the sign before a currency"),
+    (r"-\$7", 0, "the sign before a currency"),
+    ("-(7)", 0, "the sign before a bracket"),
+    (r"\boxed{-(7)}", 0, "the sign before a bracket"),
+    (r"-\left(7\right)", 0, "the sign before a bracket"),
+    (r"-\boxed{7}", 0, "the sign before the box"),
+    ("－7", 0, "a full-width sign"),
+    ("﹣7", 0, "a small sign"),
+    ("‑7", 0, "a hyphen as a sign"),
+    ("⁻7", 0, "a raised sign"),
+    ("--7", 0, "two signs"),
+    (r"\boxed{\sqrt{7}}", 0, "a root"),
+    (r"\sqrt{7}", 0, "a root"),
+    ("sqrt(7)", 0, "a root"),
+    (r"\boxed{7\pi}", 0, "a product"),
+    (r"$7\pi$", 0, "a product"),
+    (r"7\sqrt{2}", 0, "a product"),
+    (r"\boxed{\log 7}", 0, "a logarithm"),
+    (r"\log_2 7", 0, "a logarithm"),
+    ("7!", 0, "a factorial"),
+    (r"\boxed{7!}", 0, "a factorial"),
+    ("7/x", 0, "a quotient"),
+    (r"\boxed{\frac{7}{x}}", 0, "a quotient"),
+    (r"\frac{7}{x}", 0, "a quotient"),
+    (r"\frac{x}{7}", 0, "a quotient"),
+    (r"3\frac{14}{2}", 0, "a mixed number is not read"),
+    (r"\boxed{[7,\infty)}", 0, "an interval"),
+    (r"\boxed{x > 7}", 0, "an inequality"),
+    (r"\boxed{\ge 7}", 0, "an inequality"),
+    (r"\boxed{x_{7}}", 0, "an index"),
+    ("x_{7}", 0, "an index"),
+    (r"\boxed{111_{7}}", 0, "a base"),
+    (r"\boxed{7_{8}}", 0, "another base"),
+    (r"\boxed{7x}", 0, "a product"),
+    (r"\boxed{7 x}", 0, "a product"),
+    (r"\boxed{7 pi}", 0, "a product"),
+    (r"\boxed{2x = 7}", 0, "an equation that is not solved"),
+    (r"\boxed{x + 7}", 0, "a sum"),
+    (r"\boxed{|7|}", 0, "an absolute value"),
+    (r"\boxed{\text{-}7}", 0, "the sign, as text"),
+    (r"\text{7}^2", 0, "49, not 7"),
+    ("7cm", 0, "glued to a unit"),
+    ("7th", 0, "an ordinal"),
+    (r"\boxed{x = 7}", 1, "with its name"),
+    (r"\boxed{f(x) = 7}", 1, "with its name"),
+    (r"\boxed{7\text{ cm}^2}", 1, "a unit in LaTeX"),
+    (r"\boxed{7^\circ}", 1, "degrees"),
+    (r"7^{\circ}", 1, "degrees"),
+    (r"$7^\circ$", 1, "degrees"),
+    (r"\boxed{\$7}", 1, "a currency"),
+    (r"\boxed{7\%}", 1, "a unit"),
+    (r"$\frac{14}{2}$", 1, "a fraction in LaTeX without a box"),
+    ("$7/day", 1, "a rate"),
+]
+
+MINUS_SEVEN = [
+    (r"\boxed{- 7}", 1, "right"),
+    ("x = - 7", 1, "right"),
+    ("the answer: - 7", 1, "right"),
+    ("$- 7$", 1, "right"),
+    ("-$7", 1, "right, before a currency"),
+    (r"-\$7", 1, "right, before a currency"),
+    (r"\boxed{-\$7}", 1, "right, before a currency"),
+    ("－7", 1, "a full-width sign"),
+    ("﹣7", 1, "a small sign"),
+    ("‑7", 1, "a hyphen as a sign"),
+    (r"$-\frac{14}{2}$", 1, "a fraction"),
+    ("- 7", 0, "a sign or a bullet"),
+    ("5 - 7", 0, "a subtraction ends in 7"),
+    ("5-$7", 0, "a subtraction ends in 7"),
+    (r"\boxed{7}", 0, "the sign"),
+]
+
+SMALL = [  # the answer is the float 1e-05
+    ("0.00001", 1, "right"),
+    ("1/100000", 1, "right"),
+    ("1e-05", 0, "scientific notation is not read in a completion"),
+    ("5", 0, "a part of it"),
 ]
 
 THOUSAND = [
@@ -112,6 +197,12 @@ THOUSAND = [
     ("1,00,0", 0, "no thousands separators"),
     ("1_000", 0, "Python's separator is none"),
     (r"\boxed{1{,}000}", 1, "a thousands separator in LaTeX"),
+    (r"\boxed{1\,000}", 1, "a thousands separator in LaTeX"),
+    (r"\boxed{1,\!000}", 1, "a thousands separator in LaTeX"),
+    ("1{,}000", 1, "a thousands separator in LaTeX without a box"),
+    (r"1\,000", 1, "a thousands separator in LaTeX without a box"),
+    (r"1,\!000", 1, "a thousands separator in LaTeX without a box"),
+    (r"\boxed{1\,00\,0}", 0, "no thousands separators"),
 ]
 
 TEXT = [
@@ -209,6 +300,12 @@ THINK = [  # the answer is 7
     ("<answer>8</answer> 7", 0, "what follows the block is no answer"),
     ("<answer><answer>7</answer></answer>", 0, "a block in a block"),
     (r"<think>a</think><answer>\boxed{7}\boxed{8}</answer>", 0, "several boxes in the block"),
+    ("<think>between <answer> and </answer></think><answer>7</answer>", 1, "the thoughts name the tags"),
+    ("<think><answer>6</answer></think><answer>7</answer>", 1, "what is in the thinking is no answer"),
+    ("<think><answer>7</answer></think><answer>6</answer>", 0, "what is in the thinking is no answer"),
+    ("<think>a</think><answer>6</answer><think>b</think><answer>7</answer>", 0, "two answers between thoughts"),
+    ("<think>a</think><answer>7</answer><think>b</think>", 0, "the thinking goes on after the answer"),
+    ("<think><think>a</think><answer>7</answer>", 0, "the block is in a thinking that does not end"),
 ]
 
 ADD = {"name": "add", "arguments": {"a": 1, "b": 2}}
@@ -241,6 +338,20 @@ CALLS = [
     ("{'name': 'add', 'arguments': {'a': 1, 'b': 2}}", 0, "Python is no JSON"),
     ('{"name": "add", "arguments": {"a": ' + NINES + ', "b": 2}}', 0, "a huge integer"),
     ('{"name": "add", "arguments": ' + '{"a":' * 50_000, 0, "nesting without end"),
+]
+
+SAY = {"name": "say", "arguments": {"text": "between <tool_call> and </tool_call>"}}
+TEXT_OF_SAY = json.dumps(SAY)
+TAGS = [
+    (TEXT_OF_SAY, 1, "right"),
+    (f"<tool_call>{TEXT_OF_SAY}</tool_call>", 1, "in tags"),
+    (f"I say it.\n<tool_call>\n{TEXT_OF_SAY}\n</tool_call>\n", 1, "in tags after a text"),
+    (f"```json\n{TEXT_OF_SAY}\n```", 1, "in a fence"),
+    (f"<tool_call>{TEXT_OF_SAY}</tool_call>" * 2, 0, "called twice"),
+    (f"<tool_call>{TEXT_OF_SAY}</tool_call> done", 0, "text follows"),
+    (f"<tool_call>{TEXT_OF_SAY}", 0, "a tag that is closed in the text alone"),
+    (f"<tool_call>{TEXT_OF_SAY} <tool_call></tool_call>", 0, "a tag in a tag"),
+    (f"<tool_call>{TEXT_OF_ADD}</tool_call>", 0, "another call"),
 ]
 
 
@@ -327,6 +438,8 @@ READERS = {"chain_sum": _last_number}
 
 RULES = {  # name -> (rule, columns, cases)
     "last_number": (REWARDS["last_number"], {"answer": "7"}, SEVEN),
+    "last_number of -7": (REWARDS["last_number"], {"answer": "-7"}, MINUS_SEVEN),
+    "answer of 1e-05": (REWARDS["answer"], {"answer": 1e-05}, SMALL),
     "last_number of 1000": (REWARDS["last_number"], {"answer": "1,000"}, THOUSAND),
     "answer": (REWARDS["answer"], {"answer": 7}, SEVEN),
     "answer in text": (REWARDS["answer"], {"answer": "Paris"}, TEXT),
@@ -336,6 +449,7 @@ RULES = {  # name -> (rule, columns, cases)
     "format": (REWARDS["format"], {}, FORMAT),
     "think": (of_block(last_number), {"answer": "7"}, THINK),
     "function_call": (REWARDS["function_call"], {"answer": ADD}, CALLS),
+    "function_call of tags": (REWARDS["function_call"], {"answer": SAY}, TAGS),
     **{
         f"reasoning_gym {name}": (scorer(name, "{}", READERS.get(name, _last_line)), columns, cases)
         for name, (columns, cases) in GYM.items()

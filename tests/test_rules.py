@@ -41,7 +41,17 @@ def values_of(name, completions, **columns):
         ("–7", -7),
         ("3–7", 7),
         ("50%", 50),
-        ("7!", 7),
+        (r"\boxed{90^\circ}", 90),
+        (r"90^{\circ}", 90),
+        (r"$90^\circ$", 90),
+        (r"\boxed{7\text{ cm}^2}", 7),
+        ("12{,}000", 12000),
+        (r"12\,000", 12000),
+        (r"12,\!000", 12000),
+        (r"\boxed{12,\!000}", 12000),
+        (r"$\frac{1}{3}$", Fraction(1, 3)),
+        (r"is -\tfrac13.", Fraction(-1, 3)),
+        ("1/0.5", 2),
         ("**7** apples", 7),
         ("is **7**.", 7),
         ("7\n" + "x " * 9000, 7),  # far before the end
@@ -68,6 +78,8 @@ def test_the_answer_is_the_box_or_the_last_number(text, value):
         r"\boxed{\pm 7}",
         r"\boxed{3\frac{1}{2}}",
         r"\boxed{1e3}",
+        "7!",
+        "- 7",
         "2**3",
         "2 ** 3",
         "2^3",
@@ -186,6 +198,13 @@ HOSTILE = {
     "a fence": "```json\n" + " \t" * (MEGABYTE // 2),
     "a string": '"' + "\\u0041" * (MEGABYTE // 6),
     "nul": "\0" * MEGABYTE,
+    "commands": r"\sqrt{7}" * (MEGABYTE // 8),
+    "text in LaTeX": r"\text{" * (MEGABYTE // 6),
+    "fractions": r"\frac 1" * (MEGABYTE // 7),
+    "minus signs": "- " * (MEGABYTE // 2) + "7",
+    "a long text before": "7\n" + "ab c" * (MEGABYTE // 4),
+    "tool calls, closed": "<tool_call>{}</tool_call>" * (MEGABYTE // 25),
+    "thoughts, closed": "<think></think>" * (MEGABYTE // 15),
 }
 RULES = {name: rule for name, rule in REWARDS.items() if name not in ("math", "answer")}  # in the sandbox; two others
 TASK = load_task("countdown", train_size=1, heldout_size=1)
@@ -215,3 +234,13 @@ def test_no_rule_takes_long_on_a_megabyte_of_anything(text):
         if seconds > 3:  # half a second at most on a quiet machine; quadratic time would be minutes
             slow[name] = seconds
     assert not slow
+
+
+@pytest.mark.parametrize(
+    "box", ["a" * 990, "ab/" * 330, "aa " * 330, "= " * 490, "x{" * 490, "$ " * 490, "ab/cdef" * 140]
+)
+def test_no_box_takes_long(box):
+    start = time.process_time()
+    for content in (box, box + " 7", "7 " + box, "7 " + box + "!", box + " 7 !"):
+        answer_number(rf"\boxed{{{content}}}")
+    assert time.process_time() - start < 1

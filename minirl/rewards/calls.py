@@ -8,6 +8,21 @@ import re
 from typing import Any
 
 FENCE = re.compile(r"```[A-Za-z_]*\n")
+OPENING, CLOSING = re.compile(r"\s*<tool_call>\s*"), re.compile(r"\s*</tool_call>\s*")
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON")
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_without_twice, parse_constant=_refuse)
 
 
 def function_call(prompts, completions, answer, **columns) -> list[float | None]:
@@ -27,16 +42,29 @@ def function_call(prompts, completions, answer, **columns) -> list[float | None]
 def read_calls(completion: str) -> list[dict] | None:
     """The calls of a completion; None if it is not made of calls."""
     text = completion.strip()
-    if "<tool_call>" in text:
-        pieces = text.split("<tool_call>")[1:]
-        if not all(piece.rstrip().endswith("</tool_call>") for piece in pieces):
-            return None
-        calls = [_parsed(piece.rstrip().removesuffix("</tool_call>")) for piece in pieces]
-        return None if any(isinstance(call, list) for call in calls) else _as_calls(calls)
     fence = FENCE.match(text)
-    if fence and text.endswith("\n```"):
-        text = text[fence.end() : -3]
-    return _as_calls(_parsed(text))
+    whole = text[fence.end() : -3] if fence and text.endswith("\n```") else text
+    calls = _as_calls(_parsed(whole))
+    return calls or (_tagged(text, text.index("<tool_call>")) if "<tool_call>" in text else None)
+
+
+def _tagged(text: str, start: int) -> list[dict] | None:
+    """The calls in tags from `start` on; a tag inside of a call's JSON is text."""
+    calls = []
+    while start < len(text):
+        opening = OPENING.match(text, start)
+        if not opening:
+            return None
+        try:
+            call, end = JSON.raw_decode(text, opening.end())
+        except (ValueError, RecursionError):
+            return None
+        closing = CLOSING.match(text, end)
+        if not closing or isinstance(call, list):
+            return None
+        calls.append(call)
+        start = closing.end()
+    return _as_calls(calls)
 
 
 def _as_calls(value: Any) -> list[dict] | None:
@@ -51,20 +79,9 @@ def _as_calls(value: Any) -> list[dict] | None:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_without_twice, parse_constant=_refuse)
+        return JSON.decode(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _without_twice(pairs: list[tuple[str, Any]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _refuse(constant: str):
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _same(a: Any, b: Any) -> bool:

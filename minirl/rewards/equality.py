@@ -1,14 +1,39 @@
-"""Equality of two answers by math-verify, as it is called in the sandbox; an optional adapter."""
+r"""Equality of two answers by math-verify, as it is called in the sandbox; an optional adapter.
+
+math-verify reads LaTeX in a \boxed{} or between dollars, and elsewhere bare numbers alone: of 2\sqrt{3} in plain text
+the 2. So what is not marked is put between dollars first: a reference answer; the last line of a completion if it holds
+no words; else each run of symbols there that is more than arithmetic. Of a completion with a box nothing else is read.
+The last expression is the answer: where it cannot be read, no earlier one takes its place.
+"""
 
 import logging
+import re
 
 from math_verify import parse, verify
 
+from minirl.rewards.boxed import box_count, last_box
 from minirl.rewards.numbers import whole_number
 
 for name in ("parser", "grader"):  # each call would log that the timeouts are off
     logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
 parse("$1$", parsing_timeout=None)  # the LaTeX parser is built at the first use
+
+MARK = re.compile(r"(?<!\\)\$|\\[()\[\]]")
+BOLD = re.compile(r"(?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?!\w)")
+LEAD = re.compile(r"(?:[-=]*>|[=:→`]|[0-9A-Za-z]\))?[ \t]*")  # -> 7, = 7, a) 7
+COMMAND = r"\\(?:text|math|mbox|operatorname|begin|end)[a-z]*\{[^{}\n]*\} | \\[A-Za-z]+ | \\."
+SYMBOLS = re.compile(
+    rf"(?! [0-9.] [-+*/=.\s0-9]* \Z) (?: {COMMAND} | [^\\A-Za-z] | [A-Za-z](?![A-Za-z]) )*", re.VERBOSE
+)
+ATOM = rf"""(?: {COMMAND} | [0-9]+ (?: [.,][0-9]+ )*
+    | (?<=[0-9]) [^\W\d_]+                                                   # 5km is not 5
+    | (?<![^\W\d_]) [^\W\d_] (?![^\W\d_]) | (?<![A-Za-z]) [A-Za-z]++ (?=\()  # x and sqrt(, but no other words
+    | [(){{}}^_|√∛²³¹⁰⁴⁵⁶⁷⁸⁹ⁿ½⅓¼¾∞] )"""
+RUN = re.compile(
+    rf"[-+]? {ATOM} (?: {ATOM} | [ \t]+ (?=\\) {ATOM} | [ \t]* [-+*/=<>^_±×·≤≥,] [ \t]* [-+]? {ATOM} )*", re.VERBOSE
+)
+ARITHMETIC = re.compile(r"[-+*/=(),.\s0-9]*|[^0-9\\]*|[0-9.,]*\\[%$]")  # math-verify reads it, or there is no number
+BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?$")
 
 
 def is_readable(answer: str) -> bool:
@@ -16,13 +41,12 @@ def is_readable(answer: str) -> bool:
 
 
 def is_equal(answer: str, completion: str) -> bool:
-    if completion.count(r"\boxed") > 1:
-        return False
-    return verify(_parse_answer(answer), _parse(completion), timeout_seconds=None)
+    gold, found = _parse_answer(answer), _parse(_marked(completion))
+    return _base(gold) == _base(found) and verify(gold, found, timeout_seconds=None)
 
 
 def reading(text: str) -> str | None:
-    parsed = [] if text.count(r"\boxed") > 1 else _parse(text)
+    parsed = _parse(_marked(text))
     if not parsed:
         return None
     is_equation = getattr(parsed[0], "rel_op", None) == "=="  # of x = 7 the 7 is compared, so it is the vote
@@ -32,9 +56,33 @@ def reading(text: str) -> str | None:
 
 
 def _parse_answer(answer: str) -> list:
-    """A reference answer is often bare LaTeX, which math-verify reads only between dollars."""
-    return _parse(answer) or _parse(f"${answer}$")
+    return _parse(answer if MARK.search(answer) or box_count(answer) else f"${answer}$")
+
+
+def _marked(completion: str) -> str:
+    """The completion so that math-verify reads it right; nothing where there are several boxes, or an open one."""
+    text = BOLD.sub("", completion).replace("°", r"^\circ").strip()
+    boxes = box_count(text)
+    if boxes:
+        box = last_box(text)[0] if boxes == 1 else None
+        return rf"\boxed{{{box}}}" if box else ""
+    marks = list(MARK.finditer(text))
+    unmarked = marks[-1].end() if marks else 0
+    line = LEAD.match(text, max(unmarked, text.rfind("\n") + 1)).end()
+    if line < len(text) and (line > unmarked or not marks) and SYMBOLS.fullmatch(text, line):
+        return f"{text[:line]}${text[line:].rstrip('.`')}$"
+    return text[:unmarked] + RUN.sub(_in_dollars, text[unmarked:])
+
+
+def _in_dollars(run: re.Match) -> str:
+    return run[0] if ARITHMETIC.fullmatch(run[0]) else f"${run[0]}$"
+
+
+def _base(parsed: list) -> str | None:
+    """Of 111_2 the 2, which math-verify does not read."""
+    base = BASE.search(parsed[-1]) if parsed and isinstance(parsed[-1], str) else None
+    return base and base[1]
 
 
 def _parse(text: str) -> list:
-    return parse(text, parsing_timeout=None)
+    return parse(text, parsing_timeout=None, extraction_mode="first_match")

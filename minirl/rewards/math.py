@@ -6,6 +6,7 @@ its own timeouts are off and `equality.py` is called in the sandbox, which ends 
 
 import functools
 import importlib.util
+from decimal import Decimal
 
 from minirl.errors import InputError
 from minirl.sandbox import call_each
@@ -22,7 +23,7 @@ def math_match(prompts, completions, answer, **columns) -> list[float | Exceptio
     More than one \boxed{} is an attempt to answer several times and scores 0; a comparison that takes longer than
     `SECONDS` is a TimeoutError, which counts as 0.
     """
-    golds = [None if a is None else str(a) for a in answer]
+    golds = [None if a is None else _text(a) for a in answer]
     unknown = [gold for gold in dict.fromkeys(golds) if gold is not None and gold not in _readable]
     _readable.update(zip(unknown, _calls("is_readable", [(gold,) for gold in unknown]), strict=True))
     rows = [i for i, gold in enumerate(golds) if _readable.get(gold) is True]
@@ -38,6 +39,11 @@ def math_answer(text: str) -> str | None:
     one \boxed{}."""
     (reading,) = _calls("reading", [(text,)])
     return None if isinstance(reading, Exception) else reading
+
+
+def _text(answer) -> str:
+    """A float without the exponent that Python may write: 1e-05 would be read as 1·e − 5."""
+    return f"{Decimal(str(answer)):f}" if isinstance(answer, float) else str(answer)
 
 
 def _calls(name: str, arguments: list[tuple]) -> list:

@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 
 from minirl.errors import InputError
-from minirl.rewards.numbers import answer_number, whole_number
+from minirl.rewards.numbers import answer_number, reference_number
 
 Reward = Callable[..., list[float | None]]
 
@@ -29,7 +29,7 @@ def last_number(prompts, completions, answer, **columns) -> list[float | None]:
 
     The number is the last one, or where there is a box that of the only \boxed{}: see `numbers`.
     """
-    golds = [None if a is None else whole_number(str(a)) for a in answer]
+    golds = [None if a is None else reference_number(a) for a in answer]
     return [None if g is None else float(answer_number(c) == g) for c, g in zip(completions, golds, strict=True)]
 
 

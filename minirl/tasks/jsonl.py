@@ -9,7 +9,7 @@ from pathlib import Path
 from minirl.errors import InputError
 from minirl.files import kind_of
 from minirl.rewards.math import math_answer, math_match
-from minirl.rewards.numbers import whole_number
+from minirl.rewards.numbers import reference_number
 from minirl.rewards.registry import load_reward
 from minirl.rewards.rules import Reward, answer_match
 from minirl.tasks.arithmetic import last_number_text
@@ -125,7 +125,7 @@ def _extractor(correct: Reward, examples: list[dict]) -> Callable[[str], str | N
     if correct is math_match:
         return math_answer
     answers = [example["answer"] for example in examples if example.get("answer") is not None]
-    if answers and all(whole_number(str(answer)) is not None for answer in answers):
+    if answers and all(reference_number(answer) is not None for answer in answers):
         return last_number_text
     return _stripped
 

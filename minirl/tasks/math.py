@@ -44,20 +44,7 @@ def math_problems(
         return list(islice(chosen, most))
 
     train, heldout = two_sides("math", read, path, heldout_path, heldout_fraction, limit, seed)
-    if style != "think":
-        return Task("math", train, heldout, {"correct": (1.0, math_match)}, math_match, math_answer)
-    task = Task("math", train, heldout, {}, _block_match, lambda block: math_answer(_in_dollars(block)))
-    return with_style(task, style)
-
-
-def _block_match(prompts, completions, answer, **columns) -> list:
-    return math_match(prompts, [_in_dollars(block) for block in completions], answer)
-
-
-def _in_dollars(block: str) -> str:
-    r"""An answer block is often bare LaTeX, which math-verify reads only between dollars or in a \boxed{}."""
-    marked = any(mark in block for mark in ("$", r"\boxed", r"\(", r"\["))
-    return f"${block.strip()}$" if "\\" in block and not marked else block
+    return with_style(Task("math", train, heldout, {"correct": (1.0, math_match)}, math_match, math_answer), style)
 
 
 def _example(row: dict, where: str, style: str) -> dict:

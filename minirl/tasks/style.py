@@ -48,16 +48,19 @@ def with_style(task: Task, style: str) -> Task:
 
 
 def answer_block(completion: str) -> str | None:
-    """What stands in the only <answer>...</answer>; None if there is none, are several, or if it is part of the
-    thinking.
+    """What stands in the only <answer>...</answer> behind the thinking; None if there is none, or are several.
 
-    Text outside of the block is no answer, also not after it. The opening <think> may stand in the prompt.
+    Text outside of the block is no answer, also not after it. The opening <think> may stand in the prompt. Thoughts may
+    name the tags of an answer, but only where they end once: else it is open which block is the answer.
     """
-    if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
+    thoughts, _, text = completion.rpartition("</think>")
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
-    before, _, rest = completion.partition("<answer>")
-    block, closed, after = rest.partition("</answer>")
-    thinking = before.count("<think>") > before.count("</think>") or "</think>" in block + after
+    if "</think>" in thoughts and ("<answer>" in thoughts or "</answer>" in thoughts):
+        return None
+    before, _, rest = text.partition("<answer>")
+    block, closed, _ = rest.partition("</answer>")
+    thinking = (thoughts + before).count("<think>") > completion.count("</think>")
     return block if closed and not thinking else None
 
 

@@ -1,0 +1,223 @@
+r"""The reward `math`: reference answers as in the MATH data set, and completions that answer in a \boxed{} and without.
+
+The comparison is called here in this process: the sandbox around it, where each takes a tenth of a second, is tested by
+the corpus in test_adversarial.py.
+"""
+
+import pytest
+
+from minirl.rewards import REWARDS
+
+pytest.importorskip("math_verify")
+from minirl.rewards.equality import is_equal, reading
+
+MATH = [  # a reference answer, and answers that are wrong: a part of it, or a near miss
+    (r"2\sqrt{3}", ["2", r"2\sqrt{5}", r"3\sqrt{2}"]),
+    (r"5\sqrt{2}", ["5", "2"]),
+    (r"70\sqrt{2}", ["70"]),
+    (r"3\pi", ["3", r"3\pi^2"]),
+    (r"12\pi", ["12", r"2\pi"]),
+    ("2^{10}", ["2", "10", "2^{9}"]),
+    (r"1.5 \times 10^{8}", ["1.5", r"1.5 \times 10^{7}"]),
+    ("2e", ["2"]),
+    (r"\ln 2", ["2"]),
+    ("3+4i", ["3", "4", "3-4i"]),
+    ("6+9i", ["6", "6-9i"]),
+    ("5x^2+3", ["5", "3", "5x^2-3"]),
+    ("2k+2", ["2", "2k"]),
+    ("y = 2x+3", ["2", "3", "y = 2x-3"]),
+    (r"3\frac{1}{5}", ["3", r"\frac{1}{5}", r"\frac{3}{5}"]),
+    (r"1 \pm \sqrt{19}", ["1", r"1 + \sqrt{19}", r"1 \pm \sqrt{17}"]),
+    (r"-3 \le x \le 2", ["-3", "2", r"-3 \le x \le 3", "-3 < x < 2"]),
+    (r"\left( 3, \frac{\pi}{2} \right)", ["3", r"(3, \pi)"]),
+    ("2,3", ["2", "3", "2,4"]),
+    ("1,-2", ["1", "-2", "1,2"]),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", ["1", "2", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"]),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", ["1", "4", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"]),
+    (r"\text{Evelyn}", ["1", r"\text{Carla}", r"\text{E}"]),
+    (r"5\text{ cm}", ["6", "50"]),
+    ("1,000", ["1", "1000.5"]),
+    (r"12,\!000", ["12", "1200"]),
+    ("12{,}000", ["12"]),
+    (r"50\%", ["5", "51"]),
+    (r"\$7", ["8", "70"]),
+    (r"90^\circ", ["9", "91"]),
+    (r"90^{\circ}", ["9"]),
+    ("[2,5)", ["2", "(2,5)", "[2,5]"]),
+    (r"[0,\infty)", ["0", r"(0,\infty)"]),
+    (r"(-\infty, 3)", ["3", r"(-\infty, 3]"]),
+    (r"(-\infty,-1)\cup(1,\infty)", ["-1", r"(-\infty,-1)"]),
+    (r"\{1,2,3\}", ["1", r"\{1,2\}"]),
+    ("(3,4)", ["3", "(4,3)"]),
+    ("(1,2,3)", ["1", "(1,2)"]),
+    (r"\frac{1}{2}", ["1", "2"]),
+    (r"\dfrac{3}{4}", ["3"]),
+    (r"\tfrac{3}{4}", ["3", "4"]),
+    (r"\frac12", ["1", "12"]),
+    (r"-\frac{1}{2}", [r"\frac{1}{2}"]),
+    (r"\frac{\sqrt{3}}{2}", ["3", r"\frac{\sqrt{2}}{2}"]),
+    (r"\frac{\pi}{6}", ["6", r"\frac{\pi}{3}"]),
+    ("111_2", ["111", "7", "111_3"]),
+    ("x=5", ["6", "x=6", "50"]),
+    ("x = -5", ["5"]),
+    ("7", ["8", "-7"]),
+    ("-7", ["7"]),
+    ("0.5", ["5"]),
+    (".35", ["35"]),
+    ("0", ["1"]),
+    (r"\sqrt{5}", ["5"]),
+    ("x^2+2x+1", ["1", "x^2+2x"]),
+    ("(x+1)(x-2)", ["1", "(x+1)(x+2)"]),
+    (r"\text{(A)}", [r"\text{(B)}", "A B"]),
+    ("A", ["B"]),
+    (r"\text{A}", [r"\text{B}"]),
+    (r"\text{June 20}", ["20", r"\text{June 21}", "June"]),
+    (r"\text{Monday}", [r"\text{Tuesday}"]),
+    (r"\text{even}", [r"\text{odd}"]),
+    (r"2\sqrt{2}+1", ["1", "2"]),
+    (r"\frac{2+\sqrt{3}}{4}", ["4", "2"]),
+    (r"\cot x", [r"\tan x"]),
+    (r"\sin 2x", ["2"]),
+    ("e^{2}", ["2"]),
+    (r"\log_2 3", ["3", "2"]),
+    ("10!", ["10"]),
+    (r"\binom{5}{2}", ["5", "2"]),
+    (r"\$32,\!348", ["32", "348"]),
+    (r"6 \text{ inches}", ["7"]),
+    (r"20 \text{ units}^2", ["2", "400"]),
+    ("f(x) = x^2", ["2", "x^3"]),
+    ("3:2", ["3", "2", "2:3"]),
+    (r"10\,000", ["10"]),
+    ("4x^3 - 3x", ["4", "3"]),
+    (r"\infty", ["1"]),
+    (r"\emptyset", ["0"]),
+    (r"2\cdot 3^{5}", ["2"]),
+    ("1{,}234{,}567", ["1"]),
+    (r"75^\circ", ["7"]),
+    (r"\text{no solution}", ["0"]),
+    (r"\sqrt[3]{2}", ["2", "3"]),
+    ("i", ["1"]),
+    ("-2 + 2i", ["2"]),
+    ("AB", ["A"]),
+    ("x > 3", ["3", "x < 3"]),
+    (r"x \in [2,3]", ["2"]),
+    (r"\frac{x+2}{7}", ["7"]),
+    (r"11\frac{1}{4}", ["11"]),
+    (r"137 \frac{1}{2}", ["137"]),
+    (r"\frac{3}{56}", ["3"]),
+    (r"5.4 \text{ cents}", ["5"]),
+    ("14,916", ["14", "916"]),
+    (r"1 \pm \sqrt{3}i", ["1"]),
+    (r"\boxed{2\sqrt{3}}", ["2"]),
+    (r"$2\sqrt{3}$", ["2"]),
+    (r"\(2\sqrt{3}\)", ["2"]),
+    ("1/2", ["1"]),
+    ("2*sqrt(3)", ["2"]),
+    (r"10\%", ["10.5"]),
+    ("2516_8", ["2516"]),
+    (r"\sec x", ["1"]),
+    ("7x-y", ["7"]),
+    (r"9\text{ m/s}", ["8"]),
+]
+
+TWO = [  # completion, score, why; the answer is 2
+    ("The answer is 2.", 1, "right, in a sentence"),
+    ("so $x = 2$.", 1, "right, in dollars"),
+    ("so $x = 2$", 1, "right, in dollars"),
+    (r"\[x = 2\]", 1, "right, in brackets"),
+    (r"so \(x=2\), as said", 1, "right, in parentheses"),
+    ("x = 2", 1, "right, unmarked"),
+    ("We get 3x + 2 = 8, so x = 2.", 1, "right, after another equation"),
+    ("**Answer: 2**", 1, "right, in bold type"),
+    ("a) 2", 1, "right, in a list"),
+    ("= 2", 1, "right, behind a sign of equality"),
+    ("2 apples", 1, "right, with a unit"),
+    ("$2$ dollars", 1, "right, with a unit"),
+    (r"\boxed{2\text{ cm}}", 1, "right, with a unit"),
+    ("4 / 2", 1, "arithmetic"),
+    ("The final answer is $2$. I hope it is correct.", 1, "right, in the words of a known prompt"),
+    (r"\fbox{2}", 1, "the other box"),
+    (r"2\sqrt{3}", 0, "not the number in front of it"),
+    (r"The answer is 2\sqrt{3}.", 0, "not the number in front of it"),
+    (r"so we get 2 \sqrt{3} here", 0, "not the number in front of it"),
+    (r"$2\sqrt{3}", 0, "a dollar that is not closed"),
+    ("2^{10}", 0, "a power"),
+    ("so it is 2^{10}", 0, "a power"),
+    ("2+3i", 0, "a complex number"),
+    ("It is 2 + 3i.", 0, "a complex number"),
+    ("2x", 0, "a product"),
+    ("It is 2x+1", 0, "a sum"),
+    ("2*sqrt(3)", 0, "a product"),
+    (r"2 \times 10^3", 0, "a product"),
+    ("2√3", 0, "a product"),
+    ("2π", 0, "a product"),
+    ("2³", 0, "a power"),
+    ("2/x", 0, "a quotient"),
+    (r"\sqrt{2}", 0, "a root"),
+    (r"\ln 2", 0, "a logarithm"),
+    ("x > 2", 0, "an inequality"),
+    ("2, 3", 0, "two numbers"),
+    ("(2, 3)", 0, "a point"),
+    ("11_2", 0, "another base"),
+    (r"$2\foo{@}$", 0, "what cannot be read has no part that counts"),
+    (r"2 \boxed{}", 0, "an empty box"),
+    (r"2 \boxed{@}", 0, "a box that cannot be read"),
+    (r"2 \boxed{3", 0, "a box that is not closed"),
+    (r"\boxed{2} \fbox{2}", 0, "several boxes"),
+]
+
+OTHERS = [  # reference answer, completion, score
+    ("1/2", r"The answer is \frac{1}{2}.", 1),
+    (r"2\sqrt{3}", r"The answer is 2\sqrt{3}.", 1),
+    (r"2\sqrt{3}", r"so x = 2\sqrt{3}", 1),
+    (r"2\sqrt{3}", r"$\sqrt{12}$", 1),
+    (r"(2,\sqrt{3})", r"It is (2, \sqrt{3}).", 1),
+    ("x^2+1", "It is x^2 + 1.", 1),
+    ("1024", "2^{10}", 1),
+    (r"50\%", "50%", 1),
+    (r"50\%", r"\boxed{50}", 1),
+    (r"90^\circ", "90°", 1),
+    ("90", r"90^\circ", 1),
+    (r"5\text{ cm}", r"\boxed{5}", 1),
+    (r"12,\!000", "12,000", 1),
+    (r"\$7", "$7", 1),
+    ("x=5", r"\boxed{5}", 1),
+    ("111_2", r"\boxed{111}", 0),
+    ("111", r"\boxed{111_2}", 0),
+]
+
+
+def boxed(answer: str) -> str:
+    return answer if r"\boxed" in answer else rf"\boxed{{{answer}}}"
+
+
+@pytest.mark.parametrize(("gold", "wrong"), MATH)
+def test_a_reference_answer_in_a_box_is_right_and_its_parts_are_wrong(gold, wrong):
+    assert is_equal(gold, boxed(gold))
+    assert [text for text in wrong if is_equal(gold, boxed(text)) or is_equal(gold, text)] == []
+
+
+def test_a_reference_answer_without_a_box_is_right_too():
+    words = {"AB"}  # bare words are no mathematics
+    assert [gold for gold, _ in MATH if not is_equal(gold, gold) and gold not in words] == []
+
+
+@pytest.mark.parametrize(("completion", "expected", "why"), TWO)
+def test_a_number_is_an_answer_only_if_it_stands_alone(completion, expected, why):
+    assert is_equal("2", completion) == expected, why
+
+
+@pytest.mark.parametrize(("gold", "completion", "expected"), OTHERS)
+def test_equal_in_another_form(gold, completion, expected):
+    assert is_equal(gold, completion) == expected
+
+
+def test_votes_are_of_the_whole_expression():
+    texts = (r"2\sqrt{3}", "It is 2x + 1.", "so 2", r"\boxed{1}\boxed{2}")
+    assert [reading(text) for text in texts] == ["2*sqrt(3)", "2*x + 1", "2", None]
+
+
+def test_a_float_of_the_reference_is_its_digits():
+    """Python writes 1e-05 and 1e+20."""
+    completions, answers = ["0.00001", "1e-05", "1" + "0" * 20], [1e-05, 1e-05, 1e20]
+    assert REWARDS["math"](prompts=["p"] * 3, completions=completions, answer=answers) == [1, 0, 1]
