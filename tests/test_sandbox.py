@@ -589,6 +589,19 @@ def test_calls_share_nothing(tmp_path):
     assert call_each(f"{file}:count", [(1,)] * 5, 5) == [1] * 5
 
 
+def test_a_package_is_not_there_for_programs_whatever_was_loaded_before(tmp_path):
+    (tmp_path / "mine.py").write_text("import numpy\ndef two(): return float(numpy.arange(3)[2])\n")
+    program = (
+        "try:\n    import numpy\nexcept ImportError as error:\n    numpy = None\n    why = error.name\n"
+        "def f(): return numpy is None and why\n"
+    )
+    with Pool(1) as pool:
+        assert pool.map([Job.call(f"{tmp_path}/mine.py:two")], 20) == [2.0]
+        (found,) = pool.map([Job.tests(program, "import statistics, sqlite3\nassert f() == 'numpy'", entry="f")], 20)
+        assert passed(found), found
+        assert pool.map([Job.call(f"{tmp_path}/mine.py:two")], 20) == [2.0]
+
+
 def test_a_pool_needs_a_worker():
     with pytest.raises(InputError, match="at least 1"):
         Pool(0)

@@ -17,6 +17,7 @@ import select
 import signal
 import struct
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ class Worker:
         self.function: Callable | None = None
         self.own = ""  # the folder of the function's file
         self.walls = {TESTS: Walls(folder, python_folders())}
+        self.modules = set(sys.modules)
 
     def serve(self) -> None:
         while True:
@@ -110,11 +112,13 @@ class Worker:
         def run_program(cell: "Cell") -> None:
             ends = questions[0], answers[1]
             program = cell.enter(self.jobs, program_size, self.walls[TESTS], limits, ends, reports=False)
+            self._forget_packages()
             judge.serve(program.decode(), judge.Channel(*ends))
 
         def run_tests(cell: "Cell") -> None:
             ends = answers[0], questions[1]
             parts = json.loads(cell.enter(self.jobs, tests_size, self.walls[TESTS], limits, ends))
+            self._forget_packages()
             send(cell.results, _as_json({"value": judge.verdict(judge.Channel(*ends), **parts)}))
 
         cells = []
@@ -125,6 +129,13 @@ class Worker:
             for end in (*questions, *answers):
                 os.close(end)
         return self._result(cells, limits)
+
+    def _forget_packages(self) -> None:
+        """So that an import of one fails as if it were not installed, whatever a function here has imported before."""
+        library = sysconfig.get_path("stdlib")
+        sys.path[:] = [p for p in sys.path if p.startswith(library) and "-packages" not in p]
+        for name in sys.modules.keys() - self.modules:
+            del sys.modules[name]
 
     def _start(self, run: Callable) -> "Cell":
         cell = Cell(run)
