@@ -19,7 +19,8 @@ import pytest
 
 from minirl.errors import InputError
 from minirl.sandbox import ChildError, Job, Pool, call_each, folder, walls
-from minirl.sandbox.judge import Channel, verdict
+from minirl.sandbox.judge import verdict
+from minirl.sandbox.messages import Channel
 
 TESTS = "assert f(2) == 4\nassert f(0) == 0\nassert f(-3) == 9\n"
 RIGHT = "def f(x):\n    return x * x\n"

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # before anything of the project or of a user is imp
 
 from minirl.sandbox import judge
 from minirl.sandbox.folder import empty, is_full, remove
+from minirl.sandbox.messages import Channel, exactly
 from minirl.sandbox.walls import Limits, Walls, import_folders, python_folders, standing
 
 ENVIRONMENT = dict(os.environ)  # that the pool gave; a trusted function's is more
@@ -113,13 +114,13 @@ class Worker:
             ends = questions[0], answers[1]
             program = cell.enter(self.jobs, program_size, self.walls[TESTS], limits, ends, reports=False)
             self._forget_packages()
-            judge.serve(program.decode(), judge.Channel(*ends))
+            judge.serve(program.decode(), Channel(*ends))
 
         def run_tests(cell: "Cell") -> None:
             ends = answers[0], questions[1]
             parts = json.loads(cell.enter(self.jobs, tests_size, self.walls[TESTS], limits, ends))
             self._forget_packages()
-            send(cell.results, _as_json({"value": judge.verdict(judge.Channel(*ends), **parts)}))
+            send(cell.results, _as_json({"value": judge.verdict(Channel(*ends), **parts)}))
 
         cells = []
         try:
@@ -237,18 +238,6 @@ def load_function(spec: str) -> Callable:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise LookupError(f"{place} has no function {name!r}; its functions are: {', '.join(known) or 'none'}")
     return function
-
-
-def exactly(fd: int, size: int) -> bytes:
-    """EOFError at the end of the file."""
-    parts = []
-    while size:
-        part = os.read(fd, min(size, 2**20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
 
 
 def send(fd: int, body: bytes) -> None:
