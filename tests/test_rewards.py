@@ -693,8 +693,9 @@ def test_a_file_imports_what_lies_beside_it_and_nothing_of_another_one(tmp_path)
     for name, worth in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "helper.py").write_text(f"WORTH = {worth}\n")
+        (tmp_path / name / "numpy.py").write_text("1 / 0\n")
         (tmp_path / name / "mine.py").write_text(
-            "import helper\ndef f(completions, **columns):\n    import helper as again\n"
+            "import helper, numpy\nnumpy.arange\ndef f(completions, **columns):\n    import helper as again\n"
             "    return [helper.WORTH + again.WORTH]\n"
         )
     for trusted in ("", "trusted:"):

@@ -89,7 +89,8 @@ class Worker:
         return _as_json({"value": True})
 
     def _enter_folder(self, folder: str) -> None:
-        """A file imports what lies beside it, as a script does; what was beside the one before is forgotten."""
+        """A file imports what lies beside it, unless a package has that name: a file random.py shall hide no module
+        from others. What was beside the one before is forgotten."""
         if self.own in sys.path:
             sys.path.remove(self.own)
             for name, module in list(sys.modules.items()):
@@ -97,7 +98,7 @@ class Worker:
                 if place.startswith((f"{self.own}/{top}/", f"{self.own}/{top}.")):
                     del sys.modules[name]
         self.own = folder if folder and folder not in sys.path else ""
-        sys.path[:0] = [self.own] if self.own else []
+        sys.path += [self.own] if self.own else []
 
     def call(self, size: int, limits: Limits) -> bytes:
         def run(cell: "Cell") -> None:
