@@ -707,6 +707,7 @@ def test_a_file_imports_what_lies_beside_it_and_nothing_of_another_one(tmp_path)
 
 def test_only_a_trusted_function_has_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "5")
+    shared().close()  # workers take the environment when they start
     (tmp_path / "mine.py").write_text(
         "import os\nAT_IMPORT = os.environ.get('MY_KEY', '0')\n"
         "def f(completions, **columns): return [float(AT_IMPORT) + float(os.environ.get('MY_KEY', '0'))]\n"

@@ -590,6 +590,34 @@ def test_calls_share_nothing(tmp_path):
     assert call_each(f"{file}:count", [(1,)] * 5, 5) == [1] * 5
 
 
+SNOOP = """
+import gc, sys
+frame, seen = sys._getframe(), ""
+while frame:
+    seen += repr(frame.f_locals)
+    frame = frame.f_back
+seen += "".join(repr(x) for x in gc.get_objects() if type(x) in (list, dict, tuple))
+SEEN = "the ans%ser" % chr(119) in seen  # not as a constant of its own
+def f(): return SEEN
+"""
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_nothing_of_a_function_reaches_a_program_or_its_judge(trusted, tmp_path):
+    """Neither what it was given nor what it has changed in its process."""
+    (tmp_path / "mine.py").write_text(
+        "import builtins, math\nmath.isclose = lambda *a, **k: True\n"
+        "def rule(solution):\n    builtins.abs = lambda x: 0\n    kept.append(solution)\n    return 1.0\nkept = []\n"
+    )
+    called = [Job.call(f"{tmp_path}/mine.py:rule", ["the answer"], trusted=trusted)] * 2
+    with Pool(1) as pool:
+        for _ in range(2):
+            assert pool.map(called, 10) == [1.0] * 2
+            tests = "import math\nassert f() is False\nassert abs(-1) == 1 and not math.isclose(1, 2)"
+            (found,) = pool.map([Job.tests(SNOOP, tests, entry="f")], 10)
+            assert passed(found), found
+
+
 def test_a_package_is_not_there_for_programs_whatever_was_loaded_before(tmp_path):
     (tmp_path / "mine.py").write_text("import numpy\ndef two(): return float(numpy.arange(3)[2])\n")
     program = (

@@ -41,9 +41,10 @@ class Job:
     trusted: bool = False
 
     @property
-    def loaded(self) -> tuple[str, bool]:
-        """What its worker must have loaded."""
-        return self.function, self.trusted
+    def use(self) -> str:
+        """Workers are of one use: what a function leaves behind in its process shall reach no program and no judge, and
+        what a trusted one does no other function."""
+        return "trusted" if self.trusted else "tests" if self.kind == TESTS else "calls"
 
     @classmethod
     def call(cls, function: str, args: Sequence = (), kwargs: dict | None = None, trusted: bool = False) -> "Job":
@@ -62,13 +63,13 @@ class Job:
 class Worker:
     """The trainer's end of a worker."""
 
-    def __init__(self, selector: selectors.BaseSelector):
+    def __init__(self, selector: selectors.BaseSelector, use: str):
         program = Path(__file__).with_name("worker.py")
         self.folder = os.path.realpath(tempfile.mkdtemp(prefix="minirl-"))  # of its cells
         path = json.dumps([p or os.getcwd() for p in sys.path])
         words = [sys.executable, "-P", "-s", str(program), path, self.folder]  # -I would ignore PYTHONHASHSEED
         keep = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-        env = {name: os.environ[name] for name in keep if name in os.environ}
+        env = {name: os.environ[name] for name in (os.environ if use == "trusted" else keep) if name in os.environ}
         env |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}  # the same result on every run
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, start_new_session=True
@@ -77,7 +78,8 @@ class Worker:
         os.set_blocking(self.inbox, False)
         self.unsent, self.received = memoryview(b""), b""
         self.walls: set[str] = set()  # that stand there; none before its first words
-        self.loaded = ("", False)  # the function, and whether as a trusted one
+        self.use = use
+        self.function = ""  # that it has loaded
         self.task: Task | None = None
         self.deadline = time.monotonic() + LOADING  # for its first words
         selector.register(self.outbox, selectors.EVENT_READ, self)
@@ -137,8 +139,8 @@ class Task:
 
 
 class Pool:
-    """`workers` processes (default: one a core, at least 2, started when they are needed). One `map` at a time: other
-    threads wait for it."""
+    """`workers` processes for each use of them (default: one a core, at least 2, started when they are needed). One
+    `map` at a time: other threads wait for it."""
 
     def __init__(self, workers: int | None = None):
         if workers is not None and workers < 1:
@@ -146,7 +148,7 @@ class Pool:
         self.size = workers or max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
         self.selector = selectors.DefaultSelector()
         self.workers: list[Worker] = []
-        self.waiting: deque[Task] = deque()
+        self.waiting: dict[str, deque[Task]] = {}
         self.stillborn = 0
         self.lock = threading.Lock()
 
@@ -175,12 +177,14 @@ class Pool:
             return self._map(jobs, seconds, memory_mb, progress)
 
     def _map(self, jobs, seconds, memory_mb, progress) -> list[Any | Exception]:
-        self.waiting = deque(Task(i, job) for i, job in enumerate(jobs))
+        self.waiting = {job.use: deque() for job in jobs}
+        for i, job in enumerate(jobs):
+            self.waiting[job.use].append(Task(i, job))
         outcomes: list[Any] = [None] * len(jobs)
         done = 0
         try:
             while done < len(jobs):
-                self._deal(seconds, memory_mb, len(jobs) - done)
+                self._deal(seconds, memory_mb)
                 for task in self._step():
                     outcomes[task.index], done = task.outcome, done + 1
                     if progress:
@@ -191,25 +195,27 @@ class Pool:
             raise
         return [_named(outcome, seconds) for outcome in outcomes]
 
-    def _deal(self, seconds: float, memory_mb: int, left: int) -> None:
+    def _deal(self, seconds: float, memory_mb: int) -> None:
         """Give every idle worker a job."""
-        while len(self.workers) < min(self.size, left):
-            self.workers.append(Worker(self.selector))
+        for use, waiting in self.waiting.items():
+            free = sum(worker.use == use and not worker.task for worker in self.workers)
+            room = self.size - sum(worker.use == use for worker in self.workers)
+            self.workers += [Worker(self.selector, use) for _ in range(min(room, len(waiting) - free))]
         for worker in self.workers:
-            if not self.waiting or worker.task or not worker.walls:
+            waiting = self.waiting.get(worker.use)
+            if not waiting or worker.task or not worker.walls:
                 continue
-            worker.task = task = self.waiting.popleft()
+            worker.task = task = waiting.popleft()
             job = task.job
             if job.kind == TESTS and not {"files", "network"} <= worker.walls:
                 raise InputError(
                     "programs that a model wrote run only where Linux can shut them in (Landlock, from kernel 5.13 on, "
                     f"and seccomp); this machine has but: {', '.join(sorted(worker.walls))}"
                 )
-            task.loading = bool(job.function) and worker.loaded != job.loaded and job.kind != LOAD
+            task.loading = bool(job.function) and worker.function != job.function and job.kind != LOAD
             if job.kind == LOAD or task.loading:
-                worker.loaded = job.loaded
-                environment = json.dumps(dict(os.environ)).encode() if job.trusted else b""
-                worker.send(LOAD, (job.function.encode(), environment), LOADING, memory_mb)
+                worker.function = job.function
+                worker.send(LOAD, (job.function.encode(), b""), LOADING, memory_mb)
             else:
                 worker.send(job.kind, job.parts, seconds, memory_mb)
             worker.limits = seconds, memory_mb
@@ -241,7 +247,7 @@ class Pool:
             return []
         if task.loading or task.job.kind == LOAD:
             if "error" in message:
-                worker.task, worker.loaded = None, ("", False)
+                worker.task, worker.function = None, ""
                 raise InputError(f"{task.job.function} cannot be loaded ({message['error']}): correct it")
             if task.loading:
                 task.loading = False
@@ -265,7 +271,7 @@ class Pool:
             return []
         if "error" in outcome and not task.orphaned:
             task.orphaned, task.loading = True, False
-            self.waiting.appendleft(task)
+            self.waiting[worker.use].appendleft(task)
             return []
         if task.loading:
             what = "the process died" if "error" in outcome else f"it took longer than {LOADING:g} s"

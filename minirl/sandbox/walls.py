@@ -78,6 +78,11 @@ def python_folders() -> list[str]:
     return [*entries, *_system_files()]
 
 
+def python_path() -> list[str]:
+    """Of sys.path what `python_folders` holds: so a package is not there for a program, instead of forbidden."""
+    return [p for p in sys.path if p.startswith(sysconfig.get_path("stdlib")) and "-packages" not in p]
+
+
 def import_folders() -> list[str]:
     """What a scorer's imports read: all of sys.path beside `python_folders`."""
     return [sysconfig.get_path("stdlib"), *filter(os.path.exists, sys.path), *_system_files()]

@@ -3,8 +3,8 @@
     python -P -s worker.py SYS_PATH FOLDER      jobs on standard input, results on standard output
 
 The worker forks before it has read what the job is about, and the cell reads it: so no cell inherits anything of
-another job, and a program nothing of its tests. What is trusted is called in the worker itself, with the trainer's
-environment; the kernel ends it with its time, even if the trainer is gone by then.
+another job, and a program nothing of its tests. What is trusted is called in the worker itself, one that does nothing
+else; the kernel ends it with its time, even if the trainer is gone by then.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import select
 import signal
 import struct
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +28,8 @@ if __name__ == "__main__":  # before anything of the project or of a user is imp
 from minirl.sandbox import judge
 from minirl.sandbox.folder import empty, is_full, remove
 from minirl.sandbox.messages import Channel, exactly
-from minirl.sandbox.walls import Limits, Walls, import_folders, python_folders, standing
+from minirl.sandbox.walls import Limits, Walls, import_folders, python_folders, python_path, standing
 
-ENVIRONMENT = dict(os.environ)  # that the pool gave; a trusted function's is more
 HEADER = struct.Struct(">cdIII")  # kind, seconds, memory in MiB, bytes of the two parts that follow
 LOAD, CALL, TRUSTED, TESTS = b"L", b"C", b"T", b"P"
 FRAME = struct.Struct(">I")  # bytes of a result, which is JSON
@@ -56,7 +54,6 @@ class Worker:
         self.function: Callable | None = None
         self.own = ""  # the folder of the function's file
         self.walls = {TESTS: Walls(folder, python_folders())}
-        self.modules = set(sys.modules)
 
     def serve(self) -> None:
         while True:
@@ -64,7 +61,7 @@ class Worker:
             kind, seconds, memory_mb, first, second = HEADER.unpack(exactly(self.jobs, HEADER.size))
             limits = Limits(seconds, memory_mb)
             if kind == LOAD:
-                result = self.load(exactly(self.jobs, first).decode(), exactly(self.jobs, second))
+                result = self.load(exactly(self.jobs, first).decode())
             elif kind == TRUSTED:
                 arguments = exactly(self.jobs, first)
                 with mortal(seconds + GRACE):
@@ -75,10 +72,8 @@ class Worker:
                 result = self.test(first, second, limits)
             send(self.results, result)
 
-    def load(self, spec: str, environment: bytes) -> bytes:
-        """Import the function here, so that its cells need not; `environment` is that of a trusted one, as JSON."""
-        os.environ.clear()
-        os.environ.update((json.loads(environment) if environment else {}) | ENVIRONMENT)
+    def load(self, spec: str) -> bytes:
+        """Import the function here, so that its cells need not."""
         self._enter_folder(str(Path(spec.rpartition(":")[0]).resolve().parent) if ".py:" in spec else "")
         try:
             with mortal(LOADING + GRACE):
@@ -114,13 +109,13 @@ class Worker:
         def run_program(cell: "Cell") -> None:
             ends = questions[0], answers[1]
             program = cell.enter(self.jobs, program_size, self.walls[TESTS], limits, ends, reports=False)
-            self._forget_packages()
+            sys.path[:] = python_path()
             judge.serve(program.decode(), Channel(*ends))
 
         def run_tests(cell: "Cell") -> None:
             ends = answers[0], questions[1]
             parts = json.loads(cell.enter(self.jobs, tests_size, self.walls[TESTS], limits, ends))
-            self._forget_packages()
+            sys.path[:] = python_path()
             send(cell.results, _as_json({"value": judge.verdict(Channel(*ends), **parts)}))
 
         cells = []
@@ -131,13 +126,6 @@ class Worker:
             for end in (*questions, *answers):
                 os.close(end)
         return self._result(cells, limits)
-
-    def _forget_packages(self) -> None:
-        """So that an import of one fails as if it were not installed, whatever a function here has imported before."""
-        library = sysconfig.get_path("stdlib")
-        sys.path[:] = [p for p in sys.path if p.startswith(library) and "-packages" not in p]
-        for name in sys.modules.keys() - self.modules:
-            del sys.modules[name]
 
     def _start(self, run: Callable) -> "Cell":
         cell = Cell(run)
@@ -202,8 +190,7 @@ class Cell:
         for output in (1, 2):
             os.dup2(0, output)  # the worker's 0 is /dev/null
         os.chdir(walls.folder)
-        os.environ.clear()
-        os.environ.update(ENVIRONMENT | {"HOME": walls.folder, "TMPDIR": walls.folder})
+        os.environ.update(HOME=walls.folder, TMPDIR=walls.folder)
         tempfile.tempdir = None
         walls.close(limits)
         kept = sorted({*keep, *([self.results] if reports else [])})
