@@ -77,7 +77,7 @@ def draw(found: dict[str, dict], file: Path) -> None:
             bars.bar(x + shift, value, 0.36, color=colour, label=label if x == 0 else None)
             bars.errorbar(x + shift, value, [[value - low], [high - value]], color="black", capsize=4)
     bars.set(
-        xticks=range(len(found)), xticklabels=found, ylim=(0, 1), title="mean@8 on held-out problems, 95 % interval"
+        xticks=range(len(found)), xticklabels=found, ylim=(0, 1.2), title="mean@8 on held-out problems, 95 % interval"
     )
     bars.legend(loc="upper right")
     figure.savefig(file, dpi=150)
