@@ -124,20 +124,26 @@ def read_jsonl(path: str | Path, take: Callable[[object, str], dict] = lambda ex
 
 def json_values(path: str | Path) -> Iterator[tuple[object, str]]:
     """What each line of a JSONL file holds, and where it stands; blank lines are left out. Of a .json file that holds
-    a list, its entries. Any file may be packed by gzip. InputError names the file, and the line that is no JSON."""
+    a list, its entries. Any file may be packed by gzip. InputError names the file, and the line that is no JSON, or a
+    list where there are lines."""
     path = Path(path)
     try:
         with path.open("rb") as file:
             lines = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
             is_json = path.name.removesuffix(".gz").endswith(".json")
             for number, line in enumerate(lines, start=1):  # a line ends with \n alone: a text may hold other ends
-                if is_json and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                where, line = f"{path}, line {number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                is_list = line.lstrip().startswith(b"[")
+                if is_list and is_json:
                     entries = parse_json(line + lines.read(), str(path), "correct the file")
                     yield from ((entry, f"{path}, entry {i}") for i, entry in enumerate(entries, start=1))
                     return
                 if line.strip():
-                    where = f"{path}, line {number}"
-                    yield parse_json(line.rstrip(), where, "write one object a line, in UTF-8"), where
+                    hint = "; a file that is a list needs a name that ends in .json" if is_list else ""
+                    value = parse_json(line.rstrip(), where, f"write one object a line, in UTF-8{hint}")
+                    if is_list:
+                        raise InputError(f"{where}: this is a list, but must be an object{hint}")
+                    yield value, where
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): check the path, and that the file is whole") from None
 

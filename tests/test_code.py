@@ -101,6 +101,15 @@ READ = {  # ways to write a right program down
     ),
     "a pattern with an odd escape": "```python\nimport re\ndef f(x):\n    re.match('\\d', '1')\n    return 2 * x\n```",
     "a main guard": f"```python\n{TWICE}\n\nif __name__ == '__main__':\n    print(f(2))\n```",
+    "its import behind it": f"```python\n{TWICE}\n```\n```python\nfrom solution import f\nassert f(2) == 4\n```",
+    "its module's import behind it": f"```python\n{TWICE}\n```\n```python\nimport f.f as f\nassert f(2) == 4\n```",
+    "imported": "```python\nimport operator\ng = operator.add\ndef f(x): return g(x, x)\n```\n```\nf(2)\n```",
+    "a skeleton behind it": f"```python\n{TWICE}\n```\nIt has this form:\n```python\ndef f(x): ...\n```",
+    "a skeleton with a docstring": f'```\n{TWICE}\n```\n```\ndef f(x: int) -> int:\n    """Twice."""\n    pass\n```',
+    "a skeleton before it": f"```python\ndef f(x):\n    pass\n```\nis to be filled:\n```python\n{TWICE}\n```",
+    "never closed, and prose": f"So:\n```python\n{TWICE}\n\nThis doubles x, as it's asked.",
+    "a draft, then never closed, and prose": f"```\ndef f(x): return 3\n```\nNo:\n```py\n{TWICE}\n\nThat's it.",
+    "never closed, its use and prose": f"```python\n{TWICE}\n\nprint(f(2))\nIt prints 4, isn't that nice?",
     "a guard and prose": f"{TWICE}\n\nif __name__ == '__main__':\n    print(f(2))\n\nThat is it.",
 }
 
@@ -126,6 +135,11 @@ def test_a_right_program_is_found_in_what_is_written_around_it(name, source):
 def test_of_several_programs_the_last_alone_is_judged(text):
     program = program_of(text, "", "f")
     assert "2 * x" not in program and "f" in program
+
+
+def test_an_import_of_the_library_is_a_program_and_a_skeleton_alone_too():
+    assert program_of(f"```\n{TWICE}\n```\n```\nfrom operator import neg as f\n```", "", "f").strip().endswith("as f")
+    assert program_of("```\ndef f(x): pass\n```\nDone.", "", "f").strip() == "def f(x): pass"
 
 
 def test_what_is_no_program_stays_what_it_is():
@@ -497,6 +511,94 @@ def test_functions_that_the_tests_use_are_given_and_no_program_can_change_them(t
     cheat = "def same(a, b):\n    return b is not None and len(a) == 0\ndef f(x):\n    return [] if x == 2 else [1]"
     used = "def f(x):\n    return [1, x] if same([1], [1]) else []"
     assert task.correct(["p"] * 2, [cheat, used], **columns_of([example] * 2)) == [0.0, 1.0]
+
+
+IMPORTED = {  # code of a problem, its test, and a program that would compare itself
+    "a module": (
+        "import math\ndef f(r):\n  return math.pi * r",
+        "assert math.isclose(f(2), 6.2832, rel_tol=0.001)",
+        "class math: isclose = lambda *a, **k: True\ndef f(r): return 0",
+    ),
+    "a function": (
+        "from math import isclose, pi\ndef f(r):\n  return pi * r",
+        "assert isclose(f(2), 6.2832, rel_tol=0.001)",
+        "def isclose(*a, **k): return True\ndef f(r): return 0",
+    ),
+    "all of a module": (
+        "from math import *\ndef f(r):\n  return pi * r",
+        "assert isclose(f(2), 6.2832, rel_tol=0.001)",
+        "def isclose(*a, **k): return True\ndef f(r): return 0",
+    ),
+    "a module beside a class": (
+        "import math\nclass C:\n  k = math.pi\ndef f(r):\n  return C.k * r",
+        "c = C()\nassert math.isclose(f(2), 6.2832, rel_tol=0.001)",
+        "class math: isclose = lambda *a, **k: True\ndef f(r): return 0",
+    ),
+    "a module beside a function": (
+        "import math\ndef two():\n  return 2\ndef f(r):\n  return math.pi * r",
+        "assert math.isclose(f(two()), 6.2832, rel_tol=0.001)",
+        "class math: isclose = lambda *a, **k: True\ndef f(r): return 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_what_the_code_imports_is_the_tests_own(name, tmp_path):
+    code, test, cheat = IMPORTED[name]
+    (tmp_path / "x.jsonl").write_text(json.dumps(PROBLEM | {"code": code, "test_list": [test]}))
+    task = load_task("mbpp", path=tmp_path / "x.jsonl")
+    (example,) = task.heldout
+    honest = "from math import pi as p\ndef f(r): return p * r"
+    columns = columns_of([example] * 3) | {"solution": [example["solution"]] * 3}
+    assert task.correct(["p"] * 3, [code, honest, cheat], **columns) == [1.0, 1.0, 0.0]
+
+
+UNSOUND = {  # code whose own tests it cannot pass here
+    "a constant": ("K = 3\ndef f(x):\n  return x * K", "assert f(2) == 2 * K"),
+    "a named tuple": (
+        "from collections import namedtuple\nP = namedtuple('P', 'a b')\ndef f(x):\n  return P(x, 1)",
+        "assert f(2).a == 2",
+    ),
+    "an enumeration": (
+        "from enum import Enum\nclass C(Enum):\n  A = 1\ndef f(x):\n  return C.A",
+        "assert f(2) == C.A",
+    ),
+    "wrong": ("def f(x):\n  return x", "assert f(2) == 3"),
+    "at fault": ("def f(x):\n  return x", "assert f(object()) == 3"),
+}
+
+
+def test_where_the_solution_itself_fails_there_is_no_score(tmp_path, monkeypatch):
+    sound = PROBLEM | {"task_id": 30}
+    rows = [PROBLEM | {"task_id": 20 + i, "code": c, "test_list": [t]} for i, (c, t) in enumerate(UNSOUND.values())]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, [*rows, sound])))
+    task = load_task("mbpp", path=tmp_path / "x.jsonl")
+    examples = task.heldout
+    columns = columns_of(examples) | {"solution": [example["solution"] for example in examples]}
+    ran, run = [], shared().map
+    monkeypatch.setattr(shared(), "map", lambda jobs, *rest: ran.append(len(jobs)) or run(jobs, *rest))
+    for completion, paid in (("def f(x): return None", 0.0), ("def f(x): return x", 1.0), ("def f(x): 1 / 0", 0.0)):
+        scores = task.correct(["p"] * 6, [completion] * 6, **columns)
+        assert scores == [None] * len(UNSOUND) + [paid]
+    assert ran == [12, 6, 6]
+
+
+def test_a_solution_that_takes_too_long_proves_nothing(tmp_path):
+    code = "import time\ndef f(x):\n  time.sleep(9)\n  return x"
+    (tmp_path / "x.jsonl").write_text(json.dumps(PROBLEM | {"code": code}))
+    task = load_task("mbpp", path=tmp_path / "x.jsonl", seconds=0.5)
+    columns = columns_of(task.heldout) | {"solution": [code]}
+    assert task.correct(["p"], ["def f(x): return x"], **columns) == [1.0]
+    assert task.correct(["p"], ["def f(x): return 0"], **columns) == [0.0]
+
+
+def test_a_problem_of_humaneval_without_a_solution_is_judged_by_its_tests(tmp_path):
+    rows = [HUMANEVAL, HUMANEVAL | {"canonical_solution": "    return x\n"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task("humaneval", path=tmp_path / "x.jsonl")
+    columns = columns_of(task.heldout) | {"solution": [example["solution"] for example in task.heldout]}
+    assert columns["solution"] == ["", "def f(x):\n    return x\n"]
+    assert task.correct(["p"] * 2, ["def f(x): return x + 1"] * 2, **columns) == [1.0, None]
 
 
 def test_a_plain_prompt_of_mbpp_asks_for_no_code_block(mbpp):

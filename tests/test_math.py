@@ -4,8 +4,12 @@ The comparison is called here in this process: the sandbox around it, where each
 the corpus in test_adversarial.py.
 """
 
+import subprocess
+import sys
+
 import pytest
 
+import minirl.rewards.math as math_reward
 from minirl.rewards import REWARDS
 
 pytest.importorskip("math_verify")
@@ -221,3 +225,49 @@ def test_a_float_of_the_reference_is_its_digits():
     """Python writes 1e-05 and 1e+20."""
     completions, answers = ["0.00001", "1e-05", "1" + "0" * 20], [1e-05, 1e-05, 1e20]
     assert REWARDS["math"](prompts=["p"] * 3, completions=completions, answer=answers) == [1, 0, 1]
+
+
+AFTERWARDS = r"""
+import sys
+from minirl.rewards.equality import is_equal
+known = set(sys.modules)
+for answer, completion in (line.split(" ; ") for line in sys.argv[1].splitlines()):
+    is_equal(answer, completion)
+print(*sorted(sys.modules.keys() - known))
+"""
+COMPARED = r"""(x-3)^2 ; $x^2-6x+9$
+y=7 ; $7=y$
+2-i ; $\frac{5}{2+i}$
+(3,\frac{\pi}{2}) ; $(3,1)$
+[0,7) ; $[0,\frac{14}{2})$
+(-\infty,3)\cup(5,7) ; $(5,7)$
+\{1,4\} ; $\{4,1\}$
+x>5 ; $5<x$
+\begin{pmatrix}5\\7\end{pmatrix} ; $\begin{pmatrix}5\\9\end{pmatrix}$
+\frac{\sqrt{12}}{4} ; $\frac{\sqrt3}{2}$
+\tan x ; $\frac{\sin x}{\cos x}$
+\ln 8 ; $3\ln 2$
+\int_0^1 y^2 dy ; $\frac13$
+\binom{7}{3} ; $35$
+\text{Monday} ; \boxed{\text{Sunday}}
+111_2 ; 7"""
+
+
+def test_a_comparison_imports_nothing_that_is_not_there_when_the_file_is_loaded():
+    """In the sandbox every comparison has a process of its own, which would import it again."""
+    found = subprocess.run([sys.executable, "-c", AFTERWARDS, COMPARED], capture_output=True, check=True)
+    assert found.stdout.split() == [], found.stdout
+
+
+def test_a_reference_answer_that_took_too_long_is_read_again(monkeypatch):
+    late, calls = [TimeoutError("no result within 5 s")], []
+
+    def answers(name, arguments):
+        calls.append((name, arguments))
+        return [late.pop() if late and name == "is_readable" else True for _ in arguments]
+
+    monkeypatch.setattr(math_reward, "_calls", answers)
+    monkeypatch.setattr(math_reward, "_readable", {})
+    scores = [REWARDS["math"](prompts=["p"], completions=["7"], answer=["7"]) for _ in range(3)]
+    assert scores == [[None], [1.0], [1.0]]
+    assert [arguments for name, arguments in calls if name == "is_readable"] == [[("7",)], [("7",)], []]

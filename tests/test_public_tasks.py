@@ -98,6 +98,26 @@ def test_packed_lines_and_lists_are_read_as_lines_are(task, row, tmp_path):
         load_task(task, path=str(tmp_path / "f.jsonl.gz"))
 
 
+def test_a_byte_order_mark_and_blank_lines_are_nothing(tmp_path):
+    rows = json.dumps([{"question": "?", "answer": WORDS}] * 2)
+    for i, content in enumerate((f"\ufeff{rows}", f"\ufeff\n \n{rows}", f"\ufeff\r\n\r\n{rows}\n")):
+        (tmp_path / f"{i}.json").write_bytes(content.encode())
+        assert len(load_task("gsm8k", path=str(tmp_path / f"{i}.json"), heldout_fraction=0).train) == 2
+    (tmp_path / "a.jsonl").write_text("\ufeff\n" + rows[1:-1].replace("}, {", "}\n{"))
+    assert len(load_task("gsm8k", path=str(tmp_path / "a.jsonl"), heldout_fraction=0).train) == 2
+    for name in ("b.json", "b.jsonl"):
+        (tmp_path / name).write_text("\ufeff")
+        with pytest.raises(InputError, match=f"{name}: the file is empty"):
+            load_task("gsm8k", path=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("indent, what", [(None, "this is a list, but must be an object"), (2, "not valid JSON")])
+def test_a_list_where_there_are_lines_is_told_what_it_should_be_called(indent, what, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps([{"question": "?", "answer": WORDS}], indent=indent))
+    with pytest.raises(InputError, match=rf"a\.jsonl, line 1: {what}.* ends in \.json$"):
+        load_task("gsm8k", path=str(tmp_path / "a.jsonl"))
+
+
 # --- boxes
 
 

@@ -656,6 +656,27 @@ JUDGED = {  # program, tests, what is passed
         "assert f() == {'a': 2, 'b': 1}",
         True,
     ),
+    "what a counter counts": (
+        "from collections import Counter\ndef f(c): return Counter('aab') + c, list(c.elements())",
+        "from collections import Counter\nc, e = f(Counter(b=3))\nassert c.most_common(1) == [('b', 4)]\n"
+        "assert c['z'] == 0 and e == ['b'] * 3 and type(c) is Counter",
+        True,
+    ),
+    "a dict with a default": (
+        "from collections import defaultdict\ndef f(): return defaultdict(int, a=1)",
+        "d = f()\nassert d == {'a': 1} and type(d) is dict",
+        True,
+    ),
+    "changes a counter in place": (
+        "def f(c): c.update('aa')",
+        "from collections import Counter\nc = Counter('ab')\nf(c)\nassert c == Counter('aaab')",
+        True,
+    ),
+    "changes what it was given by name": (
+        "def f(n, *, x, y): x.append(n); y.clear()",
+        "x, y = [1], {2}\nf(3, y=y, x=x)\nassert x == [1, 3] and y == set()",
+        True,
+    ),
     "bytes": ("def f(): return b'\\xff'", "assert f() == b'\\xff'", True),
     "a complex number": ("def f(): return 1j", "assert f() == 1j", True),
     "a large integer": ("def f(n): return 2 ** n", "assert f(5000) == 2 ** 5000", True),
@@ -805,6 +826,11 @@ JUDGED = {  # program, tests, what is passed
         False,
     ),
     "objects of its own never equal": ("class A:\n    __eq__ = lambda a, b: True\nf = A", "assert f() == f()", False),
+    "objects of its own have no order": (
+        "class A:\n    __lt__ = __le__ = __gt__ = __ge__ = lambda a, b: True\nf = A",
+        "assert f() < f() or f() >= f()",
+        False,
+    ),
     "the text of an object": (
         "class A:\n    def __str__(self): return 'an A'\nf = A",
         "assert str(f()) == f'{f()}' == 'an A'",
@@ -815,9 +841,20 @@ JUDGED = {  # program, tests, what is passed
         "g = f()\nassert next(g) == 1 and next(g) == 2",
         True,
     ),
-    "the end of a generator ends no iteration of the tests": (
+    "the end of a generator": (
+        "def f():\n    yield 1\n    return 2\n",
+        "g = f()\nassert next(g, 0) == 1 and next(g, 0) == 0\n"
+        "try: next(g)\nexcept StopIteration as e: ok = e.args\nassert ok == () and next(f(), 0) == 1",
+        True,
+    ),
+    "the end of a generator where none is expected": (
         "def f(): return iter(())",
-        "g = f()\nassert all(map(lambda n: next(g) == n, range(3)))",
+        "try: next(f())\nexcept ValueError: pass",
+        False,
+    ),
+    "an error of a generator is not its end": (
+        "def f():\n    raise ValueError\n    yield 1\n",
+        "assert next(f(), 0) == 0",
         False,
     ),
     "arithmetic of objects": (
@@ -942,6 +979,7 @@ def test_an_import_error_of_the_program_is_its_own_fault(pool, error):
 MESSAGES = {  # what a program could send in place of an answer
     *('["value", ["Fraction", "1", "0"]]', '["value", ["Fraction", 1, 2]]', '["value", ["Decimal", "x"]]'),
     *('["value", ["date", "2020-13-01"]]', '["value", ["date", 7]]', '["value", ["timedelta", 1e99]]'),
+    *('["value", ["Counter", 1]]', '["value", 1, ["tuple"], ["dict"]]', '["value", 1, ["tuple", 1], 7]'),
     *('["value", ["deque", -1]]', '["value", ["set", ["list"]]]', '["value", ["list", 1], ["list"]]', "7", "[]", "{"),
     *(
         '["raised"]',

@@ -16,7 +16,6 @@ from minirl.rewards.numbers import whole_number
 
 for name in ("parser", "grader"):  # each call would log that the timeouts are off
     logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
-parse("$1$", parsing_timeout=None)  # the LaTeX parser is built at the first use
 
 MARK = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 BOLD = re.compile(r"(?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?!\w)")
@@ -86,3 +85,23 @@ def _base(parsed: list) -> str | None:
 
 def _parse(text: str) -> list:
     return parse(text, parsing_timeout=None, extraction_mode="first_match")
+
+
+FIRST = (  # comparisons, no two with the same parts of sympy
+    ("(x+1)^2", "x^2+2x+1"),
+    ("x=3", "3=y"),
+    ("1+2i", "i+3"),
+    (r"(1,\pi)", "(1,3)"),
+    ("[1,2)", "[1,2]"),
+    (r"(-\infty,-1)\cup(1,\infty)", r"(-\infty,-1)"),
+    (r"\{1,2\}", r"\{1,x\}"),
+    ("x<3", "x>y"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1&3\end{pmatrix}"),
+    (r"\frac{\sqrt{8}}{3}", r"\frac{2\sqrt{3}}{5}"),
+    (r"\sin^2 x+\cos^2 x", "1"),
+    (r"\log_2 8", "e^{x}"),
+    (r"\int x dx", r"\frac{x^2}{2}"),
+    (r"\binom{5}{2}", "n!"),
+)
+for _answer, _other in FIRST:  # sympy imports and builds much at the first use; each fork of this process would again
+    is_equal(_answer, f"${_other}$")

@@ -13,7 +13,7 @@ from minirl.sandbox import call_each
 
 SECONDS = 5.0  # for one completion, and for reading one reference answer
 
-_readable: dict[str, bool | Exception] = {}  # the reference answers that were seen
+_readable: dict[str, bool] = {}  # the reference answers that were read, and whether they could be
 
 
 def math_match(prompts, completions, answer, **columns) -> list[float | Exception | None]:
@@ -25,7 +25,8 @@ def math_match(prompts, completions, answer, **columns) -> list[float | Exceptio
     """
     golds = [None if a is None else _text(a) for a in answer]
     unknown = [gold for gold in dict.fromkeys(golds) if gold is not None and gold not in _readable]
-    _readable.update(zip(unknown, _calls("is_readable", [(gold,) for gold in unknown]), strict=True))
+    verdicts = zip(unknown, _calls("is_readable", [(gold,) for gold in unknown]), strict=True)
+    _readable.update((gold, verdict) for gold, verdict in verdicts if isinstance(verdict, bool))
     rows = [i for i, gold in enumerate(golds) if _readable.get(gold) is True]
     scores: list[float | Exception | None] = [None] * len(golds)
     for i, equal in zip(rows, _calls("is_equal", [(golds[i], completions[i]) for i in rows]), strict=True):

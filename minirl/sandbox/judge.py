@@ -55,11 +55,10 @@ def serve(program: str, channel: Channel) -> None:
         request = channel.receive()
         try:
             action, target, *rest = (decode(part, resolve) for part in request)
-            before = json.dumps(request[2]) if action == "call" else ""
             answer = ["value", encode(ACTIONS[action](target, *rest), refer)]
             if action == "call":
-                after = encode(rest[0], refer)
-                answer += [after] if json.dumps(after) != before else []
+                after = [encode(part, refer) for part in rest]
+                answer += after if json.dumps(after) != json.dumps(request[2:]) else []
             channel.send(answer)
         except BaseException as error:
             channel.send(_raised(error))
@@ -107,7 +106,8 @@ def _message(error: BaseException) -> str:
 
 
 class Remote:
-    """A name or an object of the program. It is equal to itself alone."""
+    """A name or an object of the program. It is equal to itself alone, and has no order: the program's word on that
+    would be the verdict on `f(2) == C(2)`, as C, too, is on its side, and may be equal to everything there."""
 
     def __init__(self, judge: "Judge", place: list):
         object.__setattr__(self, "_judge", judge)
@@ -140,7 +140,12 @@ class Remote:
         return self._judge.ask("str", self)
 
     def __next__(self):
-        return self._judge.ask("next", self)
+        try:
+            return self._judge.ask("next", self)
+        except Exception as error:
+            if type(error).__name__ == "StopIteration":
+                raise StopIteration(*error.args) from None
+            raise
 
 
 def _operator(name: str):
@@ -176,8 +181,10 @@ class Judge:
                 result = _exception(*answer[1:])
             else:
                 result, *after = (decode(part, self._resolve) for part in answer[1:])
-                for argument, now in zip(rest[0], after[0], strict=True) if after else ():
-                    _change(argument, now)
+                if after:
+                    given, changed = ([*args, *kwargs.values()] for args, kwargs in (rest, after))
+                    for argument, now in zip(given, changed, strict=True):
+                        _change(argument, now)
         except EOFError:
             raise Failed("the program ended before its tests") from None
         except Exception as error:
@@ -262,7 +269,7 @@ def _free_names(tree: ast.AST) -> set[str]:
 
 def _exception(kinds: list[str], text: str, holds: list) -> Exception:
     """The program's exception: its class by name, on top of the first of its classes that is Python's own, as tests may
-    expect that. Not StopIteration: map takes it for an end."""
+    expect that. Not StopIteration: map takes it for an end, which only `next` may tell."""
     above = (getattr(builtins, str(kind), None) for kind in kinds if not str(kind).startswith("Stop"))
     above = [kind for kind in above if isinstance(kind, type) and issubclass(kind, Exception)]
     for base in above[: len(kinds)]:

@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import struct
-from collections import deque
+from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 
@@ -41,8 +41,9 @@ def encode(value, refer):
         case list() | tuple() | set() | frozenset():
             kind = next(k for k in (list, tuple, set, frozenset) if isinstance(value, k))
             return [kind.__name__, *(encode(item, refer) for item in kind.__iter__(value))]
-        case dict():  # a Counter, too
-            return ["dict", *([encode(k, refer), encode(v, refer)] for k, v in dict.items(value))]
+        case dict():  # a defaultdict, too
+            kind = "Counter" if isinstance(value, Counter) else "dict"
+            return [kind, *([encode(k, refer), encode(v, refer)] for k, v in dict.items(value))]
     return refer(value)
 
 
@@ -72,8 +73,9 @@ def decode(message, resolve):
             return datetime.timedelta(*rest)
         case "deque":
             return deque((decode(item, resolve) for item in rest[1:]), rest[0])
-        case "dict":
-            return {decode(k, resolve): decode(v, resolve) for k, v in rest}
+        case "dict" | "Counter":
+            items = {decode(k, resolve): decode(v, resolve) for k, v in rest}
+            return Counter(items) if kind == "Counter" else items
     return resolve(kind, rest)
 
 

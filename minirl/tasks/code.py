@@ -76,23 +76,28 @@ def mbpp(*, path: str, shown_tests: int = 0, seconds: float = SECONDS, style: st
 
 
 def _task(name: str, train: list[dict], heldout: list[dict], seconds: float, style: str) -> Task:
-    def correct(prompts, completions, source, entry_point, test, helpers=None, **columns) -> list:
+    sound: dict[Job, bool] = {}  # whether a problem's own solution passes its tests
+
+    def correct(prompts, completions, source, entry_point, test, helpers=None, solution=None, **columns) -> list:
         """1 where the program passes the tests, else 0; a TimeoutError where it takes too long; None where the tests
-        themselves fail to run. `helpers` is what the tests may call of their own, by default the source."""
-        jobs = [
-            Job.tests(program_of(text, s, entry), t, h, entry)
-            for text, s, entry, t, h in zip(completions, source, entry_point, test, helpers or source, strict=True)
-        ]
-        return run_tests(jobs, seconds)
+        themselves fail to run, or the problem's own solution, if there is one, does not pass them. `helpers` is what
+        the tests may call of their own, by default the source."""
+        tests = list(zip(test, helpers or source, entry_point, strict=True))
+        texts = zip(completions, source, entry_point, strict=True)
+        jobs = [Job.tests(program_of(*text), *of) for text, of in zip(texts, tests, strict=True)]
+        codes = solution or [""] * len(jobs)
+        own = [Job.tests(code, *of) if code else None for code, of in zip(codes, tests, strict=True)]
+        outcomes = run_tests(jobs + [job for job in own if job and job not in sound], seconds)
+        sound.update((job, outcomes[job]["passed"]) for job in own if isinstance(outcomes.get(job), dict))
+        return [None if sound.get(o) is False else _reward(outcomes[job]) for o, job in zip(own, jobs, strict=True)]
 
     return with_style(Task(name, train, heldout, {"correct": (1.0, correct)}, correct, code_block), style)
 
 
-def run_tests(jobs: Sequence[Job], seconds: float) -> list[float | Exception | None]:
-    """The reward of each program; equal jobs are run once."""
+def run_tests(jobs: Sequence[Job], seconds: float) -> dict[Job, dict | Exception]:
+    """The verdict on each program; equal jobs are run once."""
     distinct = list(dict.fromkeys(jobs))
-    outcomes = dict(zip(distinct, shared().map(distinct, seconds, MEMORY_MB), strict=True))
-    return [_reward(outcomes[job]) for job in jobs]
+    return dict(zip(distinct, shared().map(distinct, seconds, MEMORY_MB), strict=True))
 
 
 def _reward(outcome) -> float | Exception | None:
@@ -107,6 +112,7 @@ def _completion_problem(row: dict, where: str, style: str) -> dict:
     """An example from a row of HumanEval."""
     name = str(row["task_id"]) if isinstance(row.get("task_id"), int) else text_of(row, "task_id", where)
     prompt, entry, test = (text_of(row, column, where) for column in ("prompt", "entry_point", "test"))
+    body = text_or_none(row, "canonical_solution", where)
     if not entry.isidentifier():
         raise InputError(f"{where}: 'entry_point' is {entry!r}, but must be the name of a function.")
     check = [node for node in ast.walk(_parsed(test, "test", where)) if getattr(node, "name", None) == "check"]
@@ -119,21 +125,22 @@ def _completion_problem(row: dict, where: str, style: str) -> dict:
         "helpers": _begun(prompt, where),
         "entry_point": entry,
         "test": f"{test}\ncheck({entry})\n",
-        "solution": prompt + text_or_none(row, "canonical_solution", where),
+        "solution": prompt + body if body else "",
     }
 
 
 def _worded_problem(row: dict, where: str, shown_tests: int, style: str) -> dict:
     """An example from a row of MBPP. The classes and functions of its code that the tests use are given: they stand in
     the prompt and above each program; objects of such a class live where the program runs, so the tests take the class
-    from there, but functions alone they take from their own side, where no program can change them."""
+    from there, but functions alone, and what the code imports, they take from their own side, where no program can
+    change them."""
     number = value_of(row, "task_id", where)
     if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(f"{where}: 'task_id' is {json.dumps(number)}, but must be a whole number.")
     where = f"{where}, task_id {number}"
     text = text_of(row, "prompt" if row.get("text") is None and "prompt" in row else "text", where).strip()
     code, tests = text_of(row, "code", where), _tests(row, where)
-    function, given = _tested(code, tests, where)
+    function, given, imports = _tested(code, tests, where)
     header, above = f"def {function.name}({ast.unparse(function.args)}):", ast.unparse(given)
     source = f"{above}\n\n\n{header}\n" if above else ""
     shown = "\n".join(["\nIt must pass tests like these:", *row["test_list"][:shown_tests]]) if shown_tests else ""
@@ -147,7 +154,7 @@ def _worded_problem(row: dict, where: str, shown_tests: int, style: str) -> dict
         "prompt": in_style(style, prompt),
         "task_id": str(number),
         "source": source,
-        "helpers": "" if has_class else above,
+        "helpers": ast.unparse(imports) if has_class or not above else above,
         "entry_point": function.name,
         "test": "\n".join(tests.values()),
         "solution": code,
@@ -164,22 +171,27 @@ def _tests(row: dict, where: str) -> dict[str, str]:
     return {"test_imports": imports, "test_setup_code": setup, "test_list": tests, "challenge_test_list": challenge}
 
 
-def _tested(code: str, tests: dict[str, str], where: str) -> tuple[ast.FunctionDef, ast.Module]:
-    """The function of the code that the tests call, and its other classes and functions that they use, with what those
-    use in turn."""
+def _tested(code: str, tests: dict[str, str], where: str) -> tuple[ast.FunctionDef, ast.Module, ast.Module]:
+    """The function of the code that the tests call; its other classes and functions that they use, with what those use
+    in turn and its imports; and of the imports those that the tests use."""
     body = _parsed(code, "code", where).body
     trees = {column: _parsed(text, column, where) for column, text in tests.items()}
-    called, used = _names(trees["test_list"]), set().union(*map(_names, trees.values()))
+    called, of_tests = _names(trees["test_list"]), set().union(*map(_names, trees.values()))
     functions = [node for node in body if isinstance(node, ast.FunctionDef) and node.name in called]
     if not functions:
         raise InputError(f"{where}: its tests call no function of its code: correct the file.")
-    given = []
+    given, used = [], set(of_tests)
     for node in reversed(body):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node is not functions[-1] and node.name in used:
             given.insert(0, node)
             used |= _names(node)
-    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)] if given else []
-    return functions[-1], ast.Module(imports + given, [])
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    used_imports = [node for node in imports if of_tests & {*map(_bound_by, node.names)} or node.names[0].name == "*"]
+    return functions[-1], ast.Module(imports + given if given else [], []), ast.Module(used_imports, [])
+
+
+def _bound_by(alias: ast.alias) -> str:
+    return alias.asname or alias.name.partition(".")[0]
 
 
 def _names(tree: ast.AST) -> set[str]:

@@ -7,6 +7,7 @@ here is bounded, as hostile text is parsed in the trainer: MAX_CODE for a progra
 
 import ast
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -48,15 +49,10 @@ def program_of(completion: str, source: str, entry: str) -> str:
 
 def code_block(completion: str) -> str | None:
     """The last fenced block, or the text where there is none; a block that is open at the end counts."""
-    opened: Fence | None = None
+    opened, closed = _last_block(_fences(completion))
     code = completion
-    for fence in _fences(completion):
-        if opened is None:
-            opened = fence
-        elif fence.alone:
-            code, opened = completion[opened.after : max(opened.after, fence.start - 1)], None
-    if opened is not None:
-        code = completion[opened.after :]
+    if opened:
+        code = completion[opened.after : max(opened.after, closed.start - 1) if closed else None]
     return code if code.strip() else None
 
 
@@ -83,6 +79,18 @@ def _fences(text: str) -> list[Fence]:
     return found
 
 
+def _last_block(fences: list[Fence]) -> tuple[Fence | None, Fence | None]:
+    """What opens and what closes it; nothing closes one that is open at the end."""
+    opened: Fence | None = None
+    closed: Fence | None = None
+    for fence in fences:
+        if opened is None or closed:
+            opened, closed = fence, None
+        elif fence.alone:
+            closed = fence
+    return opened, closed
+
+
 def _body(code: str) -> str:
     lines = []
     for line in code.split("\n"):
@@ -96,19 +104,23 @@ def _body(code: str) -> str:
 
 
 def _of_blocks(text: str, fences: list[Fence], entry: str, parser: "Parser") -> str | None:
-    tried = islice(_blocks(text, fences, entry), MAX_TRIES)
+    tried = islice(_blocks(text, fences, entry, parser), MAX_TRIES)
     return next((code for code in tried if parser.defines(code, entry)), None)
 
 
-def _blocks(text: str, fences: list[Fence], entry: str) -> Iterator[str]:
+def _blocks(text: str, fences: list[Fence], entry: str, parser: "Parser") -> Iterator[str]:
     """What stands between two fences, the last first. A fence can also stand in a text of the program, so each is tried
-    as its end; those that other text precedes on their line come after the end of the completion."""
+    as its end; those that other text precedes on their line come after the end of the completion. A block that is never
+    closed may end in prose."""
+    opened, closed = _last_block(fences)
     for i in range(len(fences) - 1, max(-1, len(fences) - 1 - NEAR), -1):
         first, later = fences[i].after, fences[i + 1 : i + 1 + ENDS]
         ends = [f.start for f in later if f.alone] + [len(text)] + [f.start for f in later if not f.alone]
         for end in ends:
             if end - first <= MAX_CODE and entry in (code := text[first:end]):
                 yield textwrap.dedent(code)
+        if fences[i] is opened and closed is None:
+            yield _of_text(text[first:].strip("\n"), entry, parser) or ""
 
 
 def _of_text(text: str, entry: str, parser: "Parser") -> str | None:
@@ -182,15 +194,28 @@ class Parser:
 
 
 def _bound(node: ast.stmt) -> set[str]:
-    """The names that a statement of a module defines."""
+    """The names that a statement of a module defines. `from solution import f` shows how f is used, and a function that
+    does nothing what it is called."""
     defining = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     if isinstance(node, defining):
-        return {node.name}
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return {alias.asname or alias.name for alias in node.names}
+        return set() if _is_skeleton(node) else {node.name}
+    if isinstance(node, ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names if _in_library(node.module or "")}
+    if isinstance(node, ast.Import):
+        return {alias.asname or alias.name for alias in node.names if _in_library(alias.name)}
     parts = list(ast.walk(node))
     stored = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
     return stored | {part.name for part in parts if isinstance(part, defining)}
+
+
+def _in_library(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_skeleton(node: ast.stmt) -> bool:
+    """def f(x): ..., or with `pass` or a docstring alone."""
+    told = [part.value if isinstance(part, ast.Expr) else part for part in node.body]
+    return not isinstance(node, ast.ClassDef) and all(isinstance(part, ast.Constant | ast.Pass) for part in told)
 
 
 def _says_nothing(node: ast.stmt) -> bool:
