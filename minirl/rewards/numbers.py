@@ -1,19 +1,22 @@
 r"""Numbers in text: what counts as one, and which one is the answer.
 
-A number is ASCII digits standing free of letters: `7`, `-7`, `+7`, `1,000`, `0.5`, `.5`, `1/2`, and in LaTeX also
-`\frac{1}{2}`, `12{,}000`, `12\,000` and `12,\!000`. What stands around it is a unit: `$7` is 7, `50%` is 50, `90^\circ`
-is 90. Digits of other scripts and digits glued to letters (`5km`, `7th`, `x2`, `7²`, `1_000`) are not numbers. Some are
-recognised only to be refused: `1e3` is neither 1000 nor 3, and in `2**3`, `x^2`, `x_{2}`, `7//2`, `6/2/3`, `x/7`,
-`7/x`, `7!`, `\sqrt{7}`, `7\pi`, `-(7)`, `±7` and `≠ 7` the last number is no answer. Values are exact fractions, so
-0.5 = 1/2 and 7.0 = 7, and no digit is lost in a float.
+A number is ASCII digits standing free of letters: `7`, `-7`, `+7`, `1,000`, `0.5`, `.5`, `1/2`, `1 / 2`, and in LaTeX
+also `\frac{1}{2}`, `12{,}000`, `12\,000` and `12,\!000`. What stands around it is a unit: `$7` is 7, `50%` is 50,
+`90^\circ` is 90, `7 cm^2` is 7. Digits of other scripts and digits glued to letters (`5km`, `7th`, `x2`, `7²`, `1_000`)
+are not numbers. Some are one thing, recognised only to be refused: `1e3`, `0,5`, `1 000`, `1 1/2`, `7:00`, `1.2.3` and
+`2024-05-07`; a list has spaces after its commas: `1, 2` ends in 2. In `2**3`, `x^2`, `x_{2}`, `7//2`, `6/2/3`, `3*4/5`,
+`x/7`, `7/x`, `7!`, `\sqrt{7}`, `√7`, `7\pi`, `-(7)`, `±7` and `≠ 7` the last number is no answer; but where a word, a
+number and `!` end a line or sentence, `!` is punctuation: `It is 7!`. Values are exact fractions: 0.5 = 1/2, 7.0 = 7.
 
 A minus is the number's sign, also before a currency (`-$7`), unless an operand stands right before it: `5-3` ends in 3.
-With a space after it, it is the sign behind `=`, `:`, `is`, an opening bracket or dollar (`x = - 7`), but subtracts
-after an operand (`5 - 7` ends in 7); elsewhere, as in a line `- 7`, it may be a bullet, so there is no answer.
+With a space after it, it is the sign behind `=`, `:`, `is` and an opening bracket (`x = - 7`), but subtracts after an
+operand: a digit, closing bracket, single letter, `%`, `°`, `5!` (`5 - 7` ends in 7); elsewhere it may be a bullet or a
+dash (`- 7`, `gives - 7`), so there is no answer. Behind the odd dollars of a line, which open formulas, it is a sign
+if no operand touches them; behind the even ones it subtracts if one does (`$5$ - 7`); else there is no answer.
 
 The answer of a text is what stands in its only \boxed{}, and no other number may be the text's last one; without a box
-it is the last number. A box holds one number, with nothing else than `name =` before it, units, and \text{} without
-digits: no operator, bracket, other command, or single letter. A text with several boxes has no answer.
+it is the last number. A box holds one number, also in parentheses, with nothing else than `name =` before it, units and
+\text{} without digits: no operator, other bracket or command, or single letter. Several boxes are no answer.
 """
 
 import math
@@ -28,13 +31,15 @@ WINDOW = 4096  # characters at the end of a text that are read first
 
 NUMBER = re.compile(
     r"""
-    (?P<sign> (?<![\w)\]}]) [-−–－﹣‐‑] (?P<gap> [ \t]? (?: [$€£¥] [ \t]? )? ) )?
+    (?P<sign> (?<![\w)\]}%°]) [-−–－﹣‐‑] (?P<gap> [ \t]? (?: [$€£¥¤] [ \t]? )? ) )?
     (?<!\w)
     (?>                                            # atomic: 1.5km must not be read as 1
-        (?P<value> (?: [0-9]{1,3} (?:,[0-9]{3})+ (?![0-9]) | [0-9]+ ) (?: \.[0-9]+ )?
-                 | (?<!\.) \.[0-9]+ )              # .5, but not the 5 of ...5
-        (?: / (?P<denominator> [0-9]+ (?: \.[0-9]+ )? ) )?
-        (?P<exponent> [eE] [+-]? [0-9]+ )?
+        (?: [0-9]{1,3} (?:[ \u00a0\u2009\u202f][0-9]{3})+ (?![0-9])    # 1 000
+          | [0-9]{4} (?:-[0-9]{2}){2} (?![0-9])                        # 2024-05-07
+          | (?P<value> (?: [0-9]{1,3} (?:,[0-9]{3})+ (?![0-9]) | [0-9]+ ) (?: \.[0-9]+ )?
+                     | (?<!\.) \.[0-9]+ )          # .5, but not the 5 of ...5
+            (?: [ \t]? / [ \t]? (?P<denominator> [0-9]+ (?: \.[0-9]+ )? ) )? )
+        (?P<more> [eE][+-]?[0-9]+ | [ \u00a0\u2009\u202f][0-9]+/[0-9]+ )?      # 1e3, 1 1/2
     )
     (?P<glued> \w+ )?                              # then it is none; a second look at its parts would take n² steps
     """,
@@ -44,22 +49,25 @@ OPERATOR_BEFORE = re.compile(
     r"""
     (?: [\^_] \s* \{? | // | [\w)\]}] \s* / | \} \s* \{
       | (?: [0-9)\]}] | \b[A-Za-z] ) \*\* | [0-9)\]}] \s+ \*\* \s     # any other ** may be the start of bold type
-      | (?: \\[A-Za-z]+ | \b(?:sqrt|log|ln|exp|sin|cos|tan) ) (?: _\{?\w+\}? )? [\s{(]*
+      | (?: \\[A-Za-z]+ | \b(?:sqrt|log|ln|exp|sin|cos|tan) | [√∛∜] ) (?: _\{?\w+\}? )? [\s{(]*
       | (?: ^ | [^\w)\]}\s] ) \s* [-−–－﹣‐‑] \s* [({\[|]+ \s*
-      | (?<![\w)\]}]) [-−–] | [⁻±∓≠] | !=
-    ) \s* $
+      | (?<![\w)\]}%°]) [-−–] | [⁻±∓≠] | !=
+    ) \s* $ | [0-9][,.:] $                         # 0,5, 7:00
     """,
     re.VERBOSE,
 )
 OPERATOR_AFTER = re.compile(
-    r"[ \t]*(?:\^|//|\\[A-Za-z]|[π√∞]|/[ \t]*(?:[A-Za-z](?![A-Za-z])|[({\\]))|!|\}\s*\{|\*\*[\w(]"
+    r"[ \t]*(?:\^|//|\\[A-Za-z]|[π√∛∜∞]|/[ \t]*(?:[A-Za-z](?![A-Za-z])|[({\\]))|\}\s*\{|\*\*[\w(]"
+    r"|[,.:][0-9]|!++(?![*\"]*(?:\s*\Z|[ \t]*\n|\s+[A-Z*]))"
 )
-IS_SIGN = re.compile(r"(?:[=:≈⇒({\[<>≤≥][ \t]*|\bis[ \t]*|\$)$")
-SUBTRACTS = re.compile(r"[\w)\]}%°$!][ \t]*$")
-AROUND_BOX = re.compile(r"(?:[-−^_/]|(?:\^|\\sqrt)\{)$")  # -\boxed{7} is not 7
+FACTOR_BEFORE = re.compile(r"(?:[0-9)\]}]\s*\*|[×·])\s*$")  # 3*4/5 is not 4/5
+WORD_BEFORE = re.compile(r"[A-Za-z]{2}:?[ \t]+[*$€£¥¤]*$")
+IS_SIGN = re.compile(r"(?:[=:≈⇒({\[<>≤≥]|\bis)[ \t]*$")
+OPERAND = re.compile(r"(?:[0-9²³)\]}%°]|[0-9]!|\b[A-Za-z])\$*[ \t]*$")
+AROUND_BOX = re.compile(r"(?:[-−^_/√]|(?:\^|\\sqrt)\{)$")  # -\boxed{7} is not 7
 IN_BOX = re.compile(  # before and after the number, whose place is the #
-    r"[\s${]*(?:(?:[A-Za-z][\w{}()'= ]*)?[=:≈])?[\s${€£¥+]*"
-    r"#[\s}$%€£¥.]*(?:°[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
+    r"[\s${]*(?:(?:[A-Za-z][\w{}()'= ]*)?[=:≈])?[\s${€£¥¤+]*(?:#|\(\s*#\s*\))"
+    r"[\s}$%€£¥¤.]*(?:°[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
 )
 
 
@@ -118,24 +126,24 @@ def _only_number(box: str) -> Fraction | None:
 def _signed(match: re.Match) -> Fraction | None:
     """The value of a number in a text; None also where it is open what a minus before it means."""
     value = _value(match)
-    if value is None or not match["sign"] or not match["gap"][:1].isspace():
+    line = match.string[match.string.rfind("\n", 0, match.start()) + 1 : match.start()].rstrip(" \t")
+    if value is None or not match["sign"] or not (match["gap"][:1].isspace() or line.endswith("$")):
         return value
-    before = _before(match).rpartition("\n")[2]
-    if IS_SIGN.search(before):
-        return value
-    return -value if SUBTRACTS.search(before) else None
+    is_sign = len(re.findall(r"\$+", line)) % 2 if line.endswith("$") else IS_SIGN.search(line[-48:])
+    if bool(is_sign) == bool(OPERAND.search(line[-48:])):
+        return None
+    return value if is_sign else -value
 
 
 def _value(match: re.Match) -> Fraction | None:
-    operand = OPERATOR_BEFORE.search(_before(match)) or OPERATOR_AFTER.match(match.string, match.end())
-    if operand or match["exponent"] or len(match[0]) > MAX_LENGTH:
+    if match["value"] is None or match["more"] or len(match[0]) > MAX_LENGTH:
         return None
+    before, end = match.string[max(0, match.start() - 48) : match.start()], match.end()
+    if OPERATOR_BEFORE.search(before) or OPERATOR_AFTER.match(match.string, end):
+        return None
+    is_factorial = match.string.startswith("!", end) and not WORD_BEFORE.search(before)
     denominator = Fraction(match["denominator"] or 1)
-    if denominator == 0:
+    if is_factorial or denominator == 0 or (match["denominator"] and FACTOR_BEFORE.search(before)):
         return None
     value = Fraction(match["value"].replace(",", "")) / denominator
     return -value if match["sign"] else value
-
-
-def _before(match: re.Match) -> str:
-    return match.string[max(0, match.start() - 48) : match.start()]
