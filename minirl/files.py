@@ -139,7 +139,7 @@ def json_values(path: str | Path) -> Iterator[tuple[object, str]]:
                     yield from ((entry, f"{path}, entry {i}") for i, entry in enumerate(entries, start=1))
                     return
                 if line.strip():
-                    hint = "; a file that is a list needs a name that ends in .json" if is_list else ""
+                    hint = "; a file that is a list needs a name that ends in .json" * (is_list and number == 1)
                     value = parse_json(line.rstrip(), where, f"write one object a line, in UTF-8{hint}")
                     if is_list:
                         raise InputError(f"{where}: this is a list, but must be an object{hint}")

@@ -34,16 +34,24 @@ ARITHMETIC = """--task arithmetic:op=sum,digits=1,style=plain --steps 6 --prompt
 FAMILY = {  # and how many optimizer steps each takes in a step
     "ppo": (
         f"""ppo {ARITHMETIC} --adaptive-kl ziegler --kl-horizon 50 --ref-reset-every 2 --critic-warmup 1 --epochs 2
-        --mini-batches 2 --target-kl 0.5 --bootstrap-truncated --critic-lr 1e-2""",
+        --mini-batches 2 --target-kl 0.5 --bootstrap-truncated --critic-lr 1e-2
+        --rewards slow.py:slow=1""",
         8,
     ),
-    "penalty": (f"ppo {ARITHMETIC} --preset ppo_penalty --critic shared --epochs 2 --dtype bfloat16", 4),
+    "penalty": (
+        f"ppo {ARITHMETIC} --preset ppo_penalty --critic shared --epochs 2 --dtype bfloat16 --rewards slow.py:slow=1",
+        4,
+    ),
     "dapo": (
         f"""grpo {ARITHMETIC} --preset dapo --task data.digits.jsonl --group 8 --max-tokens 2 --max-gen-batches 4
         --rewards repetition=1 slow.py:slow=0""",
         1,
     ),
-    "reinforce": (f"grpo {ARITHMETIC} --preset reinforce --ref-reset-every 3 --loss.kl k3 --loss.kl-coef 0.1", 1),
+    "reinforce": (
+        f"""grpo {ARITHMETIC} --preset reinforce --ref-reset-every 3 --loss.kl k3 --loss.kl-coef 0.1
+        --rewards slow.py:slow=1""",
+        1,
+    ),
     "refresh": (
         f"""grpo {ARITHMETIC} --task data.digits.jsonl --group 8 --rewards model:judge=1 correct=0.5
         --loss.kl k3 --loss.kl-coef 0.01 --ref-reset-every 2
@@ -58,7 +66,7 @@ import time
 
 def slow(prompts, completions, **columns):
     time.sleep(0.02)
-    return [0.0 for c in completions]
+    return [len(set(c)) / 6 for c in completions]
 """
 STEP = "minirl.train.optimizer:AdamW.step"
 UPDATES = {"grpo": 2, "sft": 1}  # in a step

@@ -305,7 +305,7 @@ def test_held_out_prompts_are_not_trained_on():
 
 GOOD = {"prompt": "1=", "chosen": "1", "rejected": "2"}
 BAD_LINES = [
-    ("pairwise", "[1]", "line 2: its 'prompt' must be"),
+    ("pairwise", "[1]", "line 2: this is a list, but must be an object$"),
     ("pairwise", "{", "line 2: not valid JSON"),
     ("pairwise", {"chosen": "1", "rejected": "2"}, "its 'prompt' must be"),
     ("pairwise", GOOD | {"rejected": 2}, "kind pairwise needs texts 'chosen' and 'rejected'"),
