@@ -152,7 +152,7 @@ class HeldOut:
     def _noise(self, record: dict) -> float:
         """A fall that evaluations alone may show: three standard errors of one, which is that of the difference of two
         pairs, as the prompts are the same each time, and more the more there were, of which the best is one; at least 5
-        points. With the scatter of the rewards that is a false alarm in 1 of 100 flat runs of 100 evaluations."""
+        points. With the scatter of the rewards fewer than 1 of 100 flat runs of 100 evaluations raise it."""
         samples = record.get("eval/prompts", math.inf) * record.get("eval/samples", 1)
         error = math.sqrt(max(0.0, self.best * (1 - self.best)) / samples)
         return max(0.05, math.sqrt(9 + 2 * math.log(self.count)) * error)

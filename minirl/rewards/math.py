@@ -23,7 +23,7 @@ def math_match(prompts, completions, answer, **columns) -> list[float | Exceptio
     More than one \boxed{} is an attempt to answer several times and scores 0; a comparison that takes longer than
     `SECONDS` is a TimeoutError, which counts as 0.
     """
-    golds = [None if a is None else _text(a) for a in answer]
+    golds = [None if a is None else answer_text(a) for a in answer]
     unknown = [gold for gold in dict.fromkeys(golds) if gold is not None and gold not in _readable]
     verdicts = zip(unknown, _calls("is_readable", [(gold,) for gold in unknown]), strict=True)
     _readable.update((gold, verdict) for gold, verdict in verdicts if isinstance(verdict, bool))
@@ -42,7 +42,7 @@ def math_answer(text: str) -> str | None:
     return None if isinstance(reading, Exception) else reading
 
 
-def _text(answer) -> str:
+def answer_text(answer) -> str:
     """A float without the exponent that Python may write: 1e-05 would be read as 1·e − 5."""
     return f"{Decimal(str(answer)):f}" if isinstance(answer, float) else str(answer)
 

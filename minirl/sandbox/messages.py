@@ -9,6 +9,7 @@ from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 
+FRAME = struct.Struct(">I")  # bytes of what follows, which is JSON
 MAX_MESSAGE = 16 * 2**20  # bytes
 LARGE = 2**63  # integers from here on travel in hexadecimal: decimal takes quadratic time
 DATES = (datetime.datetime, datetime.date, datetime.time)  # a datetime is a date
@@ -95,15 +96,19 @@ class Channel:
         body = json.dumps(message).encode()
         if len(body) > MAX_MESSAGE:
             raise ValueError(f"a value of {len(body)} bytes")
-        body = memoryview(struct.pack(">I", len(body)) + body)
-        while body:
-            body = body[os.write(self.writing, body) :]
+        send(self.writing, body)
 
     def receive(self):
-        (size,) = struct.unpack(">I", exactly(self.reading, 4))
+        (size,) = FRAME.unpack(exactly(self.reading, FRAME.size))
         if size > MAX_MESSAGE:
             raise ValueError(f"a message of {size} bytes")
         return json.loads(exactly(self.reading, size))
+
+
+def send(fd: int, body: bytes) -> None:
+    frame = memoryview(FRAME.pack(len(body)) + body)
+    while frame:
+        frame = frame[os.write(fd, frame) :]
 
 
 def exactly(fd: int, size: int) -> bytes:

@@ -24,7 +24,8 @@ from typing import Any
 
 from minirl.errors import InputError
 from minirl.sandbox.folder import remove
-from minirl.sandbox.worker import CALL, FRAME, GRACE, HEADER, LOAD, LOADING, TESTS, TRUSTED
+from minirl.sandbox.messages import FRAME
+from minirl.sandbox.worker import CALL, GRACE, HEADER, LOAD, LOADING, TESTS, TRUSTED
 
 STILLBORN = 5  # workers in a row that die before their first word
 

@@ -27,12 +27,11 @@ if __name__ == "__main__":  # before anything of the project or of a user is imp
 
 from minirl.sandbox import judge
 from minirl.sandbox.folder import empty, is_full, remove
-from minirl.sandbox.messages import Channel, exactly
+from minirl.sandbox.messages import FRAME, Channel, exactly, send
 from minirl.sandbox.walls import Limits, Walls, import_folders, python_folders, python_path, standing
 
 HEADER = struct.Struct(">cdIII")  # kind, seconds, memory in MiB, bytes of the two parts that follow
 LOAD, CALL, TRUSTED, TESTS = b"L", b"C", b"T", b"P"
-FRAME = struct.Struct(">I")  # bytes of a result, which is JSON
 ACK = b"+"  # of a cell: it has read its part
 MAX_RESULT = 16 * 2**20  # bytes
 TICK = 0.02  # seconds between two looks at it
@@ -226,12 +225,6 @@ def load_function(spec: str) -> Callable:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise LookupError(f"{place} has no function {name!r}; its functions are: {', '.join(known) or 'none'}")
     return function
-
-
-def send(fd: int, body: bytes) -> None:
-    frame = memoryview(FRAME.pack(len(body)) + body)
-    while frame:
-        frame = frame[os.write(fd, frame) :]
 
 
 def _call(function: Callable, arguments: bytes) -> bytes:

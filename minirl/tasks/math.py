@@ -4,14 +4,13 @@ A problem has a solution, whose last \boxed{} is the answer, a level (1 to 5), a
 type; MATH-500's files give the answer beside the solution.
 """
 
-from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 
 from minirl.errors import InputError
 from minirl.files import is_number
 from minirl.rewards.boxed import last_box
-from minirl.rewards.math import math_answer, math_match
+from minirl.rewards.math import answer_text, math_answer, math_match
 from minirl.rewards.registry import did_you_mean
 from minirl.tasks.rows import read_rows, text_of, two_sides
 from minirl.tasks.style import check_style, in_style, with_style
@@ -54,7 +53,7 @@ def _example(row: dict, where: str, style: str) -> dict:
     beside = row.get("answer")
     if not box and beside in (None, ""):
         raise InputError(rf"{where}: the solution has no \boxed{{}}, and there is no 'answer' beside it: give one.")
-    answer = box or (f"{Decimal(str(beside)):f}" if is_number(beside) else text_of(row, "answer", where))
+    answer = box or (answer_text(beside) if is_number(beside) else text_of(row, "answer", where))
     return {
         "prompt": in_style(style, f"{problem}\n{INSTRUCTION}" if style == "chat" else problem),
         "answer": answer.strip(),
