@@ -121,6 +121,12 @@ def test_a_preset_sets_the_defaults(preset):
     assert cli.parse("grpo", ["--model", "m", "--preset", preset]) == GRPOConfig("m", **preset_defaults(preset))
 
 
+def test_a_preset_has_no_more_mini_batches_than_there_are_prompts():
+    assert cli.parse("grpo", "--model m --preset gspo --prompts 3".split()).mini_batches == 3
+    assert cli.parse("grpo", "--model m --preset gspo --prompts=3 --mini-batches 2".split()).mini_batches == 2
+    assert cli.parse("grpo", "--model m --prompts 3 --preset grpo".split()).mini_batches == 1
+
+
 @pytest.mark.parametrize("preset", ppo.runnable_presets())
 def test_a_preset_of_ppo_sets_its_defaults(preset):
     wanted = PPOConfig("m", **ppo.preset_defaults(preset))

@@ -104,6 +104,12 @@ def test_what_acts_is_not_named(name):
     assert without_effect(config(loss, **changes)) == []
 
 
+def test_options_of_ppo_are_named_too():
+    set_all = {"value_coef": 1.0, "gamma": 0.9, "mini_batches": 2}
+    assert without_effect(PPOConfig("model", **set_all)) == ["value_coef (critic is own)"]
+    assert without_effect(PPOConfig("model", **set_all, critic="shared")) == []
+
+
 def test_what_corrects_for_another_policy_acts_where_there_is_one():
     other = config({"opsm_delta": 0.5, "importance": "token_truncate"})
     assert without_effect(other, drift=True) == []

@@ -442,6 +442,11 @@ def test_a_cut_completion_pays_its_penalty(make, monkeypatch):
     assert trainer.batch(rollout).mask.sum(1).tolist() == LENGTHS
 
 
+def test_by_default_what_is_right_and_cut_stays_above_what_is_wrong(make, monkeypatch):
+    rollout = written(monkeypatch, make(prompts=1, truncation="penalty"))
+    assert rollout.rewards[2] > rollout.rewards[1] > rollout.rewards[3]  # right and cut, wrong, wrong and cut
+
+
 def test_the_soft_punishment_of_long_completions_is_added_to_the_reward(make, monkeypatch):
     """As a share of what being right pays, here the weight 2, not of what else is paid."""
     task = replace(TASK, rewards={"seven": (2.0, has_seven), "sevens": (3.0, lambda **columns: [0.0] * 6)})

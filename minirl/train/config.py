@@ -41,8 +41,9 @@ class PolicyConfig:
     """Discount of a token, where rewards are those of tokens."""
     truncation: Literal["keep", "mask", "penalty"] = "keep"
     """A completion cut at max_tokens keeps its reward, leaves the loss, or pays `truncation_penalty`."""
-    truncation_penalty: float = 1.0
-    """What truncation=penalty subtracts from the reward."""
+    truncation_penalty: float = 0.5
+    """What truncation=penalty subtracts from the reward: half of what a rule of 0 and 1 pays, so that what is right and
+    cut stays above what is wrong."""
     exclude_from_baseline: bool = False
     """truncation=mask: completions that leave the loss leave the means and deviations of the rewards too."""
     overlong_cache: int = 0

@@ -58,6 +58,7 @@ NO_EFFECT = (  # options, and why they change nothing by the config and `drift` 
     ("truncation_penalty", _unless("truncation", "penalty")),
     ("overlong_penalty", lambda c, drift: "" if c.overlong_cache else "overlong_cache is 0"),
     ("max_gen_batches", _unless("dynamic_sampling", True)),
+    ("value_coef", _unless("critic", "shared")),
     ("baseline", _unless("advantage", "reinforce")),
     ("gamma", _unless("advantage", "reinforce", "reinforce_pp", None)),  # None: PPO has no such choice
     (
