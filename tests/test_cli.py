@@ -122,9 +122,12 @@ def test_a_preset_sets_the_defaults(preset):
 
 
 def test_a_preset_has_no_more_mini_batches_than_there_are_prompts():
-    assert cli.parse("grpo", "--model m --preset gspo --prompts 3".split()).mini_batches == 3
-    assert cli.parse("grpo", "--model m --preset gspo --prompts=3 --mini-batches 2".split()).mini_batches == 2
-    assert cli.parse("grpo", "--model m --prompts 3 --preset grpo".split()).mini_batches == 1
+    for args, wanted in (
+        ("--model m --preset gspo --prompts 3", 3),
+        ("--model m --preset gspo --prompts=3 --mini-batches 2", 2),
+        ("--model m --prompts 3 --preset grpo", 1),
+    ):
+        assert cli.parse("grpo", args.split()).mini_batches == wanted
 
 
 @pytest.mark.parametrize("preset", ppo.runnable_presets())
