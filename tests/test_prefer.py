@@ -480,7 +480,7 @@ def test_rft_learns_another_spelling_of_a_text_as_it_was_sampled():
     [row] = rft.kept_rows(Spelling(), [line | {"completion_tokens": [2, 3, 9]}], 10)
     assert (row.prompt, row.response) == ([7], [2, 3, 9])
     for lacking in (line, line | {"completion_tokens": [2, 2]}):
-        with pytest.raises(InputError, match="example 0: its tokens"):
+        with pytest.raises(InputError, match=r"kept\.jsonl, line 1: its tokens"):
             rft.kept_rows(Spelling(), [lacking], 10)
 
 

@@ -1,4 +1,8 @@
-"""Options that are set and change nothing: a run names them at its start."""
+"""Find the options that are set and change nothing, so that a run can name them at its start.
+
+A single update of a rollout has every ratio at 1: there PPO's clip, GSPO's ratio of a row, SAPO's gate and CISPO's
+bounded weight are all the same policy gradient.
+"""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -7,17 +11,18 @@ from minirl.train.config import PolicyConfig
 
 
 def _single(c: PolicyConfig, drift: bool = False) -> str:
+    """Say that there is one update a rollout; empty where there are several. All reasons have this form."""
     once = c.epochs * c.mini_batches == 1
     return "every ratio is 1 in a single update of a rollout: raise epochs or mini_batches" if once else ""
 
 
 def _one_ratio(c: PolicyConfig, drift: bool = False) -> str:
-    """Why every ratio is 1; empty where they differ."""
+    """Say why every ratio is 1; empty where they differ."""
     return _single(c) or ("every ratio is 1 where loss.ratio_level is none" if c.loss.ratio_level == "none" else "")
 
 
 def _unless(option: str, *values) -> Callable[[PolicyConfig, bool], str]:
-    """The reason of options that act at some values of another one alone."""
+    """Make the reason of options that act only where another option has one of these values."""
 
     def reason(c: PolicyConfig, drift: bool) -> str:
         value = _value(c, option)
@@ -27,12 +32,16 @@ def _unless(option: str, *values) -> Callable[[PolicyConfig, bool], str]:
 
 
 def _weights(c: PolicyConfig, drift: bool) -> str:
-    """Policy gradients without any ratio are meant so; weights that a bound moves away from 1 do act."""
-    meant = c.loss.surrogate == "is_pg" and (c.loss.ratio_level == "none" or not c.loss.w_min <= 1 <= c.loss.w_max)
-    return "" if meant else _one_ratio(c)
+    """Say why a surrogate that bends the weights of tokens bends none.
+
+    Not said of REINFORCE, which asks for no ratio, nor where a bound turns even the weight 1 into another one.
+    """
+    asked = c.loss.surrogate == "is_pg" and c.loss.ratio_level == "none"
+    return "" if asked or not c.loss.w_min <= 1 <= c.loss.w_max else _one_ratio(c)
 
 
 def _same_policy(c: PolicyConfig, drift: bool) -> str:
+    """Say that the sampler's log-probs are the trainer's, but for rounding."""
     return "" if drift else "sampler and trainer are one model, so that its weights are 1"
 
 
@@ -83,12 +92,12 @@ def without_effect(config: PolicyConfig, drift: bool = False) -> list[str]:
 
 
 def _value(config: PolicyConfig, name: str):
-    """An option by its name on the command line; None where this config has none such."""
+    """Return the value of an option such as loss.kl; None where this config has no such option."""
     owner = config.loss if name.startswith("loss.") else config
     return getattr(owner, name.removeprefix("loss."), None)
 
 
 def _is_set(config: PolicyConfig, name: str) -> bool:
-    """Whether an option has another value than its default."""
+    """Tell whether an option has another value than its default."""
     owner = config.loss if name.startswith("loss.") else config
     return any(f.name == name.removeprefix("loss.") and _value(config, name) != f.default for f in fields(owner))

@@ -76,12 +76,13 @@ def kept_of(groups: Sequence[Group], most: int, distinct: str = "text") -> list[
     ]
 
 
-def kept_rows(tokenizer: Tokenizer, kept: Sequence[dict], max_length: int) -> list[Row]:
-    """Token rows of the lines of kept.jsonl; InputError for one without the tokens of its completion."""
+def kept_rows(tokenizer: Tokenizer, kept: Sequence[dict], max_length: int, file: str | Path = KEPT) -> list[Row]:
+    """Turn the lines of kept.jsonl into token rows; InputError for one without the tokens of its completion."""
     rows = []
     for i, line in enumerate(kept):
-        prompt = prompt_tokens(tokenizer, line["prompt"], max_length, f"example {i}")
-        tokens = spelled_tokens(tokenizer, line["completion"], line.get("completion_tokens"), f"example {i}")
+        where = f"{file}, line {i + 1}"
+        prompt = prompt_tokens(tokenizer, line["prompt"], max_length, where)
+        tokens = spelled_tokens(tokenizer, line["completion"], line.get("completion_tokens"), where)
         rows.append(Row(prompt, list(tokens), group=i))
     return rows
 
@@ -124,6 +125,6 @@ def train_rft(config: RFTConfig, display: Display | None = None) -> Path:
         write_jsonl(file, kept)
         (run.out / SAMPLED).unlink(missing_ok=True)
     model.checkpointing = config.recompute
-    rows = kept_rows(tokenizer, kept, model.config.max_positions)
+    rows = kept_rows(tokenizer, kept, model.config.max_positions, file)
     refuse_unknown_tokens(rows, model.config.vocab_size)
     return fit(model, tokenizer, rows, config.sft, run, display)
