@@ -647,10 +647,10 @@ def test_a_resumed_rft_without_its_kept_completions_says_so(model, folder):
 
 
 def test_no_gradient_is_left_by_sampling_before_training(model, folder):
-    """The same fine-tuning on the same lines, through `minirl sft`, ends with the same weights."""
-    from minirl.train.sft import train_sft
-
+    """The same fine-tuning on the same rows, of a model that has not sampled, ends with the same weights."""
     config = rft_config(model)
     path = train_rft(config, Silent())
-    again = train_sft(replace(config.sft, data="run/kept.jsonl", out="again"), Silent())
+    fresh, tokenizer = rft.load(model, "float32", "cpu")
+    rows = rft.kept_rows(tokenizer, read_lines("run/kept.jsonl"), fresh.config.max_positions)
+    again = rft.fit(fresh, tokenizer, rows, config.sft, rft.Run("again", {}), Silent())
     assert torch.equal(*(rft.load(p, "float32", "cpu")[0].head_weight for p in (path, again)))
