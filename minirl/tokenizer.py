@@ -87,6 +87,8 @@ class Tokenizer:
             raise NoChatTemplate("this tokenizer has no chat template: pass text, or set tokenizer.chat_template")
         from minirl.chat_template import render_chat  # jinja2 is optional
 
+        if variables.get("tools") and "tools" not in self.chat_template:
+            raise InputError("the chat template does not write tools: take them out, or use a model that was given any")
         variables = {**self.special_tokens, **variables}
         return render_chat(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **variables)
 
@@ -94,13 +96,16 @@ class Tokenizer:
         """The template has written the special tokens already; adding them on encoding would double the first."""
         return self.encode(self.render(messages, add_generation_prompt, **variables))
 
-    def prompt_ids(self, prompt: str | list[dict]) -> list[int]:
-        """Messages through the chat template; text with the bos token in front where the tokenizer itself puts one.
+    def prompt_ids(self, prompt: str | list[dict], tools: list[dict] | None = None) -> list[int]:
+        """Messages through the chat template, with `tools` where there are any; text with the bos token in front where
+        the tokenizer itself puts one.
 
         Text that begins with bos already, as rendered templates do, is not given a second; an eos never goes behind.
         """
         if not isinstance(prompt, str):
-            return self.chat(prompt)
+            return self.chat(prompt, tools=tools)
+        if tools:
+            raise InputError("tools are written by a chat template, and this prompt is a text: give messages")
         ids = self.encode(prompt)
         starts_with_bos = self.bos_id is not None and self.encode("", add_special_tokens=True)[:1] == [self.bos_id]
         return [self.bos_id, *ids] if starts_with_bos and ids[:1] != [self.bos_id] else ids

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+from minirl.conversation import messages_of, tools_of, with_system
 from minirl.errors import InputError
 from minirl.files import kind_of
 from minirl.rewards.math import math_answer, math_match
@@ -69,8 +70,6 @@ def read_examples(
 ) -> list[dict]:
     """The examples of a file under the names "prompt" and "answer"; `columns` says what the file calls these two.
     `check_answer(answer, its column, where)` raises an InputError for what cannot be one."""
-    if path.is_dir():
-        raise InputError(f"{path}: there is no such file, but a folder: give the path of a JSONL file.")
     examples = []
     for row, where in islice(read_rows(path), limit):
         examples.append(_example(row, where, columns, style))
@@ -86,11 +85,19 @@ def _example(row: dict, where: str, columns: dict[str, str], style: str) -> dict
         found = ", ".join(row) or "nothing"
         raise InputError(f"{where}: there is no {columns['prompt']!r}, only {found}: name the column by prompt_column.")
     prompt = _prompt(row.pop(columns["prompt"]), where, columns["prompt"])
+    prompt = in_style(style, prompt)
     answer = row.pop(columns["answer"], None)
     reserved = [name for name in row if name in RESERVED]
     if reserved:
         raise InputError(f"{where}: a column cannot be called {reserved[0]!r}, rewards already take that: rename it.")
-    row["prompt"] = in_style(style, prompt)
+    tools = tools_of(row, where)
+    for name in ("system", "tools"):
+        if row.get(name) and isinstance(prompt, str):
+            advice = "set style=chat, or rename the column"
+            raise InputError(f"{where}: {name!r} is written by a chat template, and the prompt is a text: {advice}.")
+    row["prompt"] = with_system(prompt, row, where)
+    if "tools" in row:
+        row["tools"] = tools
     if answer is not None:
         row["answer"] = answer.rpartition("####")[2].strip() if isinstance(answer, str) else answer
     return row
@@ -110,15 +117,11 @@ def _check_answer(answer: object, column: str, where: str) -> None:
 def _prompt(prompt, where: str, column: str) -> str | list[dict]:
     if isinstance(prompt, str):
         return filled(prompt, column, where)
-    if not isinstance(prompt, list):
-        raise InputError(f"{where}: {column!r} is {kind_of(prompt)}, but must be a text or a list of chat messages.")
-    if not prompt:
-        raise InputError(f"{where}: {column!r} is an empty list: it needs at least one chat message.")
-    for i, message in enumerate(prompt):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(f"{where}: message {i} of {column!r} needs a 'role' and a 'content', both texts.")
-        filled(message["content"], column, where)
-    return prompt
+    messages = messages_of(prompt, where, column)
+    for message in messages:
+        if "tool_calls" not in message:
+            filled(message["content"], column, where)
+    return messages
 
 
 def _extractor(correct: Reward, examples: list[dict]) -> Callable[[str], str | None]:

@@ -16,7 +16,7 @@ from minirl.files import read_jsonl, write_jsonl
 from minirl.tasks import Task, parse_task
 from minirl.train.outcomes import Group, SampleConfig, right_and_wrong, right_of, sample_and_check, summary
 from minirl.train.run import Display, Run, identity, load
-from minirl.train.sft import SFTConfig, demonstration_rows, fit, read_demonstrations, refuse_unknown_tokens
+from minirl.train.sft import SFTConfig, demonstration_rows, fit, refuse_unknown_tokens
 
 KEPT = "kept.jsonl"
 SAMPLED = "sampled.jsonl"  # in the folder of a run that was stopped while it sampled
@@ -58,14 +58,15 @@ class RFTConfig(SampleConfig):
 
     @property
     def sft(self) -> SFTConfig:
-        shared = {f.name: getattr(self, f.name) for f in fields(SFTConfig) if f.name != "data"}
+        shared = {f.name: getattr(self, f.name) for f in fields(SFTConfig) if hasattr(self, f.name)}
         return SFTConfig(**shared, data=str(Path(self.out) / KEPT))
 
 
 def kept_of(groups: Sequence[Group], most: int, distinct: str = "text") -> list[dict]:
     """Demonstrations: at most `most` right completions a prompt, with how many samples of the prompt were right."""
     return [
-        {"prompt": line["prompt"], "completion": line["completion"], "correct": len(right_of(group))}
+        {name: line[name] for name in ("prompt", "tools", "completion") if name in line}
+        | {"correct": len(right_of(group))}
         for group in groups
         for line in right_and_wrong(group, distinct)[0][:most]
     ]
@@ -100,7 +101,7 @@ def train_rft(config: RFTConfig, display: Display | None = None) -> Path:
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
     file = run.out / KEPT
     if run.checkpoint or (config.resume and file.exists()):  # it appears whole, after all sampling
-        kept = read_demonstrations(file)
+        kept = read_jsonl(file)
     else:
         kept = sample_and_keep(model, tokenizer, task, config, run, display)
     if not run.checkpoint:
