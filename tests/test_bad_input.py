@@ -231,7 +231,7 @@ def test_a_stop_token_that_cannot_be_drawn(command, complaint):
 def test_a_tokenizer_that_knows_more_than_its_model(complaint):
     Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n{"prompt": "1+2=", "completion": "!"}')
     Tokenizer.from_chars(ALPHABET + "!").save_pretrained("model")
-    assert "example 1 holds token 19, outside the model's vocabulary of 19" in complaint(*sft())
+    assert "data.jsonl, line 2 holds token 19, outside the model's vocabulary of 19" in complaint(*sft())
 
 
 # --- tasks and data --------------------------------------------------------------------------------------------------

@@ -14,6 +14,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 from minirl.errors import InputError, NoChatTemplate
+from minirl.rollout import sample
+from minirl.sampler import Completion, SamplingParams
+from minirl.tasks import load_task
+from minirl.tasks.split import prompt_key
 from minirl.tokenizer import Tokenizer
 from minirl.train.formats import demonstration
 from minirl.train.ranked import description as comparisons
@@ -482,3 +486,71 @@ def test_labelled_and_stored_completions_may_be_messages(tmp_path):
 def test_a_demonstration_keeps_only_what_is_learned_from():
     row = {"prompt": "q", "completion": "a", "source": "x", "messages": None}
     assert demonstration(row, "here") == {"prompt": "q", "completion": "a", "format": "prompt and completion"}
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A sampler that keeps the prompts and draws nothing but the stop token."""
+
+    def generate(self, prompts, params, progress=None):
+        self.prompts = prompts
+        return [[Completion([256], [0.0], "stop")] for _ in prompts]
+
+
+def prompts_of(examples: list[dict]) -> list[str]:
+    sampler, tokenizer = Recorder(), chat_tokenizer()
+    sample(sampler, tokenizer, examples, SamplingParams(n=1, stop_ids=(256,)))
+    return [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in sampler.prompts]
+
+
+def test_tools_and_system_of_a_task_reach_the_template_and_its_rewards(tmp_path):
+    parts = [Q | {"content": [{"type": "text", "text": "q"}]}]
+    rows = [
+        {"prompt": parts, "tools": json.dumps([ADD["function"]]), "answer": "1"},
+        {"prompt": [Q], "tools": None, "system": "s", "answer": "2"},
+    ]
+    task = load_task(write(tmp_path / "data.jsonl", *rows), heldout_fraction=0)
+    assert [example["tools"] for example in task.train] == [[ADD], None]
+    tools = "<tools>" + json.dumps([ADD]) + "\n"
+    assert prompts_of(task.train) == [tools + PAIR[0], SYSTEM[0]]
+    seen = []
+
+    def reward(prompts, completions, tools, **columns):
+        seen.extend(tools)
+        return [1.0 for _ in completions]
+
+    rollout = sample(Recorder(), chat_tokenizer(), task.train, SamplingParams(n=1, stop_ids=(256,)))
+    rollout.score({"seen": (1.0, reward)})
+    assert seen == [[ADD], None]
+
+
+@pytest.mark.parametrize("column", [{"tools": [ADD]}, {"system": "s"}, {"system_prompt": "s"}])
+def test_what_only_a_template_can_write_is_refused_beside_a_text(column, tmp_path):
+    data = write(tmp_path / "data.jsonl", {"prompt": "q", **column})
+    with pytest.raises(InputError, match=f"line 1: '{next(iter(column))}' is written by a chat template.*style=chat"):
+        load_task(data, heldout_fraction=0)
+    [prompt] = prompts_of(load_task(data, style="chat", heldout_fraction=0).train)
+    assert prompt.endswith(PAIR[0]) and len(prompt) > len(PAIR[0])
+
+
+def test_the_column_that_may_be_the_prompt_is_named(tmp_path):
+    for name in ("question", "messages", "conversations"):
+        data = write(tmp_path / "data.jsonl", {"id": 1, name: [Q]})
+        with pytest.raises(InputError, match=f"name the column by prompt_column={name}"):
+            load_task(data)
+        assert load_task(data, prompt_column=name, heldout_fraction=0).train[0]["prompt"] == [Q]
+
+
+def test_equal_prompts_with_different_tools_are_different_problems():
+    other = ADD | {"function": ADD["function"] | {"name": "subtract"}}
+    keys = {prompt_key({"prompt": [Q], "tools": tools}) for tools in (None, [ADD], [other])}
+    assert len(keys) == 3 and prompt_key({"prompt": [Q]}) in keys
+
+
+def test_tools_beside_a_text_prompt_or_for_a_template_without_them_are_refused():
+    with pytest.raises(InputError, match="this prompt is a text: give messages"):
+        chat_tokenizer().prompt_ids("q", [ADD])
+    with pytest.raises(InputError, match="does not write tools"):
+        chat_tokenizer(LAST_THOUGHTS).prompt_ids([Q], [ADD])

@@ -1,4 +1,4 @@
-"""Tasks in JSONL files: one JSON object a line, with a prompt, and columns such as the answer."""
+"""Tasks in files, JSONL or tables: one object a row, with a prompt, and columns such as the answer."""
 
 import json
 import math
@@ -18,6 +18,7 @@ from minirl.tasks.rows import filled, read_rows, two_sides
 from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
 
+PROMPTS = ("prompt", "question", "problem", "messages", "conversations", "instruction", "query", "input", "text")
 RESERVED = {"prompts", "completions", "completion_ids"}  # what every reward is given beside the columns
 
 
@@ -32,17 +33,21 @@ def jsonl(
     reward: str = "answer",
     style: str = "plain",
     seed: int = 0,
+    config: str | None = None,
+    split: str | None = None,
 ) -> Task:
     """The examples of a file, at most the first `limit`; held out are those of another file, or a share of its prompts
     (default: a tenth).
 
-    Of an answer that ends in "#### 72" only the 72 is kept.
+    `config` and `split` choose those of a folder or of a data set of the hub; "system" and "tools" of a row are written
+    by the chat template. Of an answer that ends in "#### 72" only the 72 is kept.
     Prompts that are chat messages already stay so in any style. `reward` (a name or path/to/file.py:function, see
     `load_reward`) defines accuracy; the default compares numbers where the answer is one and the whole text elsewhere,
     and cannot score examples without an answer. Other answers than a text, a number or true and false need a reward of
     their own.
     """
     check_style("jsonl", style)
+    path = ":".join([path, *filter(None, [config, split or (config and "train")])])
     correct = load_reward(reward)
     columns = {"prompt": prompt_column, "answer": answer_column}
 
@@ -51,7 +56,7 @@ def jsonl(
 
     train, heldout = two_sides("jsonl", read, path, heldout_path, heldout_fraction, limit, seed)
     task = Task(
-        Path(path.removesuffix(".gz")).stem,
+        Path(path.partition(":")[0].removesuffix(".gz")).stem,
         train,
         heldout,
         {"correct": (1.0, correct)},
@@ -83,15 +88,16 @@ def read_examples(
 def _example(row: dict, where: str, columns: dict[str, str], style: str) -> dict:
     if columns["prompt"] not in row:
         found = ", ".join(row) or "nothing"
-        raise InputError(f"{where}: there is no {columns['prompt']!r}, only {found}: name the column by prompt_column.")
-    prompt = _prompt(row.pop(columns["prompt"]), where, columns["prompt"])
-    prompt = in_style(style, prompt)
+        known = next((f"={name}" for name in PROMPTS if name in row), "")
+        advice = f"name the column by prompt_column{known}."
+        raise InputError(f"{where}: there is no {columns['prompt']!r}, only {found}: {advice}")
+    prompt = in_style(style, _prompt(row.pop(columns["prompt"]), where, columns["prompt"]))
     answer = row.pop(columns["answer"], None)
     reserved = [name for name in row if name in RESERVED]
     if reserved:
         raise InputError(f"{where}: a column cannot be called {reserved[0]!r}, rewards already take that: rename it.")
     tools = tools_of(row, where)
-    for name in ("system", "tools"):
+    for name in ("system", "system_prompt", "tools"):
         if row.get(name) and isinstance(prompt, str):
             advice = "set style=chat, or rename the column"
             raise InputError(f"{where}: {name!r} is written by a chat template, and the prompt is a text: {advice}.")

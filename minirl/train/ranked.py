@@ -109,7 +109,7 @@ def ranked_lists(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int
             counted.setdefault(row, turns.counted[:room])
         if pairs := ranked_pairs(ranks := list(scores.values())):
             cut = len({tuple(turns.response[:room]) for turns in found if len(turns.response) > room})
-            rows = [Demonstration(prompt, row, group=i, counted=counted[row]) for row in scores]
+            rows = [Demonstration(prompt, row, group=i, counted=counted[row], where=example["where"]) for row in scores]
             lists.append(Ranked(rows, pairs, ranks.index(max(ranks)), cut=cut))
     return lists
 

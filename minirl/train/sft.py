@@ -98,6 +98,7 @@ class Demonstration(Row):
 
     counted: Sequence[bool] | None = None  # one for each token of the response; None: all of them
     lost: int = 0  # tokens of its example that did not fit
+    where: str = ""  # the place of its example
 
 
 def read_demonstrations(path: str | Path) -> list[dict]:
@@ -132,7 +133,7 @@ def demonstration_rows(
             room = max(max_length - len(piece.prompt), 0)
             lost += sum(piece.counted[room:])
             if any(counted := piece.counted[:room]):
-                rows.append(Demonstration(piece.prompt, piece.response[:room], len(rows), counted=counted))
+                rows.append(Demonstration(piece.prompt, piece.response[:room], len(rows), counted=counted, where=where))
         rows[-1] = replace(rows[-1], lost=lost)
     return rows
 
@@ -174,13 +175,13 @@ def refuse_length(tokens: int, max_length: int, where: str) -> None:
 
 
 def refuse_unknown_tokens(rows: Sequence[Row], vocab: int, where: str = "") -> None:
-    """`where` the rows come from, if their groups are not the numbers of the examples."""
+    """`where` the rows come from, if they do not know it and their groups are not the numbers of the examples."""
     for row in rows:
         largest = max((*row.prompt, *row.response))
         if largest >= vocab:
+            place = where or getattr(row, "where", "") or f"example {row.group}"
             raise InputError(
-                f"{where or f'example {row.group}'} holds token {largest}, outside the model's vocabulary of {vocab}: "
-                "is this its tokenizer?"
+                f"{place} holds token {largest}, outside the model's vocabulary of {vocab}: is this its tokenizer?"
             )
 
 
