@@ -51,7 +51,7 @@ def _text(content: object, what: str) -> str:
     for part in parts:
         if isinstance(part, dict) and part.get("type", "text") != "text":
             raise InputError(f"{what} has a part of type {part['type']!r}: only parts of type 'text' can be read.")
-        texts.append(part.get("text") if isinstance(part, dict) and isinstance(content, list) else part)
+        texts.append(part.get("text", part.get("value")) if isinstance(part, dict) and part is not content else part)
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{what} needs a 'role' and a 'content', both texts.")
     return "".join(texts)

@@ -109,6 +109,7 @@ ONE_TURN = [("<user>q<end>\n<assistant>", False), ("a<end>", True)]
         ({"prompt": [Q], "completion": "a"}, ONE_TURN),
         ({"prompt": [Q | {"content": [{"type": "text", "text": "q"}]}], "completion": "a"}, ONE_TURN),
         ({"messages": [Q | {"content": [{"type": "text", "text": "q"}]}, A | {"content": ["a"]}]}, ONE_TURN),
+        ({"messages": [Q | {"content": [{"type": "text", "value": "q"}]}, A]}, ONE_TURN),
         ({"prompt": "q", "response": "a"}, [("q", False), ("a<end>", True)]),
         ({"text": "a document"}, [("a", False), (" document<|eos|>", True)]),
         ({"text": "a document<|eos|>"}, [("a", False), (" document<|eos|>", True)]),
@@ -149,6 +150,8 @@ def test_only_the_last_turn_is_learned_where_that_is_asked_for(tmp_path):
 def test_turns_of_weight_0_and_turns_of_the_prompt_are_not_learned(tmp_path):
     asked = ("<system>s<end>\n<user>q<end>\n<assistant>a<end>\n<user>r<end>\n<assistant>", False)
     talk = [*TALK[:2], A | {"weight": 0}, *TALK[3:5]]
+    assert rows_of(tmp_path, {"messages": talk}) == [[asked, ("b<end>", True)]]
+    talk[2] = A | {"loss_weight": 0.0}
     assert rows_of(tmp_path, {"messages": talk}) == [[asked, ("b<end>", True)]]
     assert rows_of(tmp_path, {"prompt": TALK[:4], "completion": [B]}) == [[asked, ("b<end>", True)]]
 

@@ -79,11 +79,12 @@ def _answered(context: str | list[dict], answer: object, raw: bool, name: str, w
 
 def trained_turns(record: dict, last: bool = False) -> list[int]:
     """Where the assistant's turns stand among "messages": all from "start" on that answer somebody and have no "weight"
-    of 0, or the last of these."""
+    or "loss_weight" of 0, or the last of these."""
     roles = [message["role"] for message in record["messages"]]
     asked = next((i for i, role in enumerate(roles) if role != "assistant"), len(roles))
     first = max(record["start"], asked)
-    turns = [i for i in range(first, len(roles)) if roles[i] == "assistant" and record["messages"][i].get("weight", 1)]
+    weights = [message.get("weight", message.get("loss_weight", 1)) for message in record["messages"]]
+    turns = [i for i in range(first, len(roles)) if roles[i] == "assistant" and weights[i]]
     return turns[-1:] if last else turns
 
 

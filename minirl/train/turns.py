@@ -44,9 +44,11 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[dict], turns: Sequence
 
 def common_start(sequences: Sequence[Sequence]) -> Sequence:
     """What all begin with, texts or tokens."""
-    first, shortest = sequences[0], min(map(len, sequences))
-    different = (i for i in range(shortest) if any(other[i] != first[i] for other in sequences))
-    return first[: next(different, shortest)]
+    first = min(sequences, key=len)
+    if all(other[: len(first)] == first for other in sequences):  # nearly always, and 50 times as fast
+        return first
+    different = (i for i in range(len(first)) if any(other[i] != first[i] for other in sequences))
+    return first[: next(different)]
 
 
 def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[list[int], list[int]]:
