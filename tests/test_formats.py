@@ -14,16 +14,28 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 from minirl.errors import InputError, NoChatTemplate
+from minirl.model import Transformer
 from minirl.rollout import sample
 from minirl.sampler import Completion, SamplingParams
 from minirl.tasks import load_task
 from minirl.tasks.split import prompt_key
 from minirl.tokenizer import Tokenizer
 from minirl.train.formats import demonstration
+from minirl.train.prefer import PreferConfig, train_prefer
 from minirl.train.ranked import description as comparisons
 from minirl.train.ranked import encoded, ranked_lists, read_preferences
+from minirl.train.reward import RewardConfig, train_reward
 from minirl.train.reward_data import encode, read_examples
-from minirl.train.sft import Demonstration, demonstration_rows, description, read_demonstrations, sft_step
+from minirl.train.run import Display
+from minirl.train.sft import (
+    Demonstration,
+    SFTConfig,
+    demonstration_rows,
+    description,
+    read_demonstrations,
+    sft_step,
+    train_sft,
+)
 from minirl.train.stored import read_triples
 from minirl.train.turns import common_start, conversation
 
@@ -259,6 +271,52 @@ def test_the_format_is_said_in_a_line(tmp_path):
     assert said(*talks, loss_on="last") == "2 conversations, loss on 2 assistant turns"
     assert said({"text": "a"}) == "1 documents, loss on all of their tokens"
     assert said(*[{"prompt": "q", "response": "a"}] * 1200) == "1,200 prompts, loss on their completions"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small model with a chat template, and room for 60 tokens."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    sizes = {"width": 32, "layers": 1, "heads": 4, "head_dim": 8, "mlp_width": 48}
+    tiny_model(vocab_size=259, max_positions=60, **sizes).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Lines(Display):
+    """Remembers what it was told."""
+
+    def __init__(self):
+        self.said = []
+
+    def line(self, text):
+        self.said.append(text)
+
+
+def test_a_run_says_its_format_and_what_it_cuts_and_learns_the_turns(checkpoint, tmp_path):
+    rows = [{"messages": [Q, A]}] * 3 + [{"messages": [Q, A, {"role": "user", "content": "r" * 40}, A]}]
+    data, shown = str(write(tmp_path / "data.jsonl", *rows)), Lines()
+    model = train_sft(
+        SFTConfig(str(checkpoint), data, str(tmp_path / "run"), steps=20, batch=4, lr=1e-2, warmup=0), shown
+    )
+    assert shown.said[0] == "4 conversations, loss on 5 assistant turns; cut at 60 tokens: 1"
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert records[0]["tokens"] == 8  # "a" and the end of the turn in each; the long one's second turn does not fit
+    tokenizer, trained = Tokenizer.from_pretrained(model), Transformer.from_pretrained(model)
+    ids = tokenizer.encode(PAIR[0])
+    for token in tokenizer.encode("a<end>"):
+        assert full_logits(trained, ids)[-1].argmax() == token
+        ids.append(token)
+
+
+def test_a_run_on_pairs_says_its_format(checkpoint, tmp_path):
+    others = [{"role": "user", "content": f"{i}"} for i in range(4)]
+    rows = [LISTS] + [{"chosen": [other, A], "rejected": [other, B]} for other in others]
+    data, shown = str(write(tmp_path / "data.jsonl", *rows)), Lines()
+    train_prefer(PreferConfig(str(checkpoint), data, str(tmp_path / "run"), steps=1), shown)
+    assert shown.said[0] == "5 pairs (conversations without an explicit prompt)"
+    train_reward(RewardConfig(str(checkpoint), data, out=str(tmp_path / "reward"), steps=1), shown)
+    assert shown.said.count("5 pairs (conversations without an explicit prompt)") == 2
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def _prompt(prompt, where: str, column: str) -> str | list[dict]:
         return filled(prompt, column, where)
     messages = messages_of(prompt, where, column)
     for message in messages:
-        if "tool_calls" not in message:
+        # An empty system message replaces a template's own, and a call of a tool needs no text beside it.
+        if "tool_calls" not in message and (message["role"] != "system" or message["content"].strip()):
             filled(message["content"], column, where)
     return messages
 
