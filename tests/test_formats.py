@@ -381,6 +381,7 @@ def test_the_common_start_is_the_longest(texts):
 LISTS = {"chosen": [Q, A], "rejected": [Q, B]}
 PAIR = ("<user>q<end>\n<assistant>", ["a<end>", "b<end>"])
 SYSTEM = ("<system>s<end>\n" + PAIR[0], PAIR[1])
+HH_ENDS = {"chosen": " a", "rejected": " "}
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 
 
@@ -401,6 +402,13 @@ def texts_of(tokenizer: Tokenizer, example: dict) -> tuple[str, list[str]]:
         ({"prompt": "q", "chosen": [A], "rejected": [B]}, PAIR),
         ({"prompt": "q", "prompt_id": "7", **LISTS, "score_chosen": 8.0, "score_rejected": 3.0}, PAIR),
         (HH, PAIR),
+        (
+            {
+                name: f"\n\nHuman: q\n\nAssistant: a: b\n\nHuman: r\n\nAssistant:{text}"
+                for name, text in HH_ENDS.items()
+            },
+            ("<user>q<end>\n<assistant>a: b<end>\n<user>r<end>\n<assistant>", ["a<end>", "<end>"]),
+        ),
         ({"question": "q", "chosen": "a", "rejected": "b"}, PAIR),
         ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, SYSTEM),
         ({"system": "s", **LISTS}, SYSTEM),
@@ -513,6 +521,7 @@ def test_the_format_of_pairs_is_said_in_a_line(tmp_path):
     [
         ({"messages": [Q, A]}, r"no format has its keys \(messages\): give 'chosen' and 'rejected'"),
         ({"chosen": "a", "rejected": "b"}, "there is no 'prompt' above them"),
+        ({**LISTS, "chosen_tokens": [1]}, "it has tokens beside its responses"),
         ({"chosen": [Q, A], "rejected": [TALK[3], B]}, "part at message 0, which must be the assistant's"),
         ({"chosen": [Q, A, Q, A], "rejected": [Q, A, TALK[3], A]}, "part at message 2, which must be"),
         ({"prompt": "other", **LISTS}, "do not begin with its prompt"),
@@ -526,6 +535,14 @@ def test_a_row_of_pairs_that_cannot_be_read_is_named(row, words, tmp_path):
 
 
 # ---- labels and stored completions -----------------------------------------------------------------------------------
+
+
+def test_steps_may_answer_a_question(tmp_path):
+    data = write(tmp_path / "data.jsonl", {"question": "q", "steps": ["a", "b"], "labels": [1, 0]})
+    [line] = encode(read_examples(data, "process"), "process", chat_tokenizer(), BIG).lines
+    decode = chat_tokenizer().decode
+    assert (decode(line.tree.prompt), decode(line.tree.responses[0])) == ("<user>q\n<assistant>", "a\nb")
+    assert line.labels == (1.0, 0.0)
 
 
 def test_labelled_and_stored_completions_may_be_messages(tmp_path):
@@ -542,6 +559,13 @@ def test_labelled_and_stored_completions_may_be_messages(tmp_path):
     assert (line["prompt"], line["completion"], line["reward"]) == ([Q], "a", None)
     with pytest.raises(InputError, match="line 1: its 'completion' must be one message"):
         read_triples(write(tmp_path / "data.jsonl", stored | {"completion": [A, Q, A]}))
+
+
+def test_tokens_beside_a_completion_are_learned_as_they_are(tmp_path):
+    row = {"prompt": "q", "completion": "a", "completion_tokens": chat_tokenizer().encode("a<|eos|>")}
+    assert rows_of(tmp_path, row) == [[("q", False), ("a<|eos|>", True)]]
+    with pytest.raises(InputError, match=r"^[^:]*, line 1: its tokens spell 'a' and not 'b'"):
+        rows_of(tmp_path, row | {"completion": "b"})
 
 
 def test_a_demonstration_keeps_only_what_is_learned_from():

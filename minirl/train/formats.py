@@ -52,11 +52,14 @@ def read_rows(path: str | Path, take: Callable[[dict, str], dict]) -> list[dict]
 
 
 def demonstration(row: dict, where: str) -> dict:
-    """{"prompt", "completion"} to continue a prompt by a text, {"messages", "start"} for a conversation whose
-    assistant speaks from message `start` on, or {"text"}; with "tools" where there are any, and "format"."""
+    """{"prompt", "completion"} to continue a prompt by a text, with "completion_tokens" if they stand beside it;
+    {"messages", "start"} for a conversation whose assistant speaks from message `start` on; or {"text"}. With "tools"
+    where there are any, and "format"."""
     row = _present(row)
     if (asked := _first(row, QUESTIONS)) and (answered := _first(row, ANSWERS)):
         record = _answered(_context(row, where), row[answered], asked == "prompt", answered, where)
+        if "completion" in record and "completion_tokens" in row:
+            record["completion_tokens"] = row["completion_tokens"]
         name = f"{asked} and {answered}"
     elif name := _first(row, CONVERSATIONS):
         record = {"messages": with_system(messages_of(row[name], where, name), row, where), "start": 0}
@@ -115,8 +118,11 @@ def preference(row: dict, where: str) -> dict:
     if asked is None and all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in responses):
         asked, responses = HH, [_of_speakers(text, where) for text in responses]
     elif isinstance(context, str) and name == "answers" and context.lstrip().startswith("Human:"):
-        context = _of_speakers(context, where)
+        asking = _of_speakers(context, where)
+        context = asking if asking[-1]["content"] else asking[:-1]  # the last one only asks for an answer
     prompt, responses = _below_prompt(context, responses, asked == "prompt", row, where)
+    if tokens not in (None, [None, None]) and not all(isinstance(response, str) for response in responses):
+        raise InputError(f"{where}: it has tokens beside its responses: these must be texts, not messages")
     record = {"prompt": prompt, "responses": responses, "scores": scores, "tokens": tokens}
     if "margin" in row:
         if not is_number(row["margin"]) or row["margin"] < 0:
@@ -181,10 +187,9 @@ def _shared(talks: Sequence[list[dict]]) -> int:
 
 
 def _of_speakers(text: str, where: str) -> list[dict]:
-    """The messages of "\\n\\nHuman: q\\n\\nAssistant: a", without the empty one that asks for an answer."""
+    """The messages of "\\n\\nHuman: q\\n\\nAssistant: a"."""
     _, *pieces = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", "\n\n" + text.lstrip())
     pairs = list(zip(pieces[::2], pieces[1::2], strict=True))
-    pairs = pairs[:-1] if pairs[-1][0] == "Assistant" and not pairs[-1][1].strip() else pairs
     return messages_of([{"role": SPEAKERS[who], "content": said.strip()} for who, said in pairs], where)
 
 

@@ -77,7 +77,7 @@ def _labels(row: dict, kind: str, where: str) -> dict:
     if not fits:
         raise InputError(f"{where}: kind {kind} needs {wanted}, and it has {', '.join(row)}")
     if kind == "process":
-        record = demonstration({**row, "completion": ""}, where)
+        record = text_answer(demonstration({**row, "completion": ""}, where), where)
         return record | {"steps": row["steps"], "labels": row["labels"]}
     record = text_answer(demonstration(row, where), where)
     return record | {key: row[key] for key in ("label", "completion_tokens") if key in row}

@@ -19,6 +19,7 @@ from minirl.errors import InputError
 from minirl.files import contents
 from minirl.losses import PolicyLoss
 from minirl.model import Transformer
+from minirl.rewards.model import spelled_tokens
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.formats import demonstration, read_rows, trained_turns
@@ -125,8 +126,7 @@ def demonstration_rows(
     rows: list[Demonstration] = []
     for i, example in enumerate(examples):
         where = example.get("where", f"example {i}")
-        with named(where):
-            pieces = _pieces(tokenizer, example, loss_on)
+        pieces = _pieces(tokenizer, example, loss_on, where)
         refuse_length(len(pieces[0].prompt), max_length, where)
         lost = 0
         for piece in pieces:
@@ -138,14 +138,17 @@ def demonstration_rows(
     return rows
 
 
-def _pieces(tokenizer: Tokenizer, example: dict, loss_on: str) -> list[Turns]:
+def _pieces(tokenizer: Tokenizer, example: dict, loss_on: str, where: str) -> list[Turns]:
     tools = example.get("tools")
-    if "messages" in example:
-        return conversation(tokenizer, example["messages"], trained_turns(example, loss_on == "last"), tools)
-    if "text" in example:
-        return [_document(tokenizer, example["text"])]
-    piece = Turns(tokenizer.prompt_ids(example["prompt"], tools))
-    piece.add([*tokenizer.encode(example["completion"]), tokenizer.stop_id], True)
+    with named(where):
+        if "messages" in example:
+            return conversation(tokenizer, example["messages"], trained_turns(example, loss_on == "last"), tools)
+        if "text" in example:
+            return [_document(tokenizer, example["text"])]
+        piece, text = Turns(tokenizer.prompt_ids(example["prompt"], tools)), example["completion"]
+        tokens = [*tokenizer.encode(text), tokenizer.stop_id]
+    known = example.get("completion_tokens")  # as they were sampled: another spelling is not what was found
+    piece.add(tokens if known is None else spelled_tokens(tokenizer, text, known, where), True)
     return [piece]
 
 
