@@ -69,7 +69,7 @@ def data_files(folder: Path, split: str | None = None) -> list[Path]:
     kinds = [sorted(file for file in folder.rglob(f"*{kind}") if file.is_file()) for kind in FILES]
     files = kinds[0] or sorted(kinds[1] + kinds[2])
     if not files:
-        raise InputError(f"{folder}: there is no such file, but a folder that holds no .parquet or .jsonl file")
+        raise InputError(f"{folder}: there is no such file, but a folder that holds no .parquet, .jsonl or .json file")
     named = {file: _split_of(file.relative_to(folder), split) for file in files}
     found = list(dict.fromkeys(name for name in named.values() if name))
     if not found and split is None:

@@ -148,14 +148,6 @@ class Tokenizer:
         return f"the tokenizer cannot encode {text!r:.80} ({error}): check its tokenizer.json"
 
 
-def is_prompt(value: object) -> bool:
-    """What `prompt_ids` takes: a text, or chat messages with a role and a content."""
-    if isinstance(value, list):
-        texts = [message.get(key) for message in value if isinstance(message, dict) for key in ("role", "content")]
-        return 0 < 2 * len(value) == len(texts) and all(isinstance(text, str) for text in texts)
-    return isinstance(value, str)
-
-
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise InputError(f"{file} does not exist: give a folder with a fast tokenizer's tokenizer.json")
