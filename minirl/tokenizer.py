@@ -87,8 +87,6 @@ class Tokenizer:
             raise NoChatTemplate("this tokenizer has no chat template: pass text, or set tokenizer.chat_template")
         from minirl.chat_template import render_chat  # jinja2 is optional
 
-        if variables.get("tools") and "tools" not in self.chat_template:
-            raise InputError("the chat template does not write tools: take them out, or use a model that was given any")
         variables = {**self.special_tokens, **variables}
         return render_chat(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **variables)
 
@@ -102,13 +100,20 @@ class Tokenizer:
 
         Text that begins with bos already, as rendered templates do, is not given a second; an eos never goes behind.
         """
+        if tools:
+            self.refuse_unread_tools(prompt)
         if not isinstance(prompt, str):
             return self.chat(prompt, tools=tools)
-        if tools:
-            raise InputError("tools are written by a chat template, and this prompt is a text: give messages")
         ids = self.encode(prompt)
         starts_with_bos = self.bos_id is not None and self.encode("", add_special_tokens=True)[:1] == [self.bos_id]
         return [self.bos_id, *ids] if starts_with_bos and ids[:1] != [self.bos_id] else ids
+
+    def refuse_unread_tools(self, prompt: str | list[dict]) -> None:
+        """InputError where tools beside a prompt would be dropped in silence."""
+        if isinstance(prompt, str):
+            raise InputError("tools are written by a chat template, and this prompt is a text: give messages")
+        if self.chat_template is not None and "tools" not in self.chat_template:
+            raise InputError("the chat template does not write tools: take them out, or use a model that was given any")
 
     def save_pretrained(self, path: str | Path) -> None:
         """Stop ids that the folder names already are kept: they came with the model that is saved there."""

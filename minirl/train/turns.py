@@ -54,6 +54,8 @@ def common_start(sequences: Sequence[Sequence]) -> Sequence:
 def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[list[int], list[int]]:
     """The prompt of the last message and its tokens, the token that ends the turn included. InputError for a template
     that leaves the turn's thoughts or tool calls out."""
+    if tools:
+        tokenizer.refuse_unread_tools(messages)
     before = list(messages[:-1])
     asked = _asked(tokenizer, before, tools)
     whole = tokenizer.render(list(messages), add_generation_prompt=False, tools=tools)
