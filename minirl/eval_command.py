@@ -136,7 +136,8 @@ def _evaluation_task(c: EvalConfig) -> Task:
     task = replace(task, correct=load_reward(c.scorer)) if c.scorer else task
     if c.compare:  # by then the first checkpoint has cost its time
         sampler, params = _sampler(c, c.compare)
-        sampler.check([sampler.tokenizer.prompt_ids(row["prompt"]) for row in task.heldout[: c.prompts]], params)
+        examples = task.heldout[: c.prompts]
+        sampler.check([sampler.tokenizer.prompt_ids(row["prompt"], row.get("tools")) for row in examples], params)
     return task
 
 
