@@ -28,7 +28,7 @@ class Rollout:
     examples: list[dict]  # P
     prompts: list[list[int]]  # P token lists
     completions: list[Completion]  # B
-    texts: list[str]  # B, without special tokens and stop texts
+    texts: list[str]  # B, without stop tokens and stop texts
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [B]; NaN = could not be scored
     parts: dict[str, list[float]] = field(default_factory=dict)  # each reward function's unweighted values
     steps: dict[str, list[Steps | None]] = field(default_factory=dict)  # by reward; None = one number for the whole
@@ -204,17 +204,28 @@ def sample(
 
 def completion_text(tokenizer: Tokenizer, completion: Completion, params: SamplingParams) -> str:
     """What a reader, a reward and an evaluation see: neither the stop token nor a stop text, nor what its last token
-    holds beyond it. All that belongs to the actions, so the tokens keep it."""
+    holds beyond it. All that belongs to the actions, so the tokens keep it. Special tokens that say something, as
+    <think> may be one, are seen: see `Tokenizer.shown`."""
     tokens = completion.tokens
-    text = tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in params.stop_ids else tokens)
-    return text[: min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)]
+    if tokens and tokens[-1] in params.stop_ids:
+        tokens = tokens[:-1]
+    if not params.stop:
+        return tokenizer.shown(tokens)
+    whole = tokenizer.decode(tokens, skip_special_tokens=False)  # a stop text may be a token that is not shown
+    at = min((at for stop in params.stop if (at := whole.find(stop)) >= 0), default=None)
+    if at is None:
+        return tokenizer.shown(tokens)
+    text = whole[:at]
+    for token in tokenizer.hidden.intersection(tokens):
+        text = text.replace(tokenizer.decode([token], skip_special_tokens=False), "")
+    return text
 
 
 def _token_at(tokenizer: Tokenizer, tokens: Sequence[int], text: str, end: int) -> int:
     """Index of the token that completes the first `end` characters of the text, for all of it the last token."""
     if end >= len(text):
         return len(tokens) - 1
-    return bisect_left(range(len(tokens)), end, key=lambda t: len(tokenizer.decode(tokens[: t + 1])))
+    return bisect_left(range(len(tokens)), end, key=lambda t: len(tokenizer.shown(tokens[: t + 1])))
 
 
 def task_guarded(task: Task, weight: float) -> dict:
