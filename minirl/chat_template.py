@@ -17,7 +17,6 @@ from functools import lru_cache
 from importlib.metadata import version
 
 from minirl.errors import InputError
-from minirl.rewards.registry import did_you_mean
 
 OLDEST_SAFE_JINJA = (3, 1, 6)  # earlier sandboxes have published escapes (CVE-2024-56326, CVE-2025-27516)
 OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}  # given by minirl
@@ -64,8 +63,7 @@ def refuse_unread(template: str, variables: Iterable[str]) -> None:
     for name in variables:
         if name not in read:
             raise InputError(
-                f"the chat template reads no variable {name!r}{did_you_mean(name, read)}: it reads "
-                f"{', '.join(sorted(read)) or 'none'}"
+                f"the chat template reads no variable {name!r}: choose from {', '.join(sorted(read)) or 'none'}"
             )
 
 

@@ -13,6 +13,7 @@ from minirl.errors import InputError
 from minirl.rewards import Fault, guarded, score
 from minirl.rewards.rules import is_repetitive, think_answer_format, too_short
 from minirl.rewards.scoring import TIMEOUT
+from minirl.rewards.thoughts import CLOSING, OPENING
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
@@ -77,6 +78,13 @@ class Rollout:
         return torch.arange(len(self.prompts)).repeat_interleave(self.group_size)
 
     @property
+    def answers(self) -> list[str]:
+        """B texts as rules read them: where thoughts that the prompt opened never end, the text begins with their
+        tag, so that nothing in it is an answer."""
+        rows = zip(self.texts, self.completions, strict=True)
+        return [OPENING + text if c.thinking and CLOSING not in text else text for text, c in rows]
+
+    @property
     def lengths(self) -> list[int]:
         return [len(c.tokens) for c in self.completions]
 
@@ -96,14 +104,16 @@ class Rollout:
         prompts = [e["prompt"] for e in self.examples for _ in range(self.group_size)]
         indices = self.indices or range(len(self.prompts))
         places = [f"prompt {i}, completion {j}" for i in indices for j in range(self.group_size)]
-        self.faults, self.steps = [], {}
+        self.faults, self.steps, answers = [], {}, self.answers
 
         def in_steps(name: str, row: int, found: Steps) -> None:
-            self.steps.setdefault(name, [None] * len(self.completions))[row] = found
+            tag = len(answers[row]) - len(self.texts[row])
+            steps = [(max(end - tag, 0), reward) for end, reward in found]
+            self.steps.setdefault(name, [None] * len(self.completions))[row] = steps
 
         listen = in_steps if steps else None
         total, self.parts = score(
-            rewards, prompts, self.texts, self.columns(), timeout, on_bad, self.faults.append, listen, places
+            rewards, prompts, answers, self.columns(), timeout, on_bad, self.faults.append, listen, places
         )
         self.rewards = torch.tensor(total, dtype=torch.float64)
 
@@ -197,9 +207,20 @@ def sample(
     """Draw params.n completions for the prompt of each example. `indices` are the examples' in the data."""
     prompts = [tokenizer.prompt_ids(example["prompt"]) for example in examples]
     groups = sampler.generate(prompts, params, progress)
+    for example, prompt, group in zip(examples, prompts, groups, strict=True):
+        thinking = _ends_in_thoughts(tokenizer, example["prompt"], prompt)
+        for completion in group:
+            completion.thinking = thinking
     completions = [completion for group in groups for completion in group]
     texts = [completion_text(tokenizer, c, params) for c in completions]
     return Rollout(list(examples), prompts, completions, texts, indices=list(indices))
+
+
+def _ends_in_thoughts(tokenizer: Tokenizer, prompt: str | list[dict], ids: Sequence[int]) -> bool:
+    """Whether a chat template, or an unfinished message of the assistant's, opens thoughts and does not end them."""
+    words = prompt[-1].get("content") if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" else ""
+    end = tokenizer.decode(ids[-16:], skip_special_tokens=False)  # long enough for a tag and white space
+    return end.rstrip().endswith(OPENING) or OPENING in str(words).rpartition(CLOSING)[2]
 
 
 def completion_text(tokenizer: Tokenizer, completion: Completion, params: SamplingParams) -> str:

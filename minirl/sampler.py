@@ -93,6 +93,8 @@ class Completion:
     finish_reason: str = ""  # "stop" or "length"
     kept: list[np.ndarray] | None = None
     """With truncated sampling: the token ids that could be drawn, int32, one array a token."""
+    thinking: bool = False
+    """Whether its prompt ends in thoughts, which the completion goes on with."""
 
 
 @dataclass

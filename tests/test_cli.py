@@ -544,3 +544,19 @@ def test_messages_of_a_file_need_a_chat_template(model, capsys, tmp_path):
     with pytest.raises(SystemExit), pytest.warns(UserWarning):
         cli.main(["eval", "--model", str(model), "--task", spec, "--max-tokens", "2"])
     assert "has no chat template, which messages in " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "outcomes", "rft", "grpo", "ppo"])
+def test_a_run_begins_with_what_its_task_has_to_say(command, model, capsys, tmp_path, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(*args):
+        raise Loaded
+
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1", "answer": "x^2"}\n{"prompt": "2", "answer": "7"}\n')
+    monkeypatch.setattr(Transformer, "from_pretrained", load)
+    with pytest.raises(Loaded):
+        cli.main([command, "--model", model, "--task", f"{tmp_path / 'data.jsonl'}:heldout_fraction=0.5"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("1 of 2 answers are no numbers ('x^2' is the first)") == 1 and "reward=math" in said

@@ -13,8 +13,8 @@ from tiny import ALPHABET, tiny_checkpoint, tiny_model
 from minirl import cli
 from minirl.errors import InputError
 from minirl.rewards.model import RewardModel, spelled_tokens, step_ends
-from minirl.rewards.rules import think_answer_format
-from minirl.rollout import Rollout, completion_text
+from minirl.rewards.rules import last_number, think_answer_format
+from minirl.rollout import Rollout, completion_text, sample
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import load_task
 from minirl.tokenizer import Tokenizer, is_prompt
@@ -194,6 +194,40 @@ def test_a_named_token_that_is_added_but_not_marked_is_special(tmp_path):
     assert Tokenizer.from_pretrained(folder).decode([256, 257]) == "us"
 
 
+class Said:
+    """A sampler that says what it is told."""
+
+    def __init__(self, *texts: list[int]):
+        self.texts = texts
+
+    def generate(self, prompts, params, progress=None):
+        return [[Completion(list(text)) for text in self.texts] for _ in prompts]
+
+
+@pytest.mark.parametrize("words", [None, "<think>", "<think>\nWell, "])
+def test_thoughts_that_the_prompt_opens_and_that_never_end_hold_no_answer(words, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path, DROPS_THOUGHTS if words is None else CHATML, [TURN])
+    prompt = [ASK, *([] if words is None else [{"role": "assistant", "content": words}])]
+    texts = ["so 7", "8?\n</think>\n\n7", "7</think> 8"]
+    sampler = Said(*(tokenizer.encode(text) for text in texts))
+    example = {"prompt": prompt, "answer": "7"}
+    rollout = sample(sampler, tokenizer, [example], SamplingParams(n=3))
+    rollout.score({"correct": (1.0, last_number)})
+    assert rollout.texts == texts and rollout.rewards.tolist() == [0, 1, 0]
+    rollout.score({"lines": (1.0, lambda completions, **_: [[(len(c), 1.0)] for c in completions])}, steps=True)
+    assert rollout.steps["lines"] == [[(len(text), 1.0)] for text in texts]
+    plain = sample(
+        sampler, tokenizer, [{"prompt": [{**ASK, "content": "use <think>"}], "answer": "7"}], SamplingParams()
+    )
+    plain.score({"correct": (1.0, last_number)})
+    assert plain.rewards[0] == (0 if words is None else 1)
+
+
+def test_a_reward_model_reads_a_completion_whose_thoughts_never_end(thinker):
+    ids = thinker.encode("so 7")
+    assert list(spelled_tokens(thinker, "<think>so 7", ids, "line 1")) == ids
+
+
 # --- unfinished turns ------------------------------------------------------------------------------------------------
 
 OPEN = "Step by step.\n<think>"
@@ -288,7 +322,7 @@ def test_an_empty_system_message_is_one_to_a_task_too(tmp_path):
 
 def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path):
     tokenizer = chat_tokenizer(tmp_path, EMPTY_THOUGHTS)
-    with pytest.raises(InputError, match=r"no variable 'enable_thinkin' \(did you mean 'enable_thinking'\?\)"):
+    with pytest.raises(InputError, match=r"no variable 'enable_thinkin': choose from enable_thinking$"):
         tokenizer.prompt_with({"enable_thinkin": False})
     with pytest.raises(InputError, match="no variable 'messages'"):
         tokenizer.prompt_with({"messages": []})
@@ -372,9 +406,6 @@ def test_every_command_renders_its_prompts_with_them(command, chat_model, tmp_pa
     class Seen(Exception):
         pass
 
-    def seen(tokenizer, ids):
-        raise Seen(ids)
-
     encode, found = Tokenizer.encode, []
 
     def watched(tokenizer, text, add_special_tokens=False):
@@ -393,22 +424,21 @@ def test_every_command_renders_its_prompts_with_them(command, chat_model, tmp_pa
         "reward": ["--data", "pairs.jsonl"],
     }
     with pytest.raises(Seen):
-        cli.main(
-            [command, "--model", str(chat_model), *needed.get(command, task), "--system", "(3)", "--template.n=24"]
-        )
+        told = ["--system", "(3)", "--template.n=24"]
+        cli.main([command, "--model", str(chat_model), *needed.get(command, task), *told])
     assert len(found) == 1 and found[0].startswith("(3)")
 
 
 def test_variables_are_kept_in_a_run_and_may_not_change(chat_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["sft", "--model", str(chat_model), "--data", "data.jsonl", "--out", "run", "--batch", "2", "--steps", "1"]
-    cli.main([*args, "--template.n", "24", "--system", "(3)"])
+    args = ["--model", str(chat_model), "--data", "data.jsonl", "--out", "run", "--batch", "2", "--steps", "1"]
+    train_sft(cli.parse("sft", [*args, "--template.n", "24", "--system", "(3)"]), KilledAt(9))
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (kept["template"], kept["system"]) == ({"n": 24}, "(3)") and "date" not in kept
-    cli.main(["sft", "--resume", "--out", "run"])
-    for changed in (["--template.n", "25"], ["--system", "(4)"]):
-        with pytest.raises(SystemExit):
-            cli.main(["sft", "--resume", "--out", "run", *changed])
+    train_sft(cli.parse("sft", ["--resume", "--out", "run"]), KilledAt(9))
+    for changed, what in ((["--template.n", "25"], "template.n: 24 -> 25"), (["--system", "(4)"], "system: ")):
+        with pytest.raises(InputError, match=what):
+            train_sft(cli.parse("sft", ["--resume", "--out", "run", *changed]), KilledAt(9))
     config = cli.parse("sft", ["--resume", "--out", "run"])
     assert load(chat_model, "float32", "cpu", config=config)[1].render([ASK]) == "(3)2+5?24"
 

@@ -16,6 +16,7 @@ import torch
 from minirl.attention import Packed
 from minirl.errors import InputError
 from minirl.model import Transformer
+from minirl.rewards.thoughts import OPENING
 from minirl.tokenizer import Tokenizer
 
 LAST = -1  # as a place: the last token
@@ -107,7 +108,8 @@ def spelled_tokens(tokenizer: Tokenizer, text: str, tokens: Sequence[int], where
     if not isinstance(tokens, list | tuple) or any(type(token) is not int or token < 0 for token in tokens):
         raise InputError(f"{where}: its tokens are {tokens!r:.60}: they must be a list of token ids")
     spelled = tokenizer.shown(tokens)
-    if not spelled.startswith(text) and not tokenizer.decode(tokens).startswith(text):  # as texts were stored before
+    begun = text.removeprefix(OPENING)  # it may stand in the prompt
+    if not spelled.startswith((text, begun)) and not tokenizer.decode(tokens).startswith(text):  # without special ones
         raise InputError(
             f"{where}: its tokens spell {spelled[:40]!r} and not {text[:40]!r}: they are of another "
             "tokenizer; a reward model needs the policy's, and stored tokens that of the checkpoint"
