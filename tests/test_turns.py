@@ -49,7 +49,17 @@ DOCUMENT_END = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif
 NEXT_TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 DATED = "{{ strftime_now('%d+%m') }}={% for m in messages %}{{ m.content }}{% endfor %}"
-TEMPLATES = {"chatml": CHATML, "trims": TRIMS, "thoughts": EMPTY_THOUGHTS, "drops": DROPS_THOUGHTS, "inst": NO_SYSTEM}
+OPENS_THOUGHTS = EMPTY_THOUGHTS.replace(
+    "</think>\n\n{% endif %}{% endif %}", "</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
+)
+TEMPLATES = {
+    "opens": OPENS_THOUGHTS,
+    "chatml": CHATML,
+    "trims": TRIMS,
+    "thoughts": EMPTY_THOUGHTS,
+    "drops": DROPS_THOUGHTS,
+    "inst": NO_SYSTEM,
+}
 
 ASK = {"role": "user", "content": "2+5?"}
 FIRST, TURN, DOCUMENT = 257, 258, 259  # ids of START, END and PAD
@@ -233,12 +243,17 @@ def test_a_reward_model_reads_a_completion_whose_thoughts_never_end(thinker):
 OPEN = "Step by step.\n<think>"
 CLOSED = "<think>\nr\n</think>\n\nIt is "
 HEADS = {  # what stands before the assistant's words
+    "opens": "<|im_start|>user\n2+5?<|im_end|>\n<|im_start|>assistant\n",
     "chatml": "<|im_start|>user\n2+5?<|im_end|>\n<|im_start|>assistant\n",
     "trims": "<|im_start|>user\n2+5?<|im_end|>\n<|im_start|>assistant\n",
     "thoughts": "<|im_start|>user\n2+5?<|im_end|>\n<|im_start|>assistant\n",
     "drops": "2+5?<|im_start|>",
     "inst": "[INST] 2+5? [/INST] ",
 }
+
+
+def test_a_template_that_opens_thoughts_does_so_for_a_question_alone(tmp_path):
+    assert chat_tokenizer(tmp_path, OPENS_THOUGHTS).render([ASK]) == HEADS["opens"] + "<think>\n"
 
 
 @pytest.mark.parametrize("words", [OPEN, CLOSED, "", "2+5?", "<|im_end|>"])
