@@ -5,7 +5,7 @@ import itertools
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -78,6 +78,10 @@ class EvalConfig:
     on_bad_reward: Literal["stop", "skip", "strict"] = "stop"
     """What is no score at all (an exception, a text, infinity) ends the evaluation, or leaves its completion without
     one; strict: None, NaN and a late one end it, too."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template reads, each as --template.NAME VALUE: --template.enable_thinking false."""
+    system: str | None = None
+    """System message of the prompts whose messages have none."""
     shown: int = 4
     """Completions to print."""
     seed: int = 0
@@ -105,6 +109,8 @@ def evaluation(c: EvalConfig) -> None:
     records, results, folder = [], [], None
     about = {"config": identity(c, contents(task.heldout[: c.prompts])), "versions": _versions()}
     with RichDisplay() as display:
+        for note in () if c.scorer else task.notes:
+            display.line(note)
         for i, model in enumerate(models, 1):
             sampled: list[Rollout] = []
             try:
@@ -142,7 +148,7 @@ def _evaluation_task(c: EvalConfig) -> Task:
 
 
 def _sampler(c: EvalConfig, model: str) -> tuple[Sampler, SamplingParams]:
-    transformer, tokenizer = load(model, c.dtype, c.device)
+    transformer, tokenizer = load(model, c.dtype, c.device, config=c)
     params = SamplingParams(
         c.samples,
         c.temperature,

@@ -61,7 +61,8 @@ class PolicyTrainer:
         self.faults: list[dict] = []  # of this step, to be logged
         if not self.task.train and not stored:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
-        self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
+        source = run.checkpoint or config.model
+        self.model, self.tokenizer = load(source, config.dtype, config.device, config=config, run=run)
         self.stored = Stored(stored, self.tokenizer, self.model.config, config, display) if stored else None
         self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
         self.judges = [self._judge(*item) for item in self.rewards.items() if isinstance(item[1][1], RewardModel)]
@@ -100,6 +101,8 @@ class PolicyTrainer:
         """A reward model beside the policy."""
         weight, model = reward
         model.model.to(self.model.device)
+        for of_prompts in ("template_variables", "system", "now"):  # it reads the conversation that the policy answered
+            setattr(model.tokenizer, of_prompts, getattr(self.tokenizer, of_prompts))
         judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
         if self._learned:
             judge.restore(self.run, REWARD_MODEL)
@@ -439,6 +442,8 @@ def train_policy(
     stored = read_triples(config.data) if config.data else []
     data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
     run = Run(config.out, identity(config, data), config.resume)
+    for note in task.notes:
+        display.line(note)
     trainer = kind(config, run, display, task, stored)
     drift = trainer.stored.logprobs if trainer.stored else trainer.model.dtype != torch.float32
     if said := without_effect(config, drift):
