@@ -151,6 +151,6 @@ def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
         tokens = list(spelled_tokens(tokenizer, line["completion"], tokens, line["where"]))
     if not tokens:
         raise InputError(f"{line['where']}: its completion has no token: leave the line away")
-    stopped = tokens[-1] in tokenizer.stop_ids or tokenizer.decode(tokens) != line["completion"]
+    stopped = tokens[-1] in tokenizer.stop_ids or tokenizer.shown(tokens) != line["completion"]
     ended = "stop" if stopped else "length"
     return Completion(tokens, list(line.get("logprobs") or []), line.get("finish_reason") or ended)
