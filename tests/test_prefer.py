@@ -481,6 +481,8 @@ def test_rft_learns_another_spelling_of_a_text_as_it_was_sampled():
         def decode(self, tokens):
             return "".join({1: "ab", 2: "a", 3: "b", 9: ""}[token] for token in tokens)
 
+        shown = decode
+
     line = {"prompt": "p", "completion": "ab", "correct": 1, "where": "kept.jsonl, line 1"}
     [row] = rft.demonstration_rows(Spelling(), [line | {"completion_tokens": [2, 3, 9]}], 10)
     assert (row.prompt, row.response) == ([7], [2, 3, 9])
