@@ -132,7 +132,7 @@ def balanced(lines: Sequence[Line]) -> list[Line]:
 def _ranked(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     texts, scores, tokens = responses_of(example)
     rows = tuple(map(tuple, response_tokens(tokenizer, texts, tokens, example["where"])))
-    pairs = tuple(pair for pair in weighted_pairs(scores) if rows[pair[0]] != rows[pair[1]])
+    pairs = tuple(weighted_pairs(scores, rows))
     tree = Tree(prompt, rows, ((LAST,),) * len(rows))
     return Line(tree, tuple(pair[2] for pair in pairs), pairs, float(example.get("margin", 0.0)))
 
