@@ -124,6 +124,7 @@ def correct_only(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1, thresh
 
 
 OUTCOME = {f.__name__: f for f in (grpo, grpo_mean, rloo, grpo_batch_std, reinforce_pp_baseline, correct_only)}
+
 OF_BATCH = ("grpo_batch_std", "reinforce_pp_baseline")  # take the mask, for statistics of the whole batch
 
 
