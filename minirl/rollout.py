@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from minirl.errors import InputError
@@ -180,7 +181,7 @@ class Rollout:
             "len/mean": lengths.mean().item(),
             "len/min": lengths.min().item(),
             "len/max": lengths.max().item(),
-            "len/p95": lengths.quantile(0.95).item(),
+            "len/p95": float(np.quantile(self.lengths, 0.95)),
             "truncated_frac": self.truncated.double().mean().item(),
             "repetition_frac": sum(is_repetitive(c.tokens) for c in self.completions) / len(self.completions),
             "too_short_frac": sum(too_short([], self.texts)) / len(self.texts),

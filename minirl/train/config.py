@@ -77,7 +77,8 @@ class PolicyConfig:
     mini_batches: int = 1
     """Optimizer steps a pass."""
     target_kl: float | None = None
-    """End a step's updates once the policy is this far from the one that sampled (kl_old/k3, nats a token)."""
+    """End a step's updates once the policy is this far from the one that sampled (kl_old/k3, nats a token), over all
+    completions: those without a gradient are scored for it."""
     max_tokens: int = 256
     """Longest completion."""
     temperature: float = 1.0

@@ -19,6 +19,7 @@ from minirl.alarms import Alarms
 from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.files import contents
+from minirl.kernels.per_token import k3
 from minirl.model import Transformer
 from minirl.rewards import RewardError, load_reward
 from minirl.rewards.model import RewardModel
@@ -26,7 +27,7 @@ from minirl.rewards.rules import Reward, overlong_penalty
 from minirl.rollout import Rollout, sample, task_guarded, task_rewards
 from minirl.sampler import Sampler
 from minirl.tasks import Task, parse_task
-from minirl.train.batch import Row, score
+from minirl.train.batch import Row, score, score_with_entropy
 from minirl.train.config import PolicyConfig
 from minirl.train.kl import KLWeight
 from minirl.train.no_effect import without_effect
@@ -263,38 +264,50 @@ class PolicyTrainer:
             for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
         ]
         present = response_mask(rows, device)
-        old = ref = sampled = None
+        old = entropy = ref = reported = None
         if self.stored is None or self.stored.logprobs:
-            sampled = torch.zeros(present.shape, device=device)
-            sampled[present] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
-        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl == "ppo_penalty" or sampled is None:
-            old = self.score(self.model, rows)
+            reported = torch.zeros(present.shape, device=device)
+            reported[present] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
+        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl == "ppo_penalty" or reported is None:
+            old, entropy = score_with_entropy(self.model, rows, c.micro_batch_tokens, c.temperature)
         if self.reference is not None:
             ref = self.score(self.reference, rows)
-        batch = Batch(rows, torch.zeros(len(rows), device=device), present, old, ref, sampled)
-        rewards, cut = rollout.rewards.to(device), rollout.truncated.to(device)
+        mask = present & self.counted(rollout).to(device)[:, None]  # final before `credit` whitens over it
+        zeros, more = torch.zeros(len(rows), device=device), {"sampled": present, "entropy": entropy}
+        batch = Batch(rows, zeros, mask, old, ref, reported, **more)
+        rewards = rollout.rewards.to(device)
         if c.exclude_from_baseline:
-            rewards = rewards.masked_fill(cut, math.nan)
+            rewards = rewards.masked_fill(rollout.truncated.to(device), math.nan)
         self.credit(rollout, batch, rewards)
         A = batch.advantages
         rollout.advantages = A if A.dim() == 1 else A.sum(1) / present.sum(1).clamp(min=1)
-        if c.truncation == "mask":
-            batch.mask = batch.mask & ~cut[:, None]
         if rollout.idle:  # neither KL nor entropy alone shall move the policy
             batch.mask = torch.zeros_like(batch.mask)
         return batch
 
+    def counted(self, rollout: Rollout) -> torch.Tensor:
+        """bool [B]: the completions in the loss, hence in its denominators and in statistics of the batch.
+
+        One without a score is not: it teaches nothing, so that neither KL nor entropy nor value learns from it either,
+        in GRPO as in PPO. Nor is one that truncation=mask takes out.
+        """
+        scored = ~rollout.rewards.isnan()
+        return scored & ~rollout.truncated if self.config.truncation == "mask" else scored
+
     def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
-        """Turn the rewards [B], NaN where there is none, into `batch.advantages`; batch.mask holds every token so
-        far."""
+        """Turn the rewards [B], NaN where there is none, into `batch.advantages`.
+
+        batch.mask holds the tokens that count in statistics of the batch, batch.sampled every token: a completion that
+        truncation=mask takes out stays in the mean of its group, unless exclude_from_baseline gave it the reward NaN.
+        """
         raise NotImplementedError
 
     def token_rewards(self, batch: Batch, rewards: torch.Tensor) -> torch.Tensor:
         """The reward of a completion [B] at its last token, less the KL to the reference of each, [B, T]."""
         if self.config.kl_in_reward:
-            return kl_in_reward(rewards, batch.old_logp, batch.ref_logp, batch.mask, self.kl.in_reward)
+            return kl_in_reward(rewards, batch.old_logp, batch.ref_logp, batch.sampled, self.kl.in_reward)
         nothing = torch.zeros(batch.mask.shape, device=rewards.device)
-        return kl_in_reward(rewards, nothing, nothing, batch.mask, 0.0)
+        return kl_in_reward(rewards, nothing, nothing, batch.sampled, 0.0)
 
     def score(self, model: Transformer, rows: list[Row]) -> torch.Tensor:
         return score(model, rows, self.config.micro_batch_tokens, self.config.temperature)
@@ -316,17 +329,34 @@ class PolicyTrainer:
         names = dict.fromkeys(name for metrics in updates for name in metrics)
         means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
         means["trained_tokens"] = sum(m["trained_tokens"] for m in updates)
-        adv = batch.advantages if batch.advantages.dim() == 1 else batch.advantages[response_mask(batch.rows)]
-        return means | {
-            "lr": self.rate(step, c.lr),
-            "updates": len(updates),
-            "skip_step": skipped,
-            "adv/mean": adv.mean().item(),
-            "adv/std": adv.std(correction=0).item(),
-            "adv/min": adv.min().item(),
-            "adv/max": adv.max().item(),
-            **self.kl.adapt(batch, self.optimizer.steps > before, lambda: self.score(self.model, batch.rows)),
-        }
+        means |= self.sampled_metrics(batch) | self.advantage_metrics(rollout, batch)
+        means |= {"lr": self.rate(step, c.lr), "updates": len(updates), "skip_step": skipped}
+        return means | self.kl.adapt(batch, self.optimizer.steps > before, lambda: self.score(self.model, batch.rows))
+
+    def advantage_metrics(self, rollout: Rollout, batch: Batch) -> dict[str, float]:
+        """The spread of the advantages of the completions that count, or of their tokens; of all where none counts."""
+        counted = self.counted(rollout).to(batch.mask.device)
+        rows = counted if counted.any() else torch.ones_like(counted)
+        A = batch.advantages[rows if batch.advantages.dim() == 1 else batch.sampled & rows[:, None]]
+        spread = {"mean": A.mean(), "std": A.std(correction=0), "min": A.min(), "max": A.max()}
+        return {f"adv/{name}": value.item() for name, value in spread.items()}
+
+    def sampled_metrics(self, batch: Batch) -> dict[str, float]:
+        """Entropy and KL to the reference over every token that was sampled, with a gradient or without.
+
+        The entropy is exact where the policy was scored before the update; else it is E[−log π], the mean of −log π of
+        the tokens drawn. Of stored completions, which another policy drew, only scores tell anything.
+        """
+        drawn = batch.rollout_logp if self.stored is None else None
+        logp = drawn if batch.old_logp is None else batch.old_logp
+        if logp is None:
+            return {}
+        at = batch.sampled
+        found = {"entropy": (-logp if batch.entropy is None else batch.entropy)[at].double().mean()}
+        if batch.ref_logp is not None:
+            d = torch.where(at, logp - batch.ref_logp, 0).double()
+            found |= {"kl_ref/k1": d[at].mean(), "kl_ref/k3": k3(d[at])[0].mean(), "kl_ref/seq_k1": d.sum(1).mean()}
+        return {name: value.item() for name, value in found.items()}
 
     def mini_batches(self, step: int, groups: int) -> Iterator[list[int]]:
         """The rows of each update."""
@@ -338,7 +368,8 @@ class PolicyTrainer:
 
     def gradient(self, batch: Batch, step: int) -> dict[str, float]:
         """Accumulate the gradient of one optimizer step; its metrics, none where nothing has a gradient."""
-        return accumulate(self.model, batch, self.kl.loss, self.config.micro_batch_tokens, self.config.temperature)
+        c, known = self.config, self.config.target_kl is not None
+        return accumulate(self.model, batch, self.kl.loss, c.micro_batch_tokens, c.temperature, None, known)
 
     def apply(self, step: int) -> dict[str, float]:
         return {"grad_norm": self.optimizer.step(self.rate(step, self.config.lr), self.config.clip_norm)}
@@ -420,7 +451,7 @@ def step_line(step: int, steps: int, m: dict) -> str:
         if "eval/mean" in m
         else ""
     )
-    kl = "kl_ref/k3" if "kl_ref/k3" in m else "kl_old/k3"
+    kl = next((name for name in ("kl_ref/k3", "kl_old/k3") if name in m), "trained/kl_old/k3")
     critic = f"critic {shown(m, 'value/explained_var', '.2f')}" if "value/mean" in m else ""
     judge = f"judge {shown(m, 'reward_model/accuracy', '.2f')}  " if "reward_model/accuracy" in m else ""
     return (

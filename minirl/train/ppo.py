@@ -117,7 +117,6 @@ class PPO(PolicyTrainer):
         V, after = self.critic.score(batch.rows, c.micro_batch_tokens)
         bootstrap = torch.where(rollout.truncated.to(V.device), after, 0) if c.bootstrap_truncated else None
         tokens = self.token_rewards(batch, rewards)
-        batch.mask = batch.mask & ~rewards.isnan()[:, None]  # what has no score teaches neither of the two
         A, returns = gae(tokens, V, batch.mask, gamma=c.gamma, lam=c.lam, bootstrap=bootstrap)
         if c.whiten:
             A = whiten(A, batch.mask)
@@ -128,7 +127,8 @@ class PPO(PolicyTrainer):
         if step < c.critic_warmup:
             return self.critic.accumulate(batch, c.micro_batch_tokens)
         also = None if self.critic.own else self.critic.loss
-        metrics = accumulate(self.model, batch, self.kl.loss, c.micro_batch_tokens, c.temperature, also)
+        known = c.target_kl is not None
+        metrics = accumulate(self.model, batch, self.kl.loss, c.micro_batch_tokens, c.temperature, also, known)
         return self.critic.accumulate(batch, c.micro_batch_tokens) | metrics if self.critic.own else metrics
 
     def apply(self, step: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from minirl.errors import InputError
 from minirl.files import contents
 from minirl.losses import combine_metrics
 from minirl.model import Transformer
-from minirl.preferences import PreferenceLoss, Totals, preference_loss, rrhf_loss, sequence_logp
+from minirl.preferences import PreferenceLoss, Totals, even_weights, preference_loss, rrhf_loss, sequence_logp
 from minirl.train.batch import MicroBatch
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.ranked import Ranked, description, held_out, ranked_lists, read_preferences, whole_lists
@@ -48,9 +48,10 @@ class PreferConfig:
     """Checkpoint: a Hugging Face directory or hub id. It is the reference too."""
     data: str
     """File (JSONL, a .json list, Parquet), folder or name of a data set; each row has "chosen" and "rejected", or
-    "responses" with their "scores" (numbers, higher is better), every pair of which is compared: texts below a
-    "prompt", chat messages, or whole conversations. Tokens beside a text ("chosen_tokens", "rejected_tokens",
-    "responses_tokens") are taken as they are."""
+    "responses" with their "scores" (numbers, higher is better), every pair of which is compared; a list counts once,
+    however many pairs it has (rrhf: each of its pairs). The texts stand below a "prompt", or are chat messages or whole
+    conversations. Tokens beside a text ("chosen_tokens", "rejected_tokens", "responses_tokens") are taken as they
+    are."""
     out: str = "runs/prefer"
     """Folder of the run."""
     loss: PreferenceLoss = field(default_factory=PreferenceLoss)
@@ -127,7 +128,8 @@ def loss_of(logp, lengths, lists: Sequence[Ranked], options: PreferenceLoss, tot
     pairs = torch.tensor([(at + i, at + j) for at, item in placed for i, j in item.pairs], device=logp.device)
     if options.has_reference:
         ref = torch.cat([item.ref_logp for item in lists]).to(logp.device)
-        return preference_loss(logp, ref, lengths, pairs, options, totals)
+        weights = torch.tensor([w for item in lists for w in even_weights(item.pairs)], dtype=torch.float64)
+        return preference_loss(logp, ref, lengths, pairs, options, totals, weights.to(logp.device))
     best = torch.tensor([at + item.best for at, item in placed], device=logp.device)
     return rrhf_loss(logp, lengths, pairs, best, options, totals)
 
