@@ -25,9 +25,8 @@ from minirl.train import grpo, ppo
 
 def usage() -> str:
     lines = [f"  {name:9} {config.__doc__.splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
-    return (
-        "usage: minirl COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\nminirl COMMAND --help shows the options of one."
-    )
+    more = "minirl COMMAND --help shows the options of one, minirl --version the version."
+    return "usage: minirl COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\n" + more
 
 
 def parse(name: str, args: Sequence[str]):

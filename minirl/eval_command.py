@@ -6,12 +6,13 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from minirl import __version__
 from minirl.display import RichDisplay, table
 from minirl.errors import InputError
 from minirl.evaluate import Evaluation, completion_records, evaluate, numbers
@@ -221,11 +222,8 @@ def _show_completions(c: EvalConfig, results: Sequence[Evaluation], display: Ric
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("minirl", "torch", "tokenizers", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):  # minirl may be read from its source
-            found[package] = version(package)
-    return found
+    packages = {package: version(package) for package in ("torch", "tokenizers", "numpy")}
+    return {"python": platform.python_version(), "minirl": __version__, **packages}
 
 
 def prompt_text(prompt) -> str:

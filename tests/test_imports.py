@@ -21,7 +21,7 @@ LAYERS = [  # from the top; a file may import from its own layer or from one bel
     {"sampler"},
     {"losses", "preferences", "reward_losses", "advantages", "metrics", "alarms"},
     {"model", "attention", "checkpoint", "tokenizer", "chat_template"},
-    {"kernels", "sandbox"},
+    {"kernels", "sandbox", "foreign"},
     {"files"},
     {"errors", "__init__"},
 ]
