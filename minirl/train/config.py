@@ -56,6 +56,9 @@ class PolicyConfig:
     data: str | None = None
     """JSONL file of stored completions with their rewards (prompt, completion, reward; minirl outcomes writes one) to
     train on in place of sampled ones: offline RL. The task is for evaluation only."""
+    overlong_prompts: Literal["stop", "drop"] = "stop"
+    """A prompt, held-out ones too, that leaves no room for a completion in the model's context: stop before the first
+    step, or leave it out."""
     reward_timeout: float = 10.0
     """Seconds a completion that a reward function of a file may take; one that takes longer gets 0 from it."""
     on_bad_reward: Literal["stop", "skip", "strict"] = "stop"

@@ -25,6 +25,7 @@ from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
 from minirl.tokenizer import Tokenizer
+from minirl.train.prompts import measure
 from minirl.train.run import (
     Display,
     interruptible,
@@ -66,6 +67,9 @@ class SampleConfig:
     """Keep the most likely tokens up to this mass."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion, beside the checkpoint's stop tokens; what is checked and kept ends before them."""
+    overlong_prompts: Literal["stop", "drop"] = "stop"
+    """A prompt that leaves no room for a completion in the model's context: stop before the first step, or leave it
+    out."""
     reward_timeout: float = 10.0
     """Seconds a completion that a checker from a file may take; longer is wrong."""
     slots: int = 64
@@ -125,9 +129,9 @@ def sample_and_check(
 ) -> tuple[list[Group], bool]:
     """config.samples completions of each training prompt, judged by task.correct; and whether Ctrl-C came, after which
     the CHUNK of prompts under way is finished. `done` are the groups of an earlier call that it stopped."""
-    examples = task.train[: config.prompts]
-    if not examples:
+    if not task.train:
         raise InputError(f"task {config.task!r} has no training examples: ask for some")
+    examples = measure(task, "train", tokenizer, model.config, config, display, config.prompts).examples
     sampler = Sampler(model, config.slots, tokenizer=tokenizer)
     params = replace(config.sampling, stop_ids=tokenizer.stop_ids)
     groups, stopped, named = list(done), False, set()

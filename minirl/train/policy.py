@@ -31,6 +31,7 @@ from minirl.train.config import PolicyConfig
 from minirl.train.kl import KLWeight
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.prompts import Prompts, measure
 from minirl.train.run import (
     Display,
     Run,
@@ -61,6 +62,7 @@ class PolicyTrainer:
         if not self.task.train and not stored:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
         self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
+        self.prompts, self.task = self._measured(task, bool(stored))
         self.stored = Stored(stored, self.tokenizer, self.model.config, config, display) if stored else None
         self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
         self.judges = [self._judge(*item) for item in self.rewards.items() if isinstance(item[1][1], RewardModel)]
@@ -72,6 +74,13 @@ class PolicyTrainer:
         self.kl = KLWeight(config, run.state)
         self.sampler = Sampler(self.model, config.slots, tokenizer=self.tokenizer)
         self.params = replace(config.sampling, stop_ids=self.tokenizer.stop_ids)
+
+    def _measured(self, task: Task, offline: bool) -> tuple[Prompts | None, Task]:
+        """The training prompts that are sampled, and the task with what can be completed of both sides."""
+        about = self.tokenizer, self.model.config, self.config, self.display
+        train = None if offline else measure(task, "train", *about)
+        heldout = measure(task, "heldout", *about, most=self.config.eval_prompts)
+        return train, replace(task, train=train.examples if train else [], heldout=heldout.examples)
 
     def _load_rewards(self) -> dict[str, tuple[float, Reward]]:
         """The task's rewards and those of the config, which may give one of the task's another weight."""
@@ -98,10 +107,21 @@ class PolicyTrainer:
         """A reward model beside the policy."""
         weight, model = reward
         model.model.to(self.model.device)
+        self._refuse_short(name, model)
         judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
         if self._learned:
             judge.restore(self.run, REWARD_MODEL)
         return judge
+
+    def _refuse_short(self, name: str, judge: RewardModel) -> None:
+        """A reward model must be able to read the longest prompt with the longest completion."""
+        most, limit = self.model.config.max_positions, judge.model.config.max_positions
+        longest = int(self.prompts.lengths.max(initial=0)) if self.prompts else 0
+        if min(longest + self.config.max_tokens, most) > limit:
+            raise InputError(
+                f"reward {name!r} was made for {limit} tokens, and a prompt of {longest} tokens with a completion of "
+                f"max_tokens = {self.config.max_tokens} has more: lower --max-tokens, or take another model"
+            )
 
     def _load_reference(self) -> Transformer:
         """The checkpoint that the run started from, or the policy of the last reset."""

@@ -22,6 +22,7 @@ from minirl.rewards.model import LAST, Tree, step_ends
 from minirl.tasks.split import prompt_key, split_by_problem
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
+from minirl.train.prompts import rendered
 from minirl.train.ranked import response_tokens, responses_of
 from minirl.train.sft import check_prompt, refuse_unknown_tokens
 
@@ -107,9 +108,7 @@ def encode(
     """Token trees with their pairs or labels."""
     found = Lines()
     for example in examples:
-        prompt = tuple(tokenizer.prompt_ids(example["prompt"]))
-        if not prompt:
-            raise InputError(f"{example['where']}: its prompt has no token: write something to answer")
+        prompt = tuple(rendered(example, tokenizer, example["where"]))
         line = {"pairwise": _ranked, "process": _steps}.get(kind, _labelled)(prompt, example, tokenizer, separator)
         rows = [Row(prompt, response, group=0) for response in line.tree.responses]
         refuse_unknown_tokens(rows, config.vocab_size, example["where"])

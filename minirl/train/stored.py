@@ -24,6 +24,7 @@ from minirl.tasks.split import prompt_key
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.config import PolicyConfig
+from minirl.train.prompts import rendered
 from minirl.train.run import Display
 from minirl.train.sft import check_demonstration, order, refuse_unknown_tokens, take
 
@@ -81,9 +82,7 @@ class Stored:
         for line in triples:
             by_prompt.setdefault(prompt_key(line), []).append(line)
         for lines in by_prompt.values():
-            prompt = tokenizer.prompt_ids(lines[0]["prompt"])
-            if not prompt:
-                raise InputError(f"{lines[0]['where']}: its prompt has no token: write something to answer")
+            prompt = rendered(lines[0], tokenizer, lines[0]["where"])
             found = [(line, _completion(line, tokenizer)) for line in lines]
             for line, completion in found:
                 refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], model.vocab_size, line["where"])
