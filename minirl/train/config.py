@@ -24,6 +24,20 @@ class PolicyConfig:
     preset: str | None = None
     """A row of the table of algorithms: on the command line it sets the options of the algorithm; in Python pass
     `**preset_defaults(name)`."""
+    steps: int = 100
+    """Rollouts."""
+    prompts: int = 16
+    """Prompts a step."""
+    group: int = 8
+    """Completions a prompt."""
+    max_tokens: int = 256
+    """Longest completion."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    rewards: tuple[str, ...] = ()
+    """Further rewards: name=weight, file.py:function=weight, or model:FOLDER=weight for a trained reward model;
+    guarded is 0.7 correct + 0.2 format - 0.5 repetitive - 0.3 too_short. The name of one of the task's own gives that
+    another weight: correct=0 only logs it."""
     loss: PolicyLoss = field(default_factory=PolicyLoss)
     """The policy loss."""
     kl_in_reward: float = 0.0
@@ -47,10 +61,6 @@ class PolicyConfig:
     """truncation=mask: completions that leave the loss leave the means and deviations of the rewards too."""
     overlong_cache: int = 0
     """DAPO's soft punishment over the last so many tokens before max_tokens; 0 = off."""
-    rewards: tuple[str, ...] = ()
-    """Further rewards: name=weight, file.py:function=weight, or model:FOLDER=weight for a trained reward model;
-    guarded is 0.7 correct + 0.2 format - 0.5 repetitive - 0.3 too_short. The name of one of the task's own gives that
-    another weight: correct=0 only logs it."""
     refresh: Refresh = field(default_factory=Refresh)
     """Online reward model: the model: among the rewards learns on."""
     data: str | None = None
@@ -64,20 +74,12 @@ class PolicyConfig:
     on_bad_reward: Literal["stop", "skip", "strict"] = "stop"
     """A reward that raises, or returns infinity, a text or a list of another length: stop the run (what is trained is
     saved), or skip: that completion has no score. strict also stops at None, NaN and what takes too long."""
-    steps: int = 100
-    """Rollouts."""
-    prompts: int = 16
-    """Prompts a step."""
-    group: int = 8
-    """Completions a prompt."""
     epochs: int = 1
     """Passes of the optimizer over a rollout (μ)."""
     mini_batches: int = 1
     """Optimizer steps a pass."""
     target_kl: float | None = None
     """End a step's updates once the policy is this far from the one that sampled (kl_old/k3, nats a token)."""
-    max_tokens: int = 256
-    """Longest completion."""
     temperature: float = 1.0
     """Of sampling, and of the log-probs in training."""
     top_k: int = 0
@@ -92,8 +94,6 @@ class PolicyConfig:
     """Completions sampled at a time: a memory knob that changes no completion."""
     micro_batch_tokens: int = 4096
     """Tokens in one training forward: a memory knob that changes no gradient."""
-    lr: float = 1e-6
-    """Peak learning rate."""
     warmup: int = 0
     """Steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

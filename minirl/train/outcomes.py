@@ -10,7 +10,6 @@ verdict: a reward model meets such ones too.
 """
 
 import json
-import os
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from minirl.train.run import (
     refuse_negative,
     refuse_not_positive,
     refuse_unknown_choices,
+    refuse_unwritable,
 )
 
 CHUNK = 64  # prompts sampled at a time; draws are keyed by chunk, so another number gives other completions
@@ -51,6 +51,8 @@ class SampleConfig:
     task: str = "arithmetic"
     """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
     arithmetic:op=product,digits=2"""
+    out: str = "runs/samples"
+    """Folder of what is written."""
     prompts: int | None = None
     """Training prompts, the first so many; None: all."""
     samples: int = 16
@@ -251,20 +253,18 @@ def pairs_of(group: Group, most: int, distinct: str = "text", match_length: bool
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_unwritable(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
     """Said before the work, not after it."""
     for name in FILES:
         if (out / name).exists():
             raise InputError(f"{out / name} exists: choose another --out, or remove it")
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"{place} is no folder that can be written to: choose another --out")
+    refuse_unwritable(out)
 
 
 def write_outcomes(config: OutcomesConfig, display: Display | None = None) -> list[Path]:
     """Run the whole of `minirl outcomes`; returns its FILES. Ctrl-C writes those of the prompts that are done."""
     display, out = display or Display(), Path(config.out)
-    _refuse_unwritable(out)
+    refuse_existing(out)
     task = parse_task(config.task)
     groups, stopped = sample_and_check(*load(config.model, config.dtype, config.device), task, config, display)
     labels, pairs = [], []

@@ -31,9 +31,11 @@ from minirl.train.config import PolicyConfig
 from minirl.train.kl import KLWeight
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.preview import Disk, disk_of, marked_prompt, marked_row, show_disk
 from minirl.train.prompts import Prompts, measure
 from minirl.train.run import (
     Display,
+    Part,
     Run,
     due,
     identity,
@@ -81,6 +83,21 @@ class PolicyTrainer:
         train = None if offline else measure(task, "train", *about)
         heldout = measure(task, "heldout", *about, most=self.config.eval_prompts)
         return train, replace(task, train=train.examples if train else [], heldout=heldout.examples)
+
+    @property
+    def saved(self) -> list[torch.nn.Module | AdamW]:
+        """The models and optimizers that a checkpoint holds."""
+        reset, refreshed = self.config.ref_reset_every > 0, self.config.refresh.every > 0
+        judge = [self.judges[0].reward.model, self.judges[0].optimizer] if refreshed else []
+        return [self.model, self.optimizer, *([self.reference] if reset else []), *judge]
+
+    def example(self) -> list[Part]:
+        """The first prompt that is trained on, with the completion that it is given or stands for one to be sampled."""
+        if self.stored:
+            prompt, lines = self.stored.groups[0]
+            return marked_row(self.tokenizer, Row(prompt, lines[0][1].tokens, 0))
+        prompt = self.tokenizer.prompt_ids(self.task.train[0]["prompt"])
+        return marked_prompt(self.tokenizer, prompt, self.config.max_tokens)
 
     def _load_rewards(self) -> dict[str, tuple[float, Reward]]:
         """The task's rewards and those of the config, which may give one of the task's another weight."""
@@ -355,6 +372,12 @@ class PolicyTrainer:
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
+    def disk(self) -> Disk:
+        """What the run will write."""
+        c = self.config
+        finished = [self.model, *([self.judges[0].reward.model] if c.refresh.every else [])]
+        return disk_of(self.run, self.saved, finished, -(-c.steps // c.save_every))
+
     def evaluate(self, first: bool = False) -> dict[str, float]:
         """`first`: before anything is trained, so that what is wrong may end the run."""
         c = self.config
@@ -433,16 +456,28 @@ def step_line(step: int, steps: int, m: dict) -> str:
     )
 
 
+def prepare_policy(
+    kind: type[PolicyTrainer], config: PolicyConfig, display: Display, task: Task | None = None
+) -> PolicyTrainer:
+    """All that comes before the first step."""
+    given, task = task is not None, task or parse_task(config.task)
+    stored = read_triples(config.data) if config.data else []
+    data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
+    run = Run(config.out, identity(config, data), config.resume)
+    run.resumable = not given
+    return kind(config, run, display, task, stored)
+
+
 def train_policy(
     kind: type[PolicyTrainer], config: PolicyConfig, display: Display | None = None, task: Task | None = None
 ) -> Path:
     """A whole run, from its config or from its last checkpoint; returns the folder of the trained model."""
     display = display or Display()
-    task = task or parse_task(config.task)
-    stored = read_triples(config.data) if config.data else []
-    data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
-    run = Run(config.out, identity(config, data), config.resume)
-    trainer = kind(config, run, display, task, stored)
+    trainer = prepare_policy(kind, config, display, task)
+    run = trainer.run
+    show_disk(trainer.disk(), display)
+    if run.start == 0:
+        display.example(trainer.example())
     alarms = Alarms(run.logged())  # a resumed run knows what it knew
     if run.start == 0:
         before = trainer.evaluate(first=True)
