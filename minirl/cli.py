@@ -94,9 +94,9 @@ def _defaults(kind: type, args: Sequence[str]):
     presets = {grpo.GRPOConfig: grpo.preset_defaults, ppo.PPOConfig: ppo.preset_defaults}
     preset = _value(args, "--preset") if kind in presets else None
     if preset and preset.lower() != "none":
-        budget = _value(args, "--max-tokens")
-        chosen = presets[kind](preset, int(budget) if budget and budget.isdigit() else kind.max_tokens)
-        return kind(model=tyro.MISSING, **chosen)
+        given = {name: _value(args, "--" + name.replace("_", "-")) for name in ("max_tokens", "prompts")}
+        sizes = {name: int(value) for name, value in given.items() if value and value.isdigit()}
+        return kind(model=tyro.MISSING, **presets[kind](preset, **sizes))
     return None
 
 

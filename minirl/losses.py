@@ -471,13 +471,13 @@ class Preset:
     advantage: str  # a function of minirl.advantages
     loss: PolicyLoss = PolicyLoss()
     critic: bool = False  # train a value model
-    epochs: int = 1  # passes over a batch of rollouts
+    epochs: int = 1  # passes over a rollout
+    mini_batches: int = 1  # updates a pass; 4 where it is the ratio, 1 in a single update, that makes the algorithm
     kl_in_reward: float = 0.0  # β of the k1 penalty in the reward
     adaptive_kl: Literal["none", "ziegler", "ppo_penalty"] = "none"  # controller of the KL weight
     truncation: Literal["keep", "mask", "penalty"] = "keep"  # a cut completion keeps its reward, leaves, or pays
     dynamic_sampling: bool = False  # sample on until enough groups have a reward variance
     overlong_punishment: bool = False  # add `overlong_penalty` to the reward
-    keep_sampling_mask: bool = False  # score tokens over the sampler's kept set (top-k, top-p)
     drop_zero_advantage: bool = False  # rows with A = 0 leave the mask, and so the denominators
 
 
@@ -498,13 +498,13 @@ PRESETS: dict[str, Preset] = {
     "grpo": Preset("grpo", _GRPO),
     "grpo_ps": Preset("grpo_process", _GRPO),
     "dr_grpo": Preset("grpo_mean", _DR_GRPO),
-    "dapo": Preset("grpo", PolicyLoss(eps_high=0.28), dynamic_sampling=True, overlong_punishment=True),
-    "gspo": Preset("grpo", _GSPO),
-    "gspo_token": Preset("grpo_process", _GSPO),
-    "cispo": Preset("grpo", PolicyLoss(surrogate="is_pg", w_max=5.0)),
-    "sapo": Preset("grpo", PolicyLoss(surrogate="sapo", aggregation="seq_mean")),
-    "scaling_grpo": Preset("grpo_mean", _V32, keep_sampling_mask=True),
-    "dual_clip": Preset("grpo", PolicyLoss(dual_clip=3.0, aggregation="seq_mean")),
+    "dapo": Preset("grpo", PolicyLoss(eps_high=0.28), mini_batches=4, dynamic_sampling=True, overlong_punishment=True),
+    "gspo": Preset("grpo", _GSPO, mini_batches=4),
+    "gspo_token": Preset("grpo_process", _GSPO, mini_batches=4),
+    "cispo": Preset("grpo", PolicyLoss(surrogate="is_pg", w_max=5.0), mini_batches=4),
+    "sapo": Preset("grpo", PolicyLoss(surrogate="sapo", aggregation="seq_mean"), mini_batches=4),
+    "scaling_grpo": Preset("grpo_mean", _V32, mini_batches=4),
+    "dual_clip": Preset("grpo", PolicyLoss(dual_clip=3.0, aggregation="seq_mean"), mini_batches=4),
     "tis": Preset("grpo", PolicyLoss(importance="token_truncate", aggregation="seq_mean")),
     "mis": Preset("grpo", PolicyLoss(importance="token_mask", importance_floor=0.5, aggregation="seq_mean")),
     "online_rft": Preset("correct_only", PolicyLoss(ratio_level="none", surrogate="is_pg"), drop_zero_advantage=True),

@@ -37,6 +37,7 @@ class Rollout:
     indices: list[int] = field(default_factory=list)  # P, of the examples in the data; for sentences
     stats: dict[str, float] = field(default_factory=dict)  # `metrics` of everything that was sampled for this
     idle: str = ""  # why it trains nothing
+    batches: int = 1  # of prompts that were drawn for it
     advantages: torch.Tensor | None = None  # [B]; where they are those of tokens, their mean
 
     @classmethod

@@ -145,6 +145,15 @@ def test_a_preset_sets_the_defaults(preset):
     assert cli.parse("grpo", ["--model", "m", "--preset", preset]) == GRPOConfig("m", **preset_defaults(preset))
 
 
+def test_a_preset_has_no_more_mini_batches_than_there_are_prompts():
+    for args, wanted in (
+        ("--model m --preset gspo --prompts 3", 3),
+        ("--model m --preset gspo --prompts=3 --mini-batches 2", 2),
+        ("--model m --prompts 3 --preset grpo", 1),
+    ):
+        assert cli.parse("grpo", args.split()).mini_batches == wanted
+
+
 @pytest.mark.parametrize("preset", ppo.runnable_presets())
 def test_a_preset_of_ppo_sets_its_defaults(preset):
     wanted = PPOConfig("m", **ppo.preset_defaults(preset))

@@ -885,7 +885,10 @@ def test_presets_are_the_rows_of_the_table():
     assert eps == {name: special.get(name, (0.2, 0.2)) for name in eps}
     assert {n for n, p in PRESETS.items() if p.kl_in_reward} == {"reinforce", "rloo", "reinforce++", "ppo"}
     assert {n for n, p in PRESETS.items() if p.critic} == {"ppo", "ppo_penalty"}
-    assert PRESETS["scaling_grpo"].loss.opsm_delta == 0.5 and PRESETS["scaling_grpo"].keep_sampling_mask
+    assert PRESETS["scaling_grpo"].loss.opsm_delta == 0.5
+    assert {n: p.mini_batches for n, p in PRESETS.items() if p.mini_batches > 1} == dict.fromkeys(
+        ("dapo", "gspo", "gspo_token", "cispo", "sapo", "scaling_grpo", "dual_clip"), 4
+    )
     assert [n for n, p in PRESETS.items() if p.loss.dual_clip] == ["dual_clip"]
     assert {n: p.loss.importance for n, p in PRESETS.items() if p.loss.importance != "none"} == {
         "tis": "token_truncate",

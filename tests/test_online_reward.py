@@ -13,6 +13,7 @@ from tiny import randomise, tiny_checkpoint
 from minirl.checkpoint import load_model
 from minirl.errors import InputError
 from minirl.model import ScalarHead
+from minirl.rewards import RewardError
 from minirl.rewards.model import LAST, RewardModel, Tree, read_all
 from minirl.train.grpo import GRPO, GRPOConfig, train_grpo
 from minirl.train.online_reward import OnlineReward, Refresh, agreement
@@ -119,6 +120,27 @@ def test_two_models_are_measured_apart(make, judge):
 
 
 # --- the refresh -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_failed_step_sampled_is_not_learned_from(make, monkeypatch):
+    """It is drawn again when the run is resumed, and would be learned twice."""
+    trainer = make(refresh=Refresh(every=2), dynamic_sampling=True, max_gen_batches=3)
+    draw = trainer.draw
+    monkeypatch.setattr(trainer, "mixed_groups", lambda rollout: [0])
+
+    def fails_at_the_third(number: int, steps: bool):
+        if number == 2:
+            raise RewardError("no score")
+        return draw(number, steps)
+
+    monkeypatch.setattr(trainer, "draw", fails_at_the_third)
+    with pytest.raises(RewardError):
+        trainer.collect(0)
+    assert not trainer.judges[0].new and not trainer.judges[0].fresh
+    monkeypatch.setattr(trainer, "draw", draw)
+    rollout = trainer.collect(0)
+    (fresh,) = trainer.judges[0].fresh
+    assert len(fresh[0]) == 3 * 24 and len(rollout.prompts) == 3
 
 
 @KINDS

@@ -439,6 +439,51 @@ def test_rft_keeps_what_is_right_and_ended_each_once_and_at_most_so_many(model, 
     assert shown.stages["prompts"] == (12, 12)
 
 
+def test_rft_learns_the_tokens_that_were_sampled(model, folder, monkeypatch):
+    """No stop token is added to what a stop text ended, and the stop text is learned as part of the completion."""
+    seen, learned = {}, []
+
+    def fit(model, tokenizer, rows, *rest):
+        learned.extend((tokenizer.decode(row.prompt), tuple(row.response)) for row in rows)
+
+    def watched(*args):
+        groups, stopped = harvest(*args)
+        for line in (line for group in groups for line in group if line["reward"] and line["finish_reason"] == "stop"):
+            seen[line["prompt"], tuple(line["completion_tokens"])] = line["completion"]
+        return groups, stopped
+
+    harvest = rft.sample_and_check
+    monkeypatch.setattr(rft, "sample_and_check", watched)
+    monkeypatch.setattr(rft, "fit", fit)
+    train_rft(rft_config(model, stop=("3", "8"), distinct="text"), Silent())
+    tokenizer = Tokenizer.from_pretrained(model)
+    assert len(learned) > 12 and set(learned) <= seen.keys()
+    ends = {tokenizer.decode([tokens[-1]]) if tokens[-1] != tokenizer.stop_id else "end" for _, tokens in learned}
+    assert ends == {"3", "8", "end"}
+    assert all(tokens.count(tokenizer.stop_id) <= 1 for _, tokens in learned)
+    kept = read_lines("run/kept.jsonl")
+    assert [(line["prompt"], tuple(line["completion_tokens"])) for line in kept] == learned
+    assert all(seen[line["prompt"], tuple(line["completion_tokens"])] == line["completion"] for line in kept)
+
+
+def test_rft_learns_another_spelling_of_a_text_as_it_was_sampled():
+    class Spelling:
+        """Token 1 is what tokens 2 and 3 are together."""
+
+        def prompt_ids(self, prompt):
+            return [7]
+
+        def decode(self, tokens):
+            return "".join({1: "ab", 2: "a", 3: "b", 9: ""}[token] for token in tokens)
+
+    line = {"prompt": "p", "completion": "ab", "correct": 1}
+    [row] = rft.kept_rows(Spelling(), [line | {"completion_tokens": [2, 3, 9]}], 10)
+    assert (row.prompt, row.response) == ([7], [2, 3, 9])
+    for lacking in (line, line | {"completion_tokens": [2, 2]}):
+        with pytest.raises(InputError, match=r"kept\.jsonl, line 1: its tokens"):
+            rft.kept_rows(Spelling(), [lacking], 10)
+
+
 def test_rft_raises_the_share_of_right_completions(model, folder):
     def share(checkpoint: str) -> float:
         loaded, config = rft.load(checkpoint, "float32", "cpu"), rft_config(checkpoint, samples=32, seed=7)
@@ -602,10 +647,10 @@ def test_a_resumed_rft_without_its_kept_completions_says_so(model, folder):
 
 
 def test_no_gradient_is_left_by_sampling_before_training(model, folder):
-    """The same fine-tuning on the same lines, through `minirl sft`, ends with the same weights."""
-    from minirl.train.sft import train_sft
-
+    """The same fine-tuning on the same rows, of a model that has not sampled, ends with the same weights."""
     config = rft_config(model)
     path = train_rft(config, Silent())
-    again = train_sft(replace(config.sft, data="run/kept.jsonl", out="again"), Silent())
+    fresh, tokenizer = rft.load(model, "float32", "cpu")
+    rows = rft.kept_rows(tokenizer, read_lines("run/kept.jsonl"), fresh.config.max_positions)
+    again = rft.fit(fresh, tokenizer, rows, config.sft, rft.Run("again", {}), Silent())
     assert torch.equal(*(rft.load(p, "float32", "cpu")[0].head_weight for p in (path, again)))

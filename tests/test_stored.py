@@ -12,7 +12,7 @@ from tiny import tiny_checkpoint, tiny_config
 from minirl.errors import InputError
 from minirl.losses import PolicyLoss
 from minirl.tokenizer import Tokenizer
-from minirl.train.grpo import GRPO, GRPOConfig, train_grpo
+from minirl.train.grpo import GRPO, GRPOConfig, preset_defaults, train_grpo
 from minirl.train.ppo import PPOConfig, train_ppo
 from minirl.train.run import Run
 from minirl.train.stored import Stored, read_triples
@@ -105,6 +105,7 @@ def test_groups_hold_different_completions_of_one_prompt_and_others_in_the_next_
     seen = []
     for step in range(2):
         rollout = trainer.collect(step)
+        trainer.cursor += 1
         assert sorted(e["prompt"] for e in rollout.examples) == sorted(e["prompt"] for e in EXAMPLES[:4])
         for group in range(4):
             texts = rollout.texts[6 * group : 6 * group + 6]
@@ -136,6 +137,42 @@ def test_dynamic_sampling_takes_groups_whose_stored_rewards_differ(make, write):
     trainer = make(write(lines), prompts=4, dynamic_sampling=True, max_gen_batches=2)
     rollout = trainer.collect(0)
     assert {e["prompt"] for e in rollout.examples} == {line["prompt"] for line in lines[24:]}
+
+
+def test_dynamic_sampling_reads_every_stored_prompt_before_any_again(make, write):
+    """Of 8 prompts each second one is mixed: two batches of two, now and then three, make a step."""
+    lines = triples(8)
+    for i, line in enumerate(lines):
+        line["reward"] = line["reward"] if i // 6 % 2 else 1.0
+    trainer = make(write(lines), prompts=2, dynamic_sampling=True, max_gen_batches=3)
+    seen, read = [], trainer.stored.batch
+    trainer.stored.batch = lambda number: seen.append(rollout := read(number)) or rollout
+    steps = [trainer.step(step) for step in range(4)]
+    prompts = [example["prompt"] for rollout in seen for example in rollout.examples]
+    assert len(prompts) == 2 * trainer.cursor == 2 * sum(m["gen_batches"] for m in steps) >= 16
+    for start in range(0, len(prompts), 8):
+        assert len(set(prompts[start : start + 8])) == len(prompts[start : start + 8])
+
+
+def test_online_rft_on_stored_rewards_says_what_counts_as_right(make, write):
+    trainer = make(write(triples()), **preset_defaults("online_rft", 6))
+    assert "correct_only: no rule judges stored completions; those with a reward above 0.5 count as right" in (
+        trainer.display.lines
+    )
+    rollout = trainer.collect(0)
+    assert trainer.batch(rollout).mask.any(1).tolist() == [R > 0.5 for R in rollout.rewards.tolist()]
+
+
+def test_tokens_that_go_on_after_their_text_were_ended_by_a_stop_text(stored, write, checkpoint):
+    """Such a completion was not cut, and none of its tokens is another one's."""
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    ids = {text: tokenizer.encode(text) for text in ("7=", "7", "71")}
+    lines = [GOOD | {"completion": "7", "completion_tokens": ids["7="]}]
+    lines += [GOOD | {"completion": "7", "completion_tokens": [*ids["7"], tokenizer.eos_id]}]
+    lines += [GOOD | {"completion": "71", "completion_tokens": ids["71"]}]
+    completions = stored(write(lines)).batch(0).completions
+    assert [c.tokens for c in completions] == [line["completion_tokens"] for line in lines]
+    assert [c.finish_reason for c in completions] == ["stop", "stop", "length"]
 
 
 def test_a_line_without_a_reward_teaches_nothing(make, write):

@@ -443,10 +443,38 @@ def test_a_cut_completion_pays_its_penalty(make, monkeypatch):
     assert trainer.batch(rollout).mask.sum(1).tolist() == LENGTHS
 
 
+def test_by_default_what_is_right_and_cut_stays_above_what_is_wrong(make, monkeypatch):
+    rollout = written(monkeypatch, make(prompts=1, truncation="penalty"))
+    assert rollout.rewards[2] > rollout.rewards[1] > rollout.rewards[3]  # right and cut, wrong, wrong and cut
+
+
 def test_the_soft_punishment_of_long_completions_is_added_to_the_reward(make, monkeypatch):
-    rollout = written(monkeypatch, make(prompts=1, overlong_cache=3))
-    assert rollout.rewards.tolist() == pytest.approx([1, 0, 1 - 1, 0 - 1, 0, 1 - 2 / 3])
+    """As a share of what being right pays, here the weight 2, not of what else is paid."""
+    task = replace(TASK, rewards={"seven": (2.0, has_seven), "sevens": (3.0, lambda **columns: [0.0] * 6)})
+    for share in (0.5, 1.0):
+        rollout = written(monkeypatch, make(task=task, prompts=1, overlong_cache=3, overlong_penalty=share))
+        most = 2 * share
+        assert rollout.rewards.tolist() == pytest.approx([2, 0, 2 - most, 0 - most, 0, 2 - most * 2 / 3])
     assert overlong_penalty(LENGTHS, 6, 3).tolist() == pytest.approx([0, 0, -1, -1, 0, -2 / 3])
+    unknown = make(task=replace(TASK, rewards={"sevens": (3.0, sevens)}), overlong_cache=3)
+    assert unknown.pay == 1  # a rule that only is logged tells no range
+
+
+def test_what_is_right_and_too_long_ranks_above_what_is_wrong_as_where_rewards_are_plus_and_minus_one(make):
+    """DAPO's punishment is 1 where rewards are ±1, so half of that where they are 0 and 1."""
+    trainer = make(prompts=1, group=4, **preset_defaults("dapo", 6, 1) | {"dynamic_sampling": False})
+    tokens = {"1": 2, "7": 2, "2": 3, "777777": 6}  # with the stop token
+    right = [1.0, 0.0, 0.0, 1.0]
+    rollout = Rollout(EXAMPLES[:1], [[1]], [Completion([5] * n, [-1.0] * n) for n in tokens.values()], list(tokens))
+    trainer.config = replace(trainer.config, overlong_cache=3)
+    trainer.sample = lambda *args: rollout
+    rollout.rewards, rollout.parts = torch.tensor(right, dtype=torch.float64), {"seven": right}
+    paper = [2 * R - 1 for R in right]
+    paper[3] -= 1
+    mean, std = np.mean(paper), np.std(paper, ddof=1)
+    found = trainer.batch(trainer.draw(0)).advantages.tolist()
+    assert found == pytest.approx([(R - mean) / (std + 1e-4) for R in paper], abs=1e-3)
+    assert found[1:] == pytest.approx([-0.783, -0.783, 0.261], abs=1e-3)
 
 
 def test_the_kl_to_the_reference_is_taken_from_the_reward_of_the_completion(make, monkeypatch):
@@ -475,6 +503,27 @@ def test_online_rft_is_the_mean_log_likelihood_of_what_is_right(make, monkeypatc
     assert batch.mask.sum(1).tolist() == [2, 0, 6, 0, 0, 5]
     right = [logp for i, logp in enumerate(log_likelihoods(trainer.model, batch)) if i in (0, 2, 5)]
     check_close(taken_by(trainer, batch), gradient_of(trainer, -sum(right) / 13), 1e-5)
+
+
+def test_online_rft_asks_the_rule_and_not_the_sum_of_the_rewards(make, monkeypatch):
+    """Neither a wrong completion that is paid for something else nor one that is half right is learned."""
+    polite = replace(TASK, rewards={"seven": (1.0, has_seven), "polite": (1.0, lambda **columns: [1.0] * 6)})
+    half = lambda prompts, completions, **columns: [0.6 * x for x in has_seven(prompts, completions)]  # noqa: E731
+    partly = replace(TASK, rewards={"half": (1.0, half)}, correct=half)
+    for task, kept in ((polite, [2, 0, 6, 0, 0, 5]), (partly, [0] * 6)):
+        trainer = make(task=task, prompts=1, **preset_defaults("online_rft", 6))
+        batch = trainer.batch(written(monkeypatch, trainer))
+        assert batch.mask.sum(1).tolist() == kept
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"kl_in_reward": 0.1}, {"overlong_cache": 3}, {"truncation": "penalty"}],
+    ids=lambda other: next(iter(other)),
+)
+def test_what_changes_the_reward_is_refused_where_the_verdict_alone_counts(other):
+    with pytest.raises(InputError, match=r"changes the reward of a completion, correct_only takes the verdict alone"):
+        GRPOConfig("model", **preset_defaults("online_rft") | other)
 
 
 def test_zero_advantage_stays_in_the_denominator_otherwise(make, monkeypatch):
@@ -544,10 +593,10 @@ def test_the_reference_stays_where_it_was(make, checkpoint):
 
 @pytest.mark.parametrize("preset", runnable_presets())
 def test_every_preset_takes_a_step(preset, make):
-    trainer = make(task=replace(TASK, rewards={"sevens": (2.0, sevens)}), **preset_defaults(preset, 6))
+    trainer = make(task=replace(TASK, rewards={"sevens": (2.0, sevens)}), **preset_defaults(preset, 6, 4))
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     metrics = trainer.step(0)
-    assert trainer.optimizer.steps == PRESETS[preset].epochs
+    assert trainer.optimizer.steps == PRESETS[preset].epochs * PRESETS[preset].mini_batches
     assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert [name for name, value in metrics.items() if not math.isfinite(value)] == []
@@ -578,6 +627,7 @@ def test_a_preset_is_its_row_of_the_table():
     defaults = preset_defaults("dr_grpo", 512)
     assert defaults["advantage"] == "grpo_mean"
     assert defaults["loss"] == replace(PRESETS["dr_grpo"].loss, const_length=512.0)
+    assert preset_defaults("gspo")["mini_batches"] == 4 and preset_defaults("gspo", prompts=3)["mini_batches"] == 3
     assert preset_defaults("rloo")["kl_in_reward"] == 0.05
     assert [name for name in runnable_presets() if preset_defaults(name)["drop_zero_advantage"]] == ["online_rft"]
 
@@ -734,13 +784,83 @@ def test_only_groups_with_right_and_wrong_completions_are_trained_on(make):
     assert np.array(rollout.texts).reshape(-1, 3).tolist() == texts[mixed[:4]].tolist()
 
 
-def test_what_dynamic_sampling_draws_is_a_function_of_the_config(make):
+def test_what_dynamic_sampling_draws_is_a_function_of_the_config_and_the_cursor(make):
     first, second = make(**DYNAMIC), make(**DYNAMIC)
     for step in range(3):
         first.collect(step)
+    first.cursor = second.cursor = 5
     later, fresh = first.collect(5), second.collect(5)
     assert later.texts == fresh.texts and later.prompts == fresh.prompts and later.stats == fresh.stats
+    second.cursor = 6
     assert later.texts != second.collect(6).texts
+
+
+PLENTY = replace(TASK, train=[{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(8) for j in range(8)])
+
+
+def watched(trainer: GRPO) -> list[int]:
+    """The numbers of the examples in the order in which the trainer will sample them."""
+    seen, sample = [], trainer.sample
+
+    def watching(number, steps):
+        rollout = sample(number, steps)
+        seen.extend(rollout.indices)
+        return rollout
+
+    trainer.sample = watching
+    return seen
+
+
+@pytest.mark.parametrize("most", [1, 2, 10])
+def test_no_prompt_is_sampled_again_before_every_other_one(most, make):
+    """Steps with few and with many batches alike: 64 prompts, 16 a step."""
+    trainer = make(task=PLENTY, **DYNAMIC | {"prompts": 16, "max_tokens": 2, "max_gen_batches": most})
+    seen, metrics = watched(trainer), []
+    for step in range(5):
+        metrics.append(trainer.step(step))
+    assert len(seen) == 16 * trainer.cursor == 16 * sum(m["gen_batches"] for m in metrics) >= 80
+    for start in range(0, len(seen), 64):
+        assert len(set(seen[start : start + 64])) == len(seen[start : start + 64])
+    assert sorted(seen[:64]) == list(range(64))
+
+
+def test_without_dynamic_sampling_step_n_samples_batch_n(make):
+    trainer = make(task=PLENTY, prompts=5, group=2, max_tokens=1)
+    seen = watched(trainer)
+    for step in range(4):
+        trainer.step(step)
+    assert seen == take(64, 0, 0, 20) and trainer.cursor == 4
+
+
+def test_mixed_groups_beyond_what_a_step_needs_are_counted(make):
+    trainer = make(**DYNAMIC)
+    trainer.draw(0)
+    mixed = iter([[0, 2, 3], [0, 1, 3]])
+    trainer.mixed_groups = lambda rollout: next(mixed)
+    rollout = trainer.collect(0)
+    assert rollout.stats["surplus_groups"] == 2 and rollout.batches == 2
+    assert rollout.prompts == [*(trainer.draw(0).prompts[i] for i in (0, 2, 3)), trainer.draw(1).prompts[0]]
+    trainer.mixed_groups = lambda rollout: []
+    assert trainer.collect(0).stats["surplus_groups"] == 0
+
+
+def test_a_step_that_fails_is_drawn_again_on_resume(make, monkeypatch):
+    """Also where some of its batches were sampled: the saved cursor is that of its beginning."""
+    calls = []
+
+    def fails_later(prompts, completions, **columns):
+        calls.append(completions)
+        return [math.inf if len(calls) > 5 else float(i % 2) * (len(calls) % 2) for i in range(len(completions))]
+
+    trainer = make(task=replace(TASK, rewards={"fickle": (1.0, fails_later)}, correct=fails_later), **DYNAMIC, seed=2)
+    monkeypatch.setattr(trainer, "mixed_groups", lambda rollout: [0, 1])  # two batches a step
+    for step in range(2):
+        trainer.step(step)
+    with pytest.raises(RewardError, match="the 2 steps before it are saved"):
+        trainer.step(2)
+    saved = json.loads((trainer.run.checkpoint / "state.json").read_text())
+    assert saved == {"step": 2, "cursor": 4} and len(calls) == 6
+    assert GRPO(trainer.config, Run(trainer.run.out, {}, resume=True), Quiet(), TASK).cursor == 4
 
 
 def test_batches_have_prompts_and_draws_of_their_own(make, monkeypatch):
@@ -753,6 +873,7 @@ def test_batches_have_prompts_and_draws_of_their_own(make, monkeypatch):
     monkeypatch.setattr(trainer, "draw", lambda number, steps: numbers.append(number) or draw(number, steps))
     trainer.collect(0)
     assert 1 < len(numbers) <= 10 and numbers == list(range(len(numbers)))
+    trainer.cursor = 20
     trainer.collect(2)
     assert min(set(numbers) - set(range(10))) == 20
 
@@ -775,7 +896,7 @@ def test_a_step_without_any_mixed_group_trains_nothing_and_says_so(make):
         return [0.0] * len(completions)
 
     task = replace(TASK, rewards={"wrong": (1.0, wrong)}, correct=wrong)
-    trainer = make(task=task, **preset_defaults("dapo", 6) | {"overlong_cache": 6}, max_gen_batches=2)
+    trainer = make(task=task, **preset_defaults("dapo", 6, 1) | {"overlong_cache": 6}, max_gen_batches=2)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     metrics = trainer.step(0)
     assert metrics["group/signal_frac"] > 0 and metrics["kept_frac"] == 0 and metrics["skip_step"] == 1

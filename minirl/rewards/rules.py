@@ -111,7 +111,8 @@ def shorter_than(min_words: int) -> Reward:
 
 
 def overlong_penalty(lengths, l_max: int, l_cache: int) -> np.ndarray:
-    """DAPO's soft overlong punishment (2503.14476 eq. 13) for completions of n tokens, to be added to the rule reward.
+    """DAPO's soft overlong punishment (2503.14476 eq. 13) for completions of n tokens, to be added to a rule reward of
+    ±1; a reward of 0 and 1 has half of that range, and takes half of it.
 
     0 for n ≤ l_max − l_cache; ((l_max − l_cache) − n) / l_cache up to l_max; −1 beyond.
     """
@@ -122,7 +123,8 @@ def overlong_penalty(lengths, l_max: int, l_cache: int) -> np.ndarray:
 
 
 def overlong(l_max: int, l_cache: int) -> Reward:
-    """`overlong_penalty` as a reward; it needs the `completion_ids` column."""
+    """`overlong_penalty` as a reward, to be weighted with half of what being right pays; it needs the `completion_ids`
+    column."""
     overlong_penalty([], l_max, l_cache)  # bad parameters are reported now, not at the first step
 
     def overlong_reward(prompts, completions, completion_ids, **columns) -> list[float]:

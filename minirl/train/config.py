@@ -23,7 +23,7 @@ class PolicyConfig:
     """Folder of the run."""
     preset: str | None = None
     """A row of the table of algorithms: on the command line it sets the options of the algorithm; in Python pass
-    `**preset_defaults(name)`."""
+    `**preset_defaults(name, max_tokens, prompts)`."""
     steps: int = 100
     """Rollouts."""
     prompts: int = 16
@@ -55,12 +55,17 @@ class PolicyConfig:
     """Discount of a token, where rewards are those of tokens."""
     truncation: Literal["keep", "mask", "penalty"] = "keep"
     """A completion cut at max_tokens keeps its reward, leaves the loss, or pays `truncation_penalty`."""
-    truncation_penalty: float = 1.0
-    """What truncation=penalty subtracts from the reward."""
+    truncation_penalty: float = 0.5
+    """What truncation=penalty subtracts from the reward: half of what a rule of 0 and 1 pays, so that what is right and
+    cut stays above what is wrong."""
     exclude_from_baseline: bool = False
     """truncation=mask: completions that leave the loss leave the means and deviations of the rewards too."""
     overlong_cache: int = 0
     """DAPO's soft punishment over the last so many tokens before max_tokens; 0 = off."""
+    overlong_penalty: float = 0.5
+    """overlong_cache: what a completion of max_tokens loses, as a share of what being right pays (the weight of the
+    task's rule; 1 where it has none, or rewards are stored). Half, as in DAPO, where rewards are ±1 and it is 1: what
+    is right and too long stays above what is wrong."""
     refresh: Refresh = field(default_factory=Refresh)
     """Online reward model: the model: among the rewards learns on."""
     data: str | None = None
@@ -132,6 +137,7 @@ class PolicyConfig:
             self, "reward_timeout", *(n for n in ("kl_target", "target_kl") if getattr(self, n) is not None)
         )
         refuse_negative(self, "kl_in_reward", "weight_decay", "truncation_penalty", "ref_reset_every")
+        refuse_negative(self, "overlong_penalty")
         refuse_negative(self, "warmup", "eval_every", "shown", "seed")
         refuse_unknown_choices(self)
         coefs = {"ziegler": self.kl_in_reward or self.loss.kl_coef, "ppo_penalty": self.loss.kl_old_coef}
@@ -210,8 +216,8 @@ def refuse_preset(name: str, critic: bool) -> None:
         raise InputError(f"preset {name!r} {why}: choose from {', '.join(presets(critic))}")
 
 
-def common_defaults(name: str, max_tokens: int) -> dict:
-    """What a preset sets in any of these configs."""
+def common_defaults(name: str, max_tokens: int, prompts: int) -> dict:
+    """What a preset sets in any of these configs; it has no more mini-batches than there are prompts to share out."""
     preset = PRESETS[name]
     loss = preset.loss
     if loss.aggregation == "seq_sum_const":
@@ -223,5 +229,6 @@ def common_defaults(name: str, max_tokens: int) -> dict:
         "adaptive_kl": preset.adaptive_kl,
         "truncation": preset.truncation,
         "epochs": preset.epochs,
+        "mini_batches": max(1, min(preset.mini_batches, prompts)),
         "overlong_cache": max_tokens // 5 if preset.overlong_punishment else 0,  # 4096 of 20480, as in DAPO
     }

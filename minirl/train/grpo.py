@@ -37,11 +37,12 @@ class GRPOConfig(PolicyConfig):
     """Folder of the run."""
     preset: str | None = None
     """A row of the table of algorithms: on the command line it sets advantage, loss and truncation; in Python pass
-    `**preset_defaults(name)`. None: GRPO without a reference."""
+    `**preset_defaults(name, max_tokens, prompts)`. None: GRPO without a reference."""
     loss: PolicyLoss = field(default_factory=lambda: PolicyLoss(aggregation="seq_mean"))
     """The policy loss."""
     advantage: Literal[(*OUTCOME, "reinforce", "reinforce_pp", "grpo_process")] = "grpo"
-    """Advantage estimator: of completions, of tokens (reinforce, reinforce_pp: the KL in the reward is that of each
+    """Advantage estimator: of completions (correct_only: 1 where the task's rule says right, other rewards are only
+    logged), of tokens (reinforce, reinforce_pp: the KL in the reward is that of each
     token), or of steps (grpo_process: a reward may return for a completion a list with a number for each of its lines,
     or (end, reward) pairs, end = characters up to the end of the step; any other reward is one of the last step)."""
     baseline: Literal["none", "batch_mean", "group_mean"] = "batch_mean"
@@ -67,9 +68,12 @@ class GRPOConfig(PolicyConfig):
             refuse_preset(self.preset, critic=False)
         shaped = {"kl_in_reward": self.kl_in_reward, "overlong_cache": self.overlong_cache}
         shaped |= {"truncation = penalty": self.truncation == "penalty", "refresh": self.refresh.every > 0}
-        if self.advantage == "grpo_process" and any(shaped.values()):
+        taken = {"grpo_process": "those of steps", "correct_only": "the verdict alone"}.get(self.advantage)
+        if taken and any(shaped.values()):
             name = next(name for name, on in shaped.items() if on)
-            raise InputError(f"{name} changes the reward of a completion, grpo_process takes those of steps: leave it")
+            raise InputError(
+                f"{name} changes the reward of a completion, {self.advantage} takes {taken}: leave it away"
+            )
 
 
 def runnable_presets() -> list[str]:
@@ -77,11 +81,11 @@ def runnable_presets() -> list[str]:
     return presets(critic=False)
 
 
-def preset_defaults(name: str, max_tokens: int = GRPOConfig.max_tokens) -> dict:
-    """What a preset sets in a GRPOConfig; an InputError for one that needs a critic."""
+def preset_defaults(name: str, max_tokens: int = GRPOConfig.max_tokens, prompts: int = GRPOConfig.prompts) -> dict:
+    """What a preset sets in a GRPOConfig with these sizes; an InputError for one that needs a critic."""
     refuse_preset(name, critic=False)
     preset = PRESETS[name]
-    return common_defaults(name, max_tokens) | {
+    return common_defaults(name, max_tokens, prompts) | {
         "advantage": preset.advantage,
         "drop_zero_advantage": preset.drop_zero_advantage,
         "dynamic_sampling": preset.dynamic_sampling,
@@ -96,21 +100,22 @@ class GRPO(PolicyTrainer):
         right and wrong completions.
 
         Accuracy decides, not the reward: a punishment of length would fake a signal. Statistics are of all samples.
+        Mixed groups beyond `prompts` are dropped and counted: in a later step they would be of an older policy.
         """
         c = self.config
-        most = c.max_gen_batches if c.dynamic_sampling else 1
         batches, kept = [], []
-        for i in range(most):
-            batches.append(self.draw(step * most + i, steps=c.advantage == "grpo_process"))
-            mixed = self.mixed_groups(batches[-1])
-            kept += [i * c.prompts + group for group in mixed]
+        for i in range(c.max_gen_batches if c.dynamic_sampling else 1):
+            batches.append(self.draw(self.cursor + i, steps=c.advantage == "grpo_process"))
+            kept += [i * c.prompts + group for group in self.mixed_groups(batches[-1])]
             if len(kept) >= c.prompts:
                 break
         everything = Rollout.join(batches)
+        self.watch(everything)
         rollout = everything.select(kept[: c.prompts] or range(c.prompts)) if c.dynamic_sampling else everything
-        rollout.stats = self.statistics(everything)
+        rollout.stats, rollout.batches = self.statistics(everything), len(batches)
         if c.dynamic_sampling:
             rollout.stats |= {"gen_batches": len(batches), "kept_frac": len(kept) / len(everything.prompts)}
+            rollout.stats |= {"surplus_groups": max(0, len(kept) - c.prompts)}
             if not kept:
                 rollout.idle = f"none of {len(everything.prompts)} groups has right and wrong completions"
         self.say_idle(rollout, step)
@@ -122,9 +127,16 @@ class GRPO(PolicyTrainer):
         spread = groups.nan_to_num(-torch.inf).amax(1) - groups.nan_to_num(torch.inf).amin(1)
         return (spread > 1e-8).nonzero().flatten().tolist()
 
+    def right(self, rollout: Rollout) -> torch.Tensor:
+        """1 where the task's rule says so, whatever else is paid, else 0 [B]; of stored completions their reward."""
+        verdicts = torch.tensor(self.verdicts(rollout), dtype=torch.float64)
+        return verdicts if self.stored else (verdicts == 1).double()
+
     def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
         c, groups = self.config, rollout.group_ids.to(rewards.device)
         if c.advantage in OUTCOME:
+            if c.advantage == "correct_only":
+                rewards = self.right(rollout).to(rewards).masked_fill(rewards.isnan(), torch.nan)
             if c.kl_in_reward:
                 rewards = kl_in_sequence_reward(rewards, batch.old_logp, batch.ref_logp, batch.mask, self.kl.in_reward)
             advantages = OUTCOME[c.advantage](rewards, groups)

@@ -4,9 +4,9 @@
                                                              -> labels.jsonl    each once: pointwise and bce
                                                              -> pairs.jsonl     right beside wrong: pairwise, prefer
 
-Each text has its tokens beside it, stop token included, so that training reads what was sampled. A completion that was
-cut at max_tokens has no end that could be learned, so it is in no pair. Among the labels it stays, with the rule's
-verdict: a reward model meets such ones too.
+Each text has its tokens beside it, stop token or stop text included, so that training reads what was sampled. A
+completion that was cut at max_tokens has no end that could be learned, so it is in no pair. Among the labels it stays,
+with the rule's verdict: a reward model meets such ones too.
 """
 
 import json

@@ -29,6 +29,7 @@ from minirl.tasks import Task, parse_task
 from minirl.train.batch import Row, score
 from minirl.train.config import PolicyConfig
 from minirl.train.kl import KLWeight
+from minirl.train.no_effect import without_effect
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.preview import Disk, disk_of, marked_prompt, marked_row, show_disk
@@ -74,6 +75,7 @@ class PolicyTrainer:
         if run.checkpoint:
             run.restore(self.optimizer)
         self.kl = KLWeight(config, run.state)
+        self.cursor = int(run.state.get("cursor", run.start))  # batches of prompts drawn so far
         self.sampler = Sampler(self.model, config.slots, tokenizer=self.tokenizer)
         self.params = replace(config.sampling, stop_ids=self.tokenizer.stop_ids)
 
@@ -169,6 +171,7 @@ class PolicyTrainer:
         if self.config.refresh.every and (step + 1) % self.config.refresh.every == 0:
             metrics |= self.refresh(step)
         self.show(rollout, step + 1)
+        self.cursor += rollout.batches  # only now: a step that failed is drawn again when the run is resumed
         return metrics | {
             "tokens_per_s/rollout": math.nan if self.stored else metrics["sampled_tokens"] / (sampled - started),
             # Rows without a gradient are not computed, so they are not counted either.
@@ -198,8 +201,10 @@ class PolicyTrainer:
     # --- samples and rewards ----------------------------------------------------------------------------------------
 
     def collect(self, step: int) -> Rollout:
-        """Sample the step's prompts and score what comes back."""
-        rollout = self.draw(step)
+        """Sample the step's prompts and score what comes back. The same call gives the same rollout until `step` has
+        moved the cursor on."""
+        rollout = self.draw(self.cursor)
+        self.watch(rollout)
         rollout.stats = self.statistics(rollout)
         self.say_idle(rollout, step)
         return rollout
@@ -218,6 +223,12 @@ class PolicyTrainer:
         names = [name for name, (_, function) in self.rewards.items() if function is self.task.correct]
         return rollout.parts[(names or [REWARD])[0]]
 
+    @property
+    def pay(self) -> float:
+        """How much the reward of a right completion is above that of a wrong one, as far as it is known: the weight of
+        the task's rule, which gives 0 to 1; 1 where that is 0 or rewards are stored."""
+        return abs(sum(weight for weight, function in self.rewards.values() if function is self.task.correct)) or 1.0
+
     def refresh(self, step: int) -> dict[str, float]:
         """Let the reward model learn from what was sampled since the last time."""
         metrics, alarm = self.judges[0].refresh()
@@ -226,12 +237,13 @@ class PolicyTrainer:
         return metrics
 
     def draw(self, number: int, steps: bool = False) -> Rollout:
-        """Batch `number` of prompts, sampled and scored or stored: a function of the config alone. `steps`: rewards may
-        be those of steps."""
+        """Batch `number` of the endless sequence of shuffled epochs of prompts, sampled and scored or stored: a
+        function of the config and the weights. `steps`: rewards may be those of steps."""
         c = self.config
         rollout = self.stored.batch(number) if self.stored else self.sample(number, steps)
         if c.overlong_cache:
-            rollout.rewards += torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
+            penalty = torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
+            rollout.rewards += c.overlong_penalty * self.pay * penalty
         if c.truncation == "penalty":
             rollout.rewards -= c.truncation_penalty * rollout.truncated
         return rollout
@@ -248,9 +260,12 @@ class PolicyTrainer:
         rollout = sample(self.sampler, self.tokenizer, examples, params, progress, chosen)
         rollout.score(self.rewards, c.reward_timeout, steps, c.on_bad_reward)
         self.name_faults(rollout)
+        return rollout
+
+    def watch(self, rollout: Rollout) -> None:
+        """Let reward models take note of all that a step has sampled, once none of it can fail any more."""
         for judge in self.judges:
             judge.watch(rollout, self.verdicts(rollout))
-        return rollout
 
     def say_idle(self, rollout: Rollout, step: int) -> None:
         """In the first step it is an error; later it may be a passing failure, which must not cost the run."""
@@ -403,7 +418,9 @@ class PolicyTrainer:
         return result.metrics
 
     def save(self, step: int) -> None:
-        self.run.save(step, self.model, self.tokenizer, self.optimizer, self.save_more, **self.kl.state)
+        self.run.save(
+            step, self.model, self.tokenizer, self.optimizer, self.save_more, cursor=self.cursor, **self.kl.state
+        )
 
     def save_more(self, folder: Path) -> None:
         """What a checkpoint holds beside the policy."""
@@ -465,7 +482,11 @@ def prepare_policy(
     data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
     run = Run(config.out, identity(config, data), config.resume)
     run.resumable = not given
-    return kind(config, run, display, task, stored)
+    trainer = kind(config, run, display, task, stored)
+    drift = trainer.stored.logprobs if trainer.stored else trainer.model.dtype != torch.float32
+    if said := without_effect(config, drift):
+        display.line(f"without effect in this run: {'; '.join(said)}")
+    return trainer
 
 
 def train_policy(

@@ -34,8 +34,8 @@ class PPOConfig(PolicyConfig):
     out: str = "runs/ppo"
     """Folder of the run."""
     preset: str | None = None
-    """ppo or ppo_penalty: on the command line it sets the loss and its KL; in Python pass `**preset_defaults(name)`.
-    None: ppo."""
+    """ppo or ppo_penalty: on the command line it sets the loss and its KL; in Python pass
+    `**preset_defaults(name)`. None: ppo."""
     loss: PolicyLoss = field(default_factory=PolicyLoss)
     """The policy loss."""
     kl_in_reward: float = 0.05
@@ -94,10 +94,10 @@ def runnable_presets() -> list[str]:
     return presets(critic=True)
 
 
-def preset_defaults(name: str, max_tokens: int = PPOConfig.max_tokens) -> dict:
-    """What a preset sets in a PPOConfig; an InputError for one without a critic."""
+def preset_defaults(name: str, max_tokens: int = PPOConfig.max_tokens, prompts: int = PPOConfig.prompts) -> dict:
+    """What a preset sets in a PPOConfig with these sizes; an InputError for one without a critic."""
     refuse_preset(name, critic=True)
-    return common_defaults(name, max_tokens)
+    return common_defaults(name, max_tokens, prompts)
 
 
 class PPO(PolicyTrainer):

@@ -2,7 +2,9 @@
 
     training prompts -> k completions each -> right or wrong -> without repetitions -> kept.jsonl -> SFT
 
-A completion that was cut at max_tokens is neither right nor wrong: it has no end that could be learned.
+A completion that was cut at max_tokens is neither right nor wrong: it has no end that could be learned. The tokens are
+learned as they were sampled: another spelling of the same text is not what the model found, and a completion that a
+stop text ended has no stop token to learn.
 """
 
 import json
@@ -13,10 +15,13 @@ from typing import Literal
 
 from minirl.errors import InputError
 from minirl.files import read_jsonl, write_jsonl
+from minirl.rewards.model import spelled_tokens
 from minirl.tasks import Task, parse_task
+from minirl.tokenizer import Tokenizer
+from minirl.train.batch import Row
 from minirl.train.outcomes import Group, SampleConfig, right_and_wrong, right_of, sample_and_check, summary
 from minirl.train.run import Display, Run, identity, load
-from minirl.train.sft import SFTConfig, demonstration_rows, fit, read_demonstrations, refuse_unknown_tokens
+from minirl.train.sft import SFTConfig, fit, prompt_tokens, read_demonstrations, refuse_unknown_tokens
 
 KEPT = "kept.jsonl"
 SAMPLED = "sampled.jsonl"  # in the folder of a run that was stopped while it sampled
@@ -65,10 +70,21 @@ class RFTConfig(SampleConfig):
 def kept_of(groups: Sequence[Group], most: int, distinct: str = "text") -> list[dict]:
     """Demonstrations: at most `most` right completions a prompt, with how many samples of the prompt were right."""
     return [
-        {"prompt": line["prompt"], "completion": line["completion"], "correct": len(right_of(group))}
+        {name: line[name] for name in ("prompt", "completion", "completion_tokens")} | {"correct": len(right_of(group))}
         for group in groups
         for line in right_and_wrong(group, distinct)[0][:most]
     ]
+
+
+def kept_rows(tokenizer: Tokenizer, kept: Sequence[dict], max_length: int, file: str | Path = KEPT) -> list[Row]:
+    """Turn the lines of kept.jsonl into token rows; InputError for one without the tokens of its completion."""
+    rows = []
+    for i, line in enumerate(kept):
+        where = f"{file}, line {i + 1}"
+        prompt = prompt_tokens(tokenizer, line["prompt"], max_length, where)
+        tokens = spelled_tokens(tokenizer, line["completion"], line.get("completion_tokens"), where)
+        rows.append(Row(prompt, list(tokens), group=i))
+    return rows
 
 
 def sample_and_keep(model, tokenizer, task: Task, config: RFTConfig, run: Run, display: Display) -> list[dict]:
@@ -109,6 +125,6 @@ def train_rft(config: RFTConfig, display: Display | None = None) -> Path:
         write_jsonl(file, kept)
         (run.out / SAMPLED).unlink(missing_ok=True)
     model.checkpointing = config.recompute
-    rows = demonstration_rows(tokenizer, kept, model.config.max_positions)
+    rows = kept_rows(tokenizer, kept, model.config.max_positions, file)
     refuse_unknown_tokens(rows, model.config.vocab_size)
     return fit(model, tokenizer, rows, config.sft, run, display)

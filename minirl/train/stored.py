@@ -102,6 +102,10 @@ class Stored:
                 f"prompts = {config.prompts}: {config.data} has {len(self.groups)} prompts with {group} completions"
             )
         display.line(self.summary)
+        if getattr(config, "advantage", "") == "correct_only":
+            display.line(
+                "correct_only: no rule judges stored completions; those with a reward above 0.5 count as right"
+            )
 
     @property
     def summary(self) -> str:
@@ -132,7 +136,10 @@ class Stored:
 
 
 def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
-    """The tokens as they were sampled where they are known, else those of a text that ended by itself."""
+    """The tokens as they were sampled where they are known, else those of a text that ended by itself.
+
+    Tokens that go on after their text were ended by a stop text, which was cut from it.
+    """
     tokens = line.get("completion_tokens")
     if tokens is None:
         cut = line.get("finish_reason") == "length"
@@ -141,5 +148,6 @@ def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
         tokens = list(spelled_tokens(tokenizer, line["completion"], tokens, line["where"]))
     if not tokens:
         raise InputError(f"{line['where']}: its completion has no token: leave the line away")
-    ended = "stop" if tokens[-1] in tokenizer.stop_ids else "length"
+    stopped = tokens[-1] in tokenizer.stop_ids or tokenizer.decode(tokens) != line["completion"]
+    ended = "stop" if stopped else "length"
     return Completion(tokens, list(line.get("logprobs") or []), line.get("finish_reason") or ended)

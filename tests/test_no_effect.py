@@ -1,0 +1,192 @@
+"""Options that are set and change nothing are named at the start, and presets bring the updates that they need."""
+
+from dataclasses import fields, replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import SMALL, TASK, Quiet, has_seven, sevens
+from tiny import tiny_checkpoint
+
+from minirl.errors import InputError
+from minirl.losses import PRESETS, PolicyLoss, Preset
+from minirl.train import ppo
+from minirl.train.grpo import GRPO, GRPOConfig, preset_defaults, train_grpo
+from minirl.train.no_effect import without_effect
+from minirl.train.ppo import PPOConfig
+from minirl.train.run import Run
+
+SINGLE = "every ratio is 1 in a single update of a rollout: raise epochs or mini_batches"
+FLAT = "every ratio is 1 where loss.ratio_level is none"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def trained(checkpoint, tmp_path):
+    """The weights after a step in one vector."""
+
+    numbers = count()
+
+    def weights(**changes) -> torch.Tensor:
+        out = str(tmp_path / f"run{next(numbers)}")
+        config = GRPOConfig(**{"model": str(checkpoint), "out": out, **SMALL, **changes})
+        task = replace(TASK, rewards={"seven": (1.0, has_seven), "sevens": (0.2, sevens)})
+        trainer = GRPO(config, Run(out, {}), Quiet(), task)
+        trainer.step(0)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    return weights
+
+
+def config(loss: dict | None = None, **changes) -> GRPOConfig:
+    return GRPOConfig("model", loss=PolicyLoss(**loss or {}), **changes)
+
+
+IDLE = {
+    "row ratio": ({"ratio_level": "seq_mean"}, {}, ["loss.ratio_level"], SINGLE),
+    "gate": ({"surrogate": "sapo", "tau_pos": 2.0}, {}, ["loss.surrogate", "loss.tau_pos"], SINGLE),
+    "weights": ({"surrogate": "is_pg", "w_max": 5.0}, {}, ["loss.surrogate", "loss.w_max"], SINGLE),
+    "clips": ({"eps_high": 0.0, "eps_low": 0.0, "dual_clip": 1.5}, {}, ["eps_low", "eps_high", "dual_clip"], SINGLE),
+    "old kl": ({"kl_old_coef": 3.0}, {}, ["loss.kl_old_coef"], SINGLE),
+    "off-policy mask": ({"opsm_delta": 0.1}, {}, ["loss.opsm_delta"], SINGLE),
+    "no ratio": ({"ratio_level": "none", "eps_high": 0.0}, {"mini_batches": 2}, ["loss.eps_high"], FLAT),
+    "other surrogate": (
+        {"surrogate": "is_pg", "eps_low": 0.0, "tau_neg": 3.0},
+        {"mini_batches": 2},
+        ["loss.eps_low", "loss.tau_neg"],
+        "loss.surrogate is is_pg",
+    ),
+    "no kl": ({"kl_coef": 0.3, "kl_clamp": 0.1}, {}, ["loss.kl_coef", "loss.kl_clamp"], "loss.kl is none"),
+    "one model": ({"importance": "seq_mask"}, {}, ["loss.importance"], "its weights are 1"),
+    "no weights": ({"importance_cap": 1.0}, {}, ["loss.importance_cap"], "loss.importance is none"),
+    "no constant": ({"const_length": 9.0}, {}, ["loss.const_length"], "loss.aggregation is token_mean"),
+    "no controller": ({}, {"kl_target": 0.1, "kl_horizon": 9}, ["kl_target", "kl_horizon"], "adaptive_kl is none"),
+    "no penalty": ({}, {"truncation_penalty": 9.0}, ["truncation_penalty"], "truncation is keep"),
+    "no cache": ({}, {"overlong_penalty": 9.0}, ["overlong_penalty"], "overlong_cache is 0"),
+    "all groups": ({}, {"max_gen_batches": 2}, ["max_gen_batches"], "dynamic_sampling is False"),
+    "completions": ({}, {"gamma": 0.5, "baseline": "none"}, ["baseline", "gamma"], "advantage is grpo"),
+    "verdict": ({}, {"advantage": "correct_only", "rewards": ("sevens=3",)}, ["rewards"], "takes the verdict alone"),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_what_is_named_changes_nothing(name, trained):
+    """A step without the named options ends with the same weights, but for rounding."""
+    loss, changes, named, reason = IDLE[name]
+    said = " ".join(without_effect(config(loss, **changes)))
+    assert all(option in said for option in named) and reason in said
+    names = [option.removeprefix("loss.") for option in named]
+    less = {option: value for option, value in loss.items() if option not in names}
+    rest = {option: value for option, value in changes.items() if option not in names}
+    got, wanted = trained(loss=PolicyLoss(**loss), **changes), trained(loss=PolicyLoss(**less), **rest)
+    assert torch.allclose(got, wanted, atol=3e-4)  # Adam's first steps are lr·sign(g): 1e-2 where g is no rounding
+
+
+ACTING = {
+    "row ratio": ({"ratio_level": "seq_mean"}, {"mini_batches": 2}),
+    "bounds that move a weight": ({"surrogate": "is_pg", "w_max": 0.5}, {}),
+    "policy gradient": ({"ratio_level": "none", "surrogate": "is_pg"}, {}),
+    "unbiased kl": ({"kl": "k3_is", "kl_coef": 0.1}, {}),
+    "entropy": ({"entropy_coef": 0.1, "entropy_quantile": 0.2}, {}),
+    "penalty": ({}, {"truncation": "penalty", "truncation_penalty": 2.0}),
+    "discount": ({}, {"advantage": "reinforce", "gamma": 0.9, "baseline": "none"}),
+}
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_what_acts_is_not_named(name):
+    loss, changes = ACTING[name]
+    assert without_effect(config(loss, **changes)) == []
+
+
+def test_options_of_ppo_are_named_too():
+    set_all = {"value_coef": 1.0, "gamma": 0.9, "mini_batches": 2}
+    assert without_effect(PPOConfig("model", **set_all)) == ["value_coef (critic is own)"]
+    assert without_effect(PPOConfig("model", **set_all, critic="shared")) == []
+
+
+def test_what_corrects_for_another_policy_acts_where_there_is_one():
+    other = config({"opsm_delta": 0.5, "importance": "token_truncate"})
+    assert without_effect(other, drift=True) == []
+    assert len(without_effect(other)) == 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_sets_nothing_without_effect(preset):
+    """But for the weights against a sampler that is another engine: here it is the same model."""
+    if PRESETS[preset].critic:
+        made = PPOConfig("model", **ppo.preset_defaults(preset))
+    else:
+        made = GRPOConfig("model", **preset_defaults(preset))
+    assert without_effect(made, drift=True) == []
+    assert len(without_effect(made)) == (preset in ("tis", "mis"))
+
+
+SPECIAL = {  # of presets whose ratio makes them: the options without which they are another algorithm
+    "dapo": {"eps_high": 0.2},
+    "gspo": {"ratio_level": "token"},
+    "gspo_token": {"ratio_level": "token"},
+    "cispo": {"surrogate": "clip", "w_max": float("inf")},
+    "sapo": {"surrogate": "clip"},
+    "scaling_grpo": {"opsm_delta": None},
+    "dual_clip": {"dual_clip": None},
+}
+
+
+@pytest.mark.parametrize("preset", SPECIAL)
+def test_a_preset_whose_ratio_makes_it_trains_as_no_other_one(preset, trained):
+    """With the updates a rollout that it brings; in a single one it would be the other to the bit."""
+    chosen = preset_defaults(preset, 6, 4) | {"dynamic_sampling": False, "overlong_cache": 0, "lr": 0.1}
+    chosen |= {"lr": 0.006, "group": 32} if preset == "dapo" else {}  # so that some ratios are between 1.2 and 1.28
+    plain = chosen | {"loss": replace(chosen["loss"], **SPECIAL[preset])}
+    assert not torch.allclose(trained(**chosen), trained(**plain), atol=1e-3)
+    once = without_effect(GRPOConfig("model", **chosen | {"mini_batches": 1}))
+    assert once and SINGLE in once[0]
+
+
+OTHER = {  # of every field of a preset another value
+    "advantage": "rloo",
+    "loss": PolicyLoss(eps_low=0.1),
+    "critic": True,
+    "epochs": 2,
+    "mini_batches": 2,
+    "kl_in_reward": 0.1,
+    "adaptive_kl": "ziegler",
+    "truncation": "mask",
+    "dynamic_sampling": True,
+    "overlong_punishment": True,
+    "drop_zero_advantage": True,
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Preset)])
+def test_every_field_of_a_preset_is_read(name, monkeypatch):
+    """Another value gives another config, or is for another command."""
+    monkeypatch.setitem(PRESETS, "row", Preset("grpo"))
+    before = preset_defaults("row")
+    monkeypatch.setitem(PRESETS, "row", replace(PRESETS["row"], **{name: OTHER[name]}))
+    if name == "critic":
+        with pytest.raises(InputError, match="needs a critic"):
+            preset_defaults("row")
+    else:
+        assert preset_defaults("row") != before
+
+
+def test_a_run_says_at_its_start_what_has_no_effect(checkpoint, tmp_path):
+    def lines(name: str, **changes) -> list[str]:
+        made = GRPOConfig(**{"model": str(checkpoint), "out": str(tmp_path / name), **SMALL, "steps": 1, **changes})
+        display = Quiet()
+        train_grpo(made, display, TASK)
+        return [line for line in display.lines if "without effect" in line]
+
+    once = preset_defaults("gspo", 6, 1) | {"prompts": 1, "kl_target": 1.0}
+    assert lines("gspo", **once) == [
+        f"without effect in this run: loss.ratio_level, loss.eps_low, loss.eps_high ({SINGLE}); "
+        "kl_target (adaptive_kl is none)"
+    ]
+    assert lines("plain") == []
