@@ -31,7 +31,7 @@ from minirl.train.ranked import read_preferences
 from minirl.train.reward import RewardConfig, prepare_reward
 from minirl.train.rft import RFTConfig
 from minirl.train.run import Run, identity, load
-from minirl.train.sft import SFTConfig, prepare_sft
+from minirl.train.sft import SFTConfig, loss_mask, prepare_sft
 
 TRIED = 64  # tokens of the completion that is tried, at most
 RENDERED = ("prompts", "examples")  # stages of progress in which texts become tokens
@@ -150,8 +150,7 @@ def _show_rewards(rollout: Rollout, weights: dict[str, float], display: Timed) -
 
 def _sft(config: SFTConfig, display: Timed) -> None:
     model, tokenizer, rows, run = prepare_sft(config, display)
-    display.line(f"data: {len(rows):,} rows, {sum(len(row.response) for row in rows):,} tokens in their responses")
-    display.example(marked_row(tokenizer, rows[0]))
+    display.example(marked_row(tokenizer, rows[0], loss_mask(rows[:1])[0].tolist()))
     _show_disk(disk_of(run, [model, AdamW(model)], [model], -(-config.steps // config.save_every)), display)
 
 

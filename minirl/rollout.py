@@ -198,7 +198,7 @@ def sample(
     indices: Sequence[int] = (),
 ) -> Rollout:
     """Draw params.n completions for the prompt of each example. `indices` are the examples' in the data."""
-    prompts = [tokenizer.prompt_ids(example["prompt"]) for example in examples]
+    prompts = [tokenizer.prompt_ids(example["prompt"], example.get("tools")) for example in examples]
     groups = sampler.generate(prompts, params, progress)
     completions = [completion for group in groups for completion in group]
     texts = [completion_text(tokenizer, c, params) for c in completions]

@@ -94,16 +94,26 @@ class Tokenizer:
         """The template has written the special tokens already; adding them on encoding would double the first."""
         return self.encode(self.render(messages, add_generation_prompt, **variables))
 
-    def prompt_ids(self, prompt: str | list[dict]) -> list[int]:
-        """Messages through the chat template; text with the bos token in front where the tokenizer itself puts one.
+    def prompt_ids(self, prompt: str | list[dict], tools: list[dict] | None = None) -> list[int]:
+        """Messages through the chat template, with `tools` where there are any; text with the bos token in front where
+        the tokenizer itself puts one.
 
         Text that begins with bos already, as rendered templates do, is not given a second; an eos never goes behind.
         """
+        if tools:
+            self.refuse_unread_tools(prompt)
         if not isinstance(prompt, str):
-            return self.chat(prompt)
+            return self.chat(prompt, tools=tools)
         ids = self.encode(prompt)
         starts_with_bos = self.bos_id is not None and self.encode("", add_special_tokens=True)[:1] == [self.bos_id]
         return [self.bos_id, *ids] if starts_with_bos and ids[:1] != [self.bos_id] else ids
+
+    def refuse_unread_tools(self, prompt: str | list[dict]) -> None:
+        """InputError where tools beside a prompt would be dropped in silence."""
+        if isinstance(prompt, str):
+            raise InputError("tools are written by a chat template, and this prompt is a text: give messages")
+        if self.chat_template is not None and "tools" not in self.chat_template:
+            raise InputError("the chat template does not write tools: take them out, or use a model that was given any")
 
     def save_pretrained(self, path: str | Path) -> None:
         """Stop ids that the folder names already are kept: they came with the model that is saved there."""
@@ -141,14 +151,6 @@ class Tokenizer:
             except Exception:
                 return f"the tokenizer has no token for {character!r} (at {position} in {text!r:.80}): leave it out"
         return f"the tokenizer cannot encode {text!r:.80} ({error}): check its tokenizer.json"
-
-
-def is_prompt(value: object) -> bool:
-    """What `prompt_ids` takes: a text, or chat messages with a role and a content."""
-    if isinstance(value, list):
-        texts = [message.get(key) for message in value if isinstance(message, dict) for key in ("role", "content")]
-        return 0 < 2 * len(value) == len(texts) and all(isinstance(text, str) for text in texts)
-    return isinstance(value, str)
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:

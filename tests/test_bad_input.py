@@ -231,7 +231,7 @@ def test_a_stop_token_that_cannot_be_drawn(command, complaint):
 def test_a_tokenizer_that_knows_more_than_its_model(complaint):
     Path("data.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n{"prompt": "1+2=", "completion": "!"}')
     Tokenizer.from_chars(ALPHABET + "!").save_pretrained("model")
-    assert "example 1 holds token 19, outside the model's vocabulary of 19" in complaint(*sft())
+    assert "data.jsonl, line 2 holds token 19, outside the model's vocabulary of 19" in complaint(*sft())
 
 
 # --- tasks and data --------------------------------------------------------------------------------------------------
@@ -297,13 +297,13 @@ DEMONSTRATIONS = {
     '{"prompt": "1=", "completion": "1"': ["data.jsonl, line 2", "not valid JSON"],
     '{"prompt": "1="}': ["data.jsonl, line 2", "'completion'"],
     '{"completion": "1"}': ["data.jsonl, line 2", "'prompt'"],
-    '{"prompt": "1=", "completion": 1}': ["data.jsonl, line 2", "'completion' text"],
-    '{"prompt": "", "completion": "1"}': ["example 1", "0 tokens"],
+    '{"prompt": "1=", "completion": 1}': ["data.jsonl, line 2", "'completion' is a number"],
+    '{"prompt": "", "completion": "1"}': ["data.jsonl, line 2", "0 tokens"],
     '{"prompt": "one", "completion": "1"}': ["no token for 'o'"],
     '{"prompt": 5, "completion": "1"}': ["data.jsonl, line 2", "'prompt'"],
     '{"prompt": [], "completion": "1"}': ["data.jsonl, line 2", "'prompt'"],
     '{"prompt": [{"role": "user"}], "completion": "1"}': ["data.jsonl, line 2", "'prompt'"],
-    json.dumps({"prompt": "1" * 32, "completion": "1"}): ["example 1", "32 tokens", "31 fit"],
+    json.dumps({"prompt": "1" * 32, "completion": "1"}): ["data.jsonl, line 2", "32 tokens", "31 fit"],
 }
 
 
@@ -320,7 +320,7 @@ def test_demonstrations_that_are_none(content, complaint):
         Path("data.jsonl").write_bytes(content)
     said = complaint(*sft())
     assert "data.jsonl" in said
-    words = {None: "cannot be read", b"\xff\xfe{}": "data.jsonl, line 1: not valid JSON"}
+    words = {None: "no such file", b"\xff\xfe{}": "data.jsonl, line 1: not valid JSON"}
     assert words.get(content, "holds no examples") in said
 
 

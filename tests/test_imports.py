@@ -22,6 +22,7 @@ LAYERS = [  # from the top; a file may import from its own layer or from one bel
     {"losses", "preferences", "reward_losses", "advantages", "metrics", "alarms"},
     {"model", "attention", "checkpoint", "tokenizer", "chat_template"},
     {"kernels", "sandbox", "foreign"},
+    {"tables", "conversation"},
     {"files"},
     {"errors", "__init__"},
 ]
@@ -41,7 +42,10 @@ ADAPTERS = {
     "minirl.rewards.equality",
     "minirl.tasks.reasoning_worker",
 }
-LAZY = {"minirl.checkpoint": {"huggingface_hub"}}  # inside a function only: fetching a model by its hub name
+LAZY = {  # inside a function only: fetching a model by its hub name, and reading tables
+    "minirl.checkpoint": {"huggingface_hub"},
+    "minirl.tables": {"pyarrow", "datasets"},
+}
 
 
 def sources() -> dict[str, str]:

@@ -97,7 +97,7 @@ def test_a_prompt_is_learned_as_it_was_scored(make):
     trainer = make(refresh=Refresh(every=1))
     reward = trainer.judges[0].reward
     plain = reward.tokenizer.prompt_ids
-    reward.tokenizer.prompt_ids = lambda prompt: [5, *plain(prompt)]
+    reward.tokenizer.prompt_ids = lambda prompt, tools=None: [5, *plain(prompt, tools)]
     trainer.collect(0)
     assert all(line.tree.prompt[0] == 5 for line in trainer.judges[0].new)
 

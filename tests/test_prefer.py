@@ -198,9 +198,9 @@ def test_tokens_beside_a_text_are_taken_as_they_are(folder):
     line = {"prompt": "1=", "responses": ["12", "12"], "scores": [1, 0]}
     (item,) = lists_of(line | {"responses_tokens": [twelve, [*twelve, tokenizer.eos_id]]})
     assert [len(row.response) for row in item.rows] == [2, 3] and item.cut == 0
-    with pytest.raises(InputError, match="example 1: its tokens spell '12' and not '3'"):
+    with pytest.raises(InputError, match="line 1: its tokens spell '12' and not '3'"):
         lists_of({"prompt": "1=", "chosen": "3", "rejected": "1", "chosen_tokens": twelve})
-    with pytest.raises(InputError, match="example 1: 'responses_tokens' must be a list"):
+    with pytest.raises(InputError, match="line 1: 'responses_tokens' must be a list"):
         lists_of(line | {"responses_tokens": [twelve]})
 
 
@@ -214,7 +214,7 @@ def test_what_is_dropped_and_cut_is_said(model, folder):
     shown = Silent()
     train_prefer(prefer_config(model, steps=1, max_length=10, eval_share=0.0), shown)
     wanted = "37 pairs in 37 examples to train on, 0 in 0 held out; responses that are too long and cut: 1; "
-    assert shown.lines[0] == wanted + "examples that are dropped, all equal or tied: 1"
+    assert shown.lines[1] == wanted + "examples that are dropped, all equal or tied: 1"
     assert not any("eval/" in name for record in read_lines("run/metrics.jsonl") for name in record)
 
 
@@ -234,17 +234,17 @@ def test_a_prompt_is_held_out_with_all_its_lines_and_the_seed_decides_which(fold
 LINES = {  # a line of the file -> words of the sentence
     '{"prompt": "1="': ["line 2", "JSON"],
     '{"chosen": "1", "rejected": "2"}': ["line 2", "'prompt'"],
-    '{"prompt": "1="}': ["example 2", "'chosen'", "'responses'"],
-    '{"prompt": "1=", "chosen": "1"}': ["example 2", "'rejected'", "texts"],
-    '{"prompt": "1=", "chosen": "1", "rejected": null}': ["example 2", "'rejected'"],
-    '{"prompt": "1=", "responses": ["1", "2"]}': ["example 2", "'scores'"],
-    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1]}': ["example 2", "as many"],
-    '{"prompt": "1=", "responses": ["1"], "scores": [1]}': ["example 2", "two texts or more"],
-    '{"prompt": "1=", "responses": ["1", 2], "scores": [1, 2]}': ["example 2", "texts"],
-    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1, NaN]}': ["example 2", "numbers"],
-    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1, true]}': ["example 2", "numbers"],
+    '{"prompt": "1="}': ["line 2", "'chosen'", "'responses'"],
+    '{"prompt": "1=", "chosen": "1"}': ["line 2", "'rejected'", "'responses'"],
+    '{"prompt": "1=", "chosen": "1", "rejected": null}': ["line 2", "'rejected'"],
+    '{"prompt": "1=", "responses": ["1", "2"]}': ["line 2", "'scores'"],
+    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1]}': ["line 2", "as many"],
+    '{"prompt": "1=", "responses": ["1"], "scores": [1]}': ["line 2", "two or more"],
+    '{"prompt": "1=", "responses": ["1", 2], "scores": [1, 2]}': ["line 2", "texts"],
+    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1, NaN]}': ["line 2", "numbers"],
+    '{"prompt": "1=", "responses": ["1", "2"], "scores": [1, true]}': ["line 2", "numbers"],
     '{"prompt": "1=", "chosen": "one", "rejected": "2"}': ["no token for 'o'"],
-    '{"prompt": "' + 32 * "1" + '", "chosen": "1", "rejected": "2"}': ["example 2", "32 tokens", "between 1 and 31"],
+    '{"prompt": "' + 32 * "1" + '", "chosen": "1", "rejected": "2"}': ["line 2", "32 tokens", "between 1 and 31"],
 }
 
 
@@ -470,18 +470,22 @@ def test_rft_learns_another_spelling_of_a_text_as_it_was_sampled():
     class Spelling:
         """Token 1 is what tokens 2 and 3 are together."""
 
-        def prompt_ids(self, prompt):
+        stop_id = 9
+
+        def prompt_ids(self, prompt, tools=None):
             return [7]
+
+        def encode(self, text):
+            return [1]
 
         def decode(self, tokens):
             return "".join({1: "ab", 2: "a", 3: "b", 9: ""}[token] for token in tokens)
 
-    line = {"prompt": "p", "completion": "ab", "correct": 1}
-    [row] = rft.kept_rows(Spelling(), [line | {"completion_tokens": [2, 3, 9]}], 10)
+    line = {"prompt": "p", "completion": "ab", "correct": 1, "where": "kept.jsonl, line 1"}
+    [row] = rft.demonstration_rows(Spelling(), [line | {"completion_tokens": [2, 3, 9]}], 10)
     assert (row.prompt, row.response) == ([7], [2, 3, 9])
-    for lacking in (line, line | {"completion_tokens": [2, 2]}):
-        with pytest.raises(InputError, match=r"kept\.jsonl, line 1: its tokens"):
-            rft.kept_rows(Spelling(), [lacking], 10)
+    with pytest.raises(InputError, match=r"kept\.jsonl, line 1: its tokens"):
+        rft.demonstration_rows(Spelling(), [line | {"completion_tokens": [2, 2]}], 10)
 
 
 def test_rft_raises_the_share_of_right_completions(model, folder):
@@ -642,7 +646,7 @@ def test_nothing_right_and_nothing_scored_are_one_sentence(command, model, folde
 def test_a_resumed_rft_without_its_kept_completions_says_so(model, folder):
     train_rft(rft_config(model, steps=2), Silent())
     Path("run/kept.jsonl").unlink()
-    with pytest.raises(InputError, match=r"kept\.jsonl cannot be read"):
+    with pytest.raises(InputError, match=r"kept\.jsonl: there is no such file"):
         train_rft(rft_config(model, steps=2, resume=True), Silent())
 
 
@@ -651,6 +655,6 @@ def test_no_gradient_is_left_by_sampling_before_training(model, folder):
     config = rft_config(model)
     path = train_rft(config, Silent())
     fresh, tokenizer = rft.load(model, "float32", "cpu")
-    rows = rft.kept_rows(tokenizer, read_lines("run/kept.jsonl"), fresh.config.max_positions)
+    rows = rft.demonstration_rows(tokenizer, rft.read_demonstrations("run/kept.jsonl"), fresh.config.max_positions)
     again = rft.fit(fresh, tokenizer, rows, config.sft, rft.Run("again", {}), Silent())
     assert torch.equal(*(rft.load(p, "float32", "cpu")[0].head_weight for p in (path, again)))

@@ -148,6 +148,10 @@ def test_stored_prompts_and_those_of_reward_models_are_named_with_their_line(cap
     Path("pairs.jsonl").write_text(json.dumps(pair) + "\n")
     said = complaint(capsys, "reward", "--model", "model", "--data", "pairs.jsonl", "--heldout", "0")
     assert "pairs.jsonl, line 1: the chat template refuses" in said
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "1+1=", "chosen": "two", "rejected": "2"}) + "\n")
+    for command, more in (("reward", ["--heldout", "0"]), ("prefer", ["--eval-share", "0"])):
+        said = complaint(capsys, command, "--model", "model", "--data", "pairs.jsonl", *more)
+        assert "pairs.jsonl, line 1: the tokenizer has no token for 't'" in said
 
 
 def test_a_reward_model_that_is_too_short_for_what_may_be_sampled_is_named(capsys):

@@ -80,7 +80,7 @@ def test_the_path_is_needed_and_the_other_options_are_checked(task, tmp_path):
         load_task(task, path=str(tmp_path / "none.jsonl"))
     with pytest.raises(InputError, match=rf"{task}: limit must be at least 1"):
         load_task(task, path=str(tmp_path), limit=0)
-    with pytest.raises(InputError, match=r"there is no \.json file in this folder"):
+    with pytest.raises(InputError, match=r"a folder that holds no \.parquet, \.jsonl or \.json file"):
         load_task(task, path=str(tmp_path))
 
 

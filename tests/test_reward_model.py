@@ -307,19 +307,23 @@ GOOD = {"prompt": "1=", "chosen": "1", "rejected": "2"}
 BAD_LINES = [
     ("pairwise", "[1]", "line 2: this is a list, but must be an object$"),
     ("pairwise", "{", "line 2: not valid JSON"),
-    ("pairwise", {"chosen": "1", "rejected": "2"}, "its 'prompt' must be"),
-    ("pairwise", GOOD | {"rejected": 2}, "kind pairwise needs texts 'chosen' and 'rejected'"),
-    ("pairwise", GOOD | {"margin": -1}, "a 'margin' from 0"),
-    ("pairwise", GOOD | {"margin": True}, "a 'margin' from 0"),
-    ("pairwise", {"prompt": "1=", "completion": "1", "label": 1}, "it has prompt, completion, label"),
-    ("pairwise", {"prompt": "1=", "responses": ["1", "2"], "scores": [1]}, "as many 'scores'"),
-    ("pairwise", {"prompt": "1=", "responses": ["1", "2"], "scores": [1, math.nan]}, "as many 'scores'"),
-    ("pairwise", {"prompt": "1=", "responses": [], "scores": []}, "'responses' .texts."),
+    ("pairwise", {"chosen": "1", "rejected": "2"}, "there is no 'prompt' above them"),
+    ("pairwise", GOOD | {"rejected": 2}, "line 2: it needs 'chosen' and 'rejected'"),
+    ("pairwise", GOOD | {"margin": -1}, "'margin' must be a number from 0"),
+    ("pairwise", GOOD | {"margin": True}, "'margin' must be a number from 0"),
+    (
+        "pairwise",
+        {"prompt": "1=", "completion": "1", "label": 1},
+        "its keys .prompt, completion, label.: give 'chosen' and 'rejected'",
+    ),
+    ("pairwise", {"prompt": "1=", "responses": ["1", "2"], "scores": [1]}, "'scores' .as many numbers."),
+    ("pairwise", {"prompt": "1=", "responses": ["1", "2"], "scores": [1, math.nan]}, "'scores' .as many numbers."),
+    ("pairwise", {"prompt": "1=", "responses": [], "scores": []}, "'responses' .texts or messages, two or more."),
     ("pairwise", GOOD | {"chosen_tokens": [5]}, "line 2: its tokens spell '2' and not '1'"),
     ("pairwise", GOOD | {"chosen_tokens": [3.5]}, "they must be a list of token ids"),
     (
         "pairwise",
-        {"prompt": "1=", "responses": ["1"], "scores": [1], "responses_tokens": []},
+        {"prompt": "1=", "responses": ["1", "2"], "scores": [1, 0], "responses_tokens": []},
         "tokens of each response",
     ),
     ("pairwise", GOOD | {"prompt": ""}, "its prompt has no token"),
@@ -330,7 +334,7 @@ BAD_LINES = [
     ),
     ("pairwise", GOOD | {"prompt": "a"}, "no token for 'a'"),
     ("pointwise", {"prompt": "1=", "completion": "1", "label": 0.5}, "a 'label' of 1, 0, -1"),
-    ("bce", {"prompt": "1=", "completion": "1"}, "kind bce needs a text 'completion' and a 'label'"),
+    ("bce", {"prompt": "1=", "completion": "1"}, "kind bce needs a 'label'"),
     ("process", {"prompt": "1=", "steps": ["1"], "labels": [1, 0]}, "as many 'labels'"),
     ("process", {"prompt": "1=", "steps": ["1"], "labels": [2]}, "from 0 to 1"),
     ("process", {"prompt": "1=", "steps": ["1,2"], "labels": [1]}, "its 1 steps are read as 2"),
@@ -351,13 +355,13 @@ def test_a_bad_line_is_named_in_a_sentence(kind, line, wanted, checkpoint, tmp_p
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"data": "none.jsonl"}, "none.jsonl cannot be read"),
+        ({"data": "none.jsonl"}, "none.jsonl: there is no such file"),
         ({"heldout": 1.0}, "heldout = 1.0"),
         ({"kind": "listwise"}, "kind = 'listwise' is unknown"),
         ({"kind": "bce", "center": 0.01}, "kind bce learns the level"),
         ({"separator": ""}, "separator is empty"),
         ({"steps": 0}, "steps = 0"),
-        ({"heldout": 0, "reference": "none.jsonl"}, "none.jsonl cannot be read"),
+        ({"heldout": 0, "reference": "none.jsonl"}, "none.jsonl: there is no such file"),
         ({"heldout": 0.5}, "all lines have one prompt"),
         ({"heldout": 0.0, "data": "tied.jsonl"}, "no line to train on"),
     ],
@@ -454,7 +458,7 @@ def test_right_sums_are_told_from_wrong_ones_of_prompts_never_seen(trained):
     assert [r["step"] for r in records(folder) if "eval/accuracy" in r] == [0, 100, 200, 300]
     assert re.search(
         r"before: \d+ lines to train on, \d+ held out  held-out accuracy 0\.\d+  ece .*  brier .*  score .* ± ",
-        lines[1],
+        lines[2],
     )
     assert re.match(r"reward 300/300  loss \S+  accuracy \S+  margin \S+  held-out accuracy", lines[-2])
 

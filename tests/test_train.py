@@ -190,7 +190,8 @@ def test_demonstrations_hold_any_line_end_within_a_text(tmp_path):
     text = "a\u2028b\u0085c\x1cd"
     record = json.dumps({"prompt": text, "completion": text}, ensure_ascii=False)
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{record}\r\n\r\n{record}".encode())
-    assert read_demonstrations(tmp_path / "data.jsonl") == [{"prompt": text, "completion": text}] * 2
+    found = read_demonstrations(tmp_path / "data.jsonl")
+    assert [(line["prompt"], line["completion"]) for line in found] == [(text, text)] * 2
 
 
 class Quiet(Display):

@@ -159,7 +159,8 @@ class RewardModel:
                 tokens.append((*self.tokenizer.encode(text), *self.tokenizer.stop_ids[:1]))
             else:
                 tokens.append(spelled_tokens(self.tokenizer, text, completion_ids[i], f"completion {i}"))
-        return self.score([self.tokenizer.prompt_ids(prompt) for prompt in prompts], tokens)
+        tools = columns.get("tools") or [None] * len(prompts)
+        return self.score([self.tokenizer.prompt_ids(*asked) for asked in zip(prompts, tools, strict=True)], tokens)
 
     def _places(self, completion: Sequence[int]) -> tuple[int, ...]:
         head = self.model.head

@@ -1,4 +1,4 @@
-"""Tasks in JSONL files: one JSON object a line, with a prompt, and columns such as the answer."""
+"""Tasks in files, JSONL or tables: one object a row, with a prompt, and columns such as the answer."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+from minirl.conversation import messages_of, tools_of, with_system
 from minirl.errors import InputError
 from minirl.files import Placed, kind_of
 from minirl.rewards.math import math_answer, math_match
@@ -17,6 +18,7 @@ from minirl.tasks.rows import filled, read_rows, two_sides
 from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
 
+PROMPTS = ("prompt", "question", "problem", "messages", "conversations", "instruction", "query", "input", "text")
 RESERVED = {"prompts", "completions", "completion_ids"}  # what every reward is given beside the columns
 
 
@@ -31,17 +33,21 @@ def jsonl(
     reward: str = "answer",
     style: str = "plain",
     seed: int = 0,
+    config: str | None = None,
+    split: str | None = None,
 ) -> Task:
     """The examples of a file, at most the first `limit`; held out are those of another file, or a share of its prompts
     (default: a tenth).
 
-    Of an answer that ends in "#### 72" only the 72 is kept.
+    `config` and `split` choose those of a folder or of a data set of the hub; "system" and "tools" of a row are written
+    by the chat template. Of an answer that ends in "#### 72" only the 72 is kept.
     Prompts that are chat messages already stay so in any style. `reward` (a name or path/to/file.py:function, see
     `load_reward`) defines accuracy; the default compares numbers where the answer is one and the whole text elsewhere,
     and cannot score examples without an answer. Other answers than a text, a number or true and false need a reward of
     their own.
     """
     check_style("jsonl", style)
+    path = ":".join([path, *filter(None, [config, split or (config and "train")])])
     correct = load_reward(reward)
     columns = {"prompt": prompt_column, "answer": answer_column}
 
@@ -50,7 +56,7 @@ def jsonl(
 
     train, heldout = two_sides("jsonl", read, path, heldout_path, heldout_fraction, limit, seed)
     task = Task(
-        Path(path.removesuffix(".gz")).stem,
+        Path(path.partition(":")[0].removesuffix(".gz")).stem,
         train,
         heldout,
         {"correct": (1.0, correct)},
@@ -69,8 +75,6 @@ def read_examples(
 ) -> list[dict]:
     """The examples of a file under the names "prompt" and "answer"; `columns` says what the file calls these two.
     `check_answer(answer, its column, where)` raises an InputError for what cannot be one."""
-    if path.is_dir():
-        raise InputError(f"{path}: there is no such file, but a folder: give the path of a JSONL file.")
     examples = []
     for row, where in islice(read_rows(path), limit):
         examples.append(Placed(_example(row, where, columns, style), where))
@@ -84,13 +88,22 @@ def read_examples(
 def _example(row: dict, where: str, columns: dict[str, str], style: str) -> dict:
     if columns["prompt"] not in row:
         found = ", ".join(row) or "nothing"
-        raise InputError(f"{where}: there is no {columns['prompt']!r}, only {found}: name the column by prompt_column.")
-    prompt = _prompt(row.pop(columns["prompt"]), where, columns["prompt"])
+        known = next((f"={name}" for name in PROMPTS if name in row), "")
+        advice = f"name the column by prompt_column{known}."
+        raise InputError(f"{where}: there is no {columns['prompt']!r}, only {found}: {advice}")
+    prompt = in_style(style, _prompt(row.pop(columns["prompt"]), where, columns["prompt"]))
     answer = row.pop(columns["answer"], None)
     reserved = [name for name in row if name in RESERVED]
     if reserved:
         raise InputError(f"{where}: a column cannot be called {reserved[0]!r}, rewards already take that: rename it.")
-    row["prompt"] = in_style(style, prompt)
+    tools = tools_of(row, where)
+    for name in ("system", "system_prompt", "tools"):
+        if row.get(name) and isinstance(prompt, str):
+            advice = "set style=chat, or rename the column"
+            raise InputError(f"{where}: {name!r} is written by a chat template, and the prompt is a text: {advice}.")
+    row["prompt"] = with_system(prompt, row, where)
+    if "tools" in row:
+        row["tools"] = tools
     if answer is not None:
         row["answer"] = answer.rpartition("####")[2].strip() if isinstance(answer, str) else answer
     return row
@@ -110,15 +123,12 @@ def _check_answer(answer: object, column: str, where: str) -> None:
 def _prompt(prompt, where: str, column: str) -> str | list[dict]:
     if isinstance(prompt, str):
         return filled(prompt, column, where)
-    if not isinstance(prompt, list):
-        raise InputError(f"{where}: {column!r} is {kind_of(prompt)}, but must be a text or a list of chat messages.")
-    if not prompt:
-        raise InputError(f"{where}: {column!r} is an empty list: it needs at least one chat message.")
-    for i, message in enumerate(prompt):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(f"{where}: message {i} of {column!r} needs a 'role' and a 'content', both texts.")
-        filled(message["content"], column, where)
-    return prompt
+    messages = messages_of(prompt, where, column)
+    for message in messages:
+        # An empty system message replaces a template's own, and a call of a tool needs no text beside it.
+        if "tool_calls" not in message and (message["role"] != "system" or message["content"].strip()):
+            filled(message["content"], column, where)
+    return messages
 
 
 def _extractor(correct: Reward, examples: list[dict]) -> Callable[[str], str | None]:

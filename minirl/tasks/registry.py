@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minirl.errors import InputError
 from minirl.rewards.registry import did_you_mean
+from minirl.tables import is_hub_name
 from minirl.tasks.arithmetic import arithmetic
 from minirl.tasks.code import humaneval, mbpp
 from minirl.tasks.countdown import countdown
@@ -29,8 +30,8 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def load_task(name_or_path: str | Path, **options) -> Task:
-    """A built-in task, or the examples of a .jsonl or .jsonl.gz file; the options are the keyword arguments of its
-    function in this folder.
+    """A built-in task, or the examples of a file, a folder or a data set of the hub (see minirl.tables); the options
+    are the keyword arguments of its function in this folder.
 
     Values may be texts, as a command line gives them ("3", "true", "none"). InputError names the choices for an unknown
     task or option.
@@ -38,7 +39,7 @@ def load_task(name_or_path: str | Path, **options) -> Task:
     name = str(name_or_path)
     if name in TASKS:
         return TASKS[name](**_checked(name, TASKS[name], options))
-    if name and (name.endswith((".jsonl", ".jsonl.gz")) or Path(name).exists()):
+    if name and (name.endswith((".jsonl", ".jsonl.gz", ".parquet")) or Path(name).exists() or is_hub_name(name)):
         return jsonl(name, **_checked(name, jsonl, options))
     what = f"task {name!r} is unknown{did_you_mean(name, TASKS)}" if name else "the task has no name"
     raise InputError(f"{what}: choose from {', '.join(TASKS)}, or give the path of a .jsonl file.")

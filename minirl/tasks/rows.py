@@ -5,25 +5,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minirl.errors import InputError
-from minirl.files import json_values, kind_of, parse_json
+from minirl.files import kind_of, parse_json
+from minirl.tables import is_json_folder, rows_of
 from minirl.tasks.split import prompt_key, split_by_problem
 
 Row = tuple[dict, str]  # what a line holds, and where it stands
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The objects of a file (see `json_values`), or of a folder's .json files, one in each; InputError if there are
-    none."""
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file: give the path of a JSONL file.")
+    """The objects of a file or a table (see `rows_of`), or of a folder's .json files, one in each; InputError if
+    there are none."""
     empty = True
-    for row, where in _json_files(path) if path.is_dir() else json_values(path):
+    for row, where in _json_files(path) if is_json_folder(path) else rows_of(path):
         if not isinstance(row, dict):
             raise InputError(f"{where}: this is {kind_of(row)}, but must be an object.")
         empty = False
         yield row, where
-    if empty and path.is_dir():
-        raise InputError(f"{path}: there is no .json file in this folder: give the path of a JSONL file.")
     if empty:
         raise InputError(f"{path}: the file is empty: it needs one JSON object a line.")
 

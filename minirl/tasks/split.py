@@ -24,8 +24,9 @@ def problem_hash(seed: int, problem: Hashable) -> float:
 
 
 def prompt_key(example: dict) -> str:
-    """What tells the prompts of examples apart, texts or messages."""
-    return json.dumps(example["prompt"], sort_keys=True)
+    """What tells the prompts of examples apart, texts or messages, with the tools that are written into them."""
+    prompt, tools = example["prompt"], example.get("tools")
+    return json.dumps([prompt, tools] if tools else prompt, sort_keys=True)
 
 
 def split_by_problem(

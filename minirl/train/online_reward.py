@@ -118,7 +118,8 @@ class OnlineReward:
             known = [i for i in rows if not math.isnan(labels[i])]
             found = {tuple(rollout.completions[i].tokens): float(labels[i] == 1) for i in known}
             responses, truth = tuple(found), list(found.values())
-            prompt = self.reward.tokenizer.prompt_ids(rollout.examples[group]["prompt"])  # as it was scored
+            example = rollout.examples[group]
+            prompt = self.reward.tokenizer.prompt_ids(example["prompt"], example.get("tools"))  # as it was scored
             if self.reward.model.head.kind == "pairwise":
                 pairs = tuple(weighted_pairs(truth))
                 if pairs:  # weighted so that a prompt counts once

@@ -222,9 +222,9 @@ def summary(groups: Sequence[Group], config: SampleConfig) -> str:
 def labels_of(group: Group) -> list[dict]:
     """The different completions that were scored, with label 1 if right, else 0."""
     scored = [line for line in group if line["reward"] is not None]
-    kept = ("prompt", "completion", "completion_tokens")
+    kept = ("prompt", "tools", "completion", "completion_tokens")
     return [
-        {name: line[name] for name in kept} | {"label": int(line["reward"] == 1)}
+        {name: line[name] for name in kept if name in line} | {"label": int(line["reward"] == 1)}
         for line in first_of_each(lambda line: tuple(line["completion_tokens"]), scored)
     ]
 
@@ -244,7 +244,8 @@ def pairs_of(group: Group, most: int, distinct: str = "text", match_length: bool
     for chosen in right[: min(most, len(wrong))]:
         gaps = [abs(len(_text(line)) - len(_text(chosen))) for line in wrong]
         rejected = wrong.pop(gaps.index(min(gaps)) if match_length else 0)
-        pair = {"prompt": chosen["prompt"], "chosen": _text(chosen), "rejected": _text(rejected)}
+        asked = {name: chosen[name] for name in ("prompt", "tools") if name in chosen}
+        pair = asked | {"chosen": _text(chosen), "rejected": _text(rejected)}
         tokens = {"chosen_tokens": chosen["completion_tokens"], "rejected_tokens": rejected["completion_tokens"]}
         pairs.append(pair | tokens)
     return pairs

@@ -33,7 +33,7 @@ from minirl.train.no_effect import without_effect
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.preview import Disk, disk_of, marked_prompt, marked_row, show_disk
-from minirl.train.prompts import Prompts, measure
+from minirl.train.prompts import Prompts, measure, rendered
 from minirl.train.run import (
     Display,
     Part,
@@ -98,7 +98,7 @@ class PolicyTrainer:
         if self.stored:
             prompt, lines = self.stored.groups[0]
             return marked_row(self.tokenizer, Row(prompt, lines[0][1].tokens, 0))
-        prompt = self.tokenizer.prompt_ids(self.task.train[0]["prompt"])
+        prompt = rendered(self.task.train[0], self.tokenizer, "the first prompt")
         return marked_prompt(self.tokenizer, prompt, self.config.max_tokens)
 
     def _load_rewards(self) -> dict[str, tuple[float, Reward]]:

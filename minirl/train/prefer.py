@@ -9,20 +9,21 @@ and are never parted: a pair's loss needs both.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from minirl.errors import InputError
+from minirl.files import contents
 from minirl.losses import combine_metrics
 from minirl.model import Transformer
 from minirl.preferences import PreferenceLoss, Totals, preference_loss, rrhf_loss, sequence_logp
-from minirl.train.batch import MicroBatch, Row
+from minirl.train.batch import MicroBatch
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.preview import disk_of, marked_row, show_disk
-from minirl.train.ranked import Ranked, held_out, ranked_lists, read_preferences, whole_lists
+from minirl.train.ranked import Ranked, description, held_out, ranked_lists, read_preferences, whole_lists
 from minirl.train.run import (
     Display,
     Part,
@@ -38,7 +39,7 @@ from minirl.train.run import (
     refuse_unknown_choices,
     tenth,
 )
-from minirl.train.sft import refuse_unknown_tokens, take
+from minirl.train.sft import loss_mask, refuse_unknown_tokens, take
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class PreferConfig:
     model: str
     """Checkpoint: a Hugging Face directory or hub id. It is the reference too."""
     data: str
-    """JSONL file; each line has "prompt" (a text or chat messages) and two texts "chosen" and "rejected", or
-    "responses" (texts) with their "scores" (numbers, higher is better), every pair of which is compared. Tokens beside
-    a text ("chosen_tokens", "rejected_tokens", "responses_tokens") are taken as they are."""
+    """File (JSONL, a .json list, Parquet), folder or name of a data set; each row has "chosen" and "rejected", or
+    "responses" with their "scores" (numbers, higher is better), every pair of which is compared: texts below a
+    "prompt", chat messages, or whole conversations. Tokens beside a text ("chosen_tokens", "rejected_tokens",
+    "responses_tokens") are taken as they are."""
     out: str = "runs/prefer"
     """Folder of the run."""
     steps: int = 100
@@ -109,9 +111,9 @@ class PreferConfig:
 
 def log_probs(model: Transformer, lists: Sequence[Ranked]) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums and lengths of all their responses, list by list, [B] each; with gradients where they are on."""
-    rows = [Row(row.prompt, row.response, group=i) for i, item in enumerate(lists) for row in item.rows]
+    rows = [replace(row, group=i) for i, item in enumerate(lists) for row in item.rows]
     micro = MicroBatch(rows, model.device)
-    return sequence_logp(micro.logprobs(model)[0], micro.mask)
+    return sequence_logp(micro.logprobs(model)[0], loss_mask(rows, model.device))
 
 
 def loss_of(logp, lengths, lists: Sequence[Ranked], options: PreferenceLoss, totals: Totals):
@@ -165,7 +167,7 @@ def evaluate(logps: Sequence[torch.Tensor], lists: Sequence[Ranked], options: Pr
     the higher log-prob by itself, without a reference; ties count half."""
     parts, totals = [], totals_of(lists)
     for logp, item in zip(logps, lists, strict=True):
-        lengths = torch.tensor([len(row.response) for row in item.rows], dtype=logp.dtype)
+        lengths = loss_mask(item.rows).sum(1).to(logp.dtype)
         chosen, rejected = logp[torch.tensor(item.pairs)].unbind(1)
         likelier = (chosen > rejected).double() + 0.5 * (chosen == rejected)
         metrics = loss_of(logp, lengths, [item], options, totals)[1]
@@ -192,6 +194,7 @@ class Prefer:
             )
         refuse_unknown_tokens([row for item in lists for row in item.rows], self.model.config.vocab_size)
         self.train, self.held = held_out(lists, config.eval_share, config.seed)
+        self.display.line(description(examples))
         self._describe(len(examples) - len(lists))
         self.run = run
 
@@ -218,7 +221,8 @@ class Prefer:
     def example(self) -> list[Part]:
         """The best response of the first line."""
         first = self.train[0]
-        return marked_row(self.tokenizer, first.rows[first.best])
+        row = first.rows[first.best]
+        return marked_row(self.tokenizer, row, loss_mask([row])[0].tolist())
 
     def _compute_reference(self, lists: Sequence[Ranked]) -> None:
         for item, sums in zip(lists, self.table(lists, "reference"), strict=True):
@@ -264,7 +268,7 @@ def train_prefer(config: PreferConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl prefer`; returns the folder of the trained model."""
     display = display or Display()
     examples = read_preferences(config.data)
-    run = Run(config.out, identity(config, examples), config.resume)
+    run = Run(config.out, identity(config, contents(examples)), config.resume)
     trainer = Prefer(config, run, display, examples)
     trainer.start()
     saved, saves = [trainer.model, trainer.optimizer], -(-config.steps // config.save_every)

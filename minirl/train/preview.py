@@ -27,10 +27,10 @@ def marked(tokenizer: Tokenizer, tokens: Sequence[int], trained: Sequence[bool])
     return parts
 
 
-def marked_row(tokenizer: Tokenizer, row: Row) -> list[Part]:
-    """A prompt and the response that is trained, all of it or the tokens that the row counts."""
-    counted = getattr(row, "counted", None) or [True] * len(row.response)
-    return marked(tokenizer, [*row.prompt, *row.response], [False] * len(row.prompt) + [bool(c) for c in counted])
+def marked_row(tokenizer: Tokenizer, row: Row, learned: Sequence[bool] | None = None) -> list[Part]:
+    """A prompt and its response, of whose tokens all are learned, or those that `learned` names."""
+    learned = [True] * len(row.response) if learned is None else list(learned)
+    return marked(tokenizer, [*row.prompt, *row.response], [False] * len(row.prompt) + learned)
 
 
 def marked_prompt(tokenizer: Tokenizer, prompt: Sequence[int], max_tokens: int) -> list[Part]:

@@ -11,12 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from minirl.errors import InputError, NoChatTemplate
+from minirl.errors import InputError
 from minirl.files import place_of
 from minirl.model import ModelConfig
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
 from minirl.train.run import Display
+from minirl.train.sft import named
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,8 @@ def measure(
 
 def rendered(example: dict, tokenizer: Tokenizer, place: str) -> list[int]:
     """Token ids of an example's prompt; an InputError names the place of one that cannot be rendered, or is empty."""
-    try:
-        ids = tokenizer.prompt_ids(example["prompt"])
-    except NoChatTemplate:  # true of every prompt: the place would say nothing
-        raise
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+    with named(place):
+        ids = tokenizer.prompt_ids(example["prompt"], example.get("tools"))
     if not ids:
         raise InputError(f"{place}: its prompt has no token: write something to answer")
     return ids

@@ -9,18 +9,19 @@ import torch
 from minirl.errors import InputError
 from minirl.preferences import ranked_pairs
 from minirl.rewards.model import spelled_tokens
-from minirl.tasks.jsonl import read_examples
 from minirl.tasks.split import split_by_problem
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, micro_batches
-from minirl.train.sft import prompt_tokens
+from minirl.train.formats import HH, as_text, preference, read_rows
+from minirl.train.sft import Demonstration, named, refuse_length
+from minirl.train.turns import Turns, common_start, conversation
 
 
 @dataclass
 class Ranked:
     """A prompt with K ranked responses."""
 
-    rows: list[Row]  # K
+    rows: list[Demonstration]  # K
     pairs: list[tuple[int, int]]  # (better, worse), each an index of `rows`
     best: int  # index of the first row with the highest score
     ref_logp: torch.Tensor | None = None  # [K], sums over the tokens
@@ -32,28 +33,18 @@ class Ranked:
 
 
 def read_preferences(path: str | Path) -> list[dict]:
-    """Lines of a JSONL file as {"prompt", "responses", "scores", "tokens"}; chosen and rejected become scores 1 and 0,
-    and tokens are None where they do not stand beside the texts."""
-    examples = read_examples(Path(path), {"prompt": "prompt", "answer": "answer"})
-    return [_ranked_example(example, f"{path}, example {i}") for i, example in enumerate(examples, 1)]
+    """The rows of a file as records of `formats.preference`."""
+    return read_rows(path, preference)
 
 
-def _ranked_example(example: dict, where: str) -> dict:
-    responses, scores, tokens = responses_of(example)
-    lists = isinstance(responses, list) and isinstance(scores, list) and len(responses) == len(scores) >= 2
-    if not lists or not all(isinstance(response, str) for response in responses) or not all(map(_is_number, scores)):
-        what = "texts 'chosen' and 'rejected', or 'responses' (two texts or more) and 'scores' (as many numbers)"
-        raise InputError(f"{where}: it needs {what}")
-    numbers = [float(score) for score in scores]
-    return {"prompt": example["prompt"], "responses": responses, "scores": numbers, "tokens": tokens}
-
-
-def responses_of(example: dict) -> tuple[list[str], list[float], list | None]:
-    """Texts of a line's responses, their scores, and the tokens beside them, as they stand there."""
-    if "responses" in example:
-        return example["responses"], example.get("scores"), example.get("responses_tokens")
-    pair = ("chosen", "rejected")
-    return [example.get(name) for name in pair], [1.0, 0.0], [example.get(f"{name}_tokens") for name in pair]
+def description(examples: Sequence[dict]) -> str:
+    """The format that was read."""
+    form = {"prompt": "below a prompt", "whole conversations": "conversations without an explicit prompt"}
+    lists = sum(len(example["responses"]) > 2 for example in examples)
+    line = f"{len(examples) - lists:,} pairs" if lists < len(examples) else ""
+    line += " and " * (0 < lists < len(examples)) + (f"{lists:,} ranked lists" if lists else "")
+    name = examples[0]["format"]
+    return f"{line} ({form.get(name, f'format {name}')})"
 
 
 def response_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: list | None, where: str) -> list[list[int]]:
@@ -63,13 +54,47 @@ def response_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: list | N
     if not isinstance(tokens, list) or len(tokens) != len(texts):
         raise InputError(f"{where}: 'responses_tokens' must be a list with the tokens of each response")
     return [
-        [*tokenizer.encode(text), tokenizer.stop_id] if ids is None else spelled_tokens(tokenizer, text, ids, where)
+        _ended(tokenizer, text, where) if ids is None else spelled_tokens(tokenizer, text, ids, where)
         for text, ids in zip(texts, tokens, strict=True)
     ]
 
 
-def _is_number(score: object) -> bool:
-    return isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < float("inf")
+def _ended(tokenizer: Tokenizer, text: str, where: str) -> list[int]:
+    """The tokens of a text that ended by itself."""
+    with named(where):
+        return [*tokenizer.encode(text), tokenizer.stop_id]
+
+
+def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
+    """The prompt of a record with each of its responses: texts below the prompt, or messages as the chat template
+    writes them. All have the same prompt."""
+    if example["format"] == HH and tokenizer.chat_template is None:
+        example = as_text(example)
+    prompt, responses, tools = example["prompt"], example["responses"], example.get("tools")
+    if all(isinstance(response, str) for response in responses):
+        with named(example["where"]):
+            ids = tokenizer.prompt_ids(prompt, tools)
+        rows = response_tokens(tokenizer, responses, example["tokens"], example["where"])
+        return [Turns(ids, row, [True] * len(row)) for row in rows]
+    with named(example["where"]):
+        found = [_messages(tokenizer, prompt, response, tools) for response in responses]
+    common = common_start([turns.prompt for turns in found])  # one template may open thoughts in one of them
+    for turns in found:
+        opening = turns.prompt[len(common) :]
+        turns.response, turns.counted = opening + turns.response, [True] * len(opening) + turns.counted
+        turns.prompt = common
+    return found
+
+
+def _messages(tokenizer: Tokenizer, prompt: list[dict], response: list[dict], tools: list[dict] | None) -> Turns:
+    places = [i for i, message in enumerate(response, len(prompt)) if message["role"] == "assistant"]
+    pieces = conversation(tokenizer, [*prompt, *response], places, tools)
+    if len(pieces) > 1:
+        raise InputError(
+            "the chat template writes earlier turns in another way, so a response of several turns is not one text: "
+            "keep its first turn"
+        )
+    return pieces[0]
 
 
 def ranked_lists(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Ranked]:
@@ -81,14 +106,18 @@ def ranked_lists(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int
     """
     lists = []
     for i, example in enumerate(examples, 1):
-        prompt = prompt_tokens(tokenizer, example["prompt"], max_length, f"example {i}")
-        rows = response_tokens(tokenizer, example["responses"], example["tokens"], f"example {i}")
-        room, scores = max_length - len(prompt), {}
-        for row, score in zip(rows, example["scores"], strict=True):
-            scores.setdefault(tuple(row[:room]), score)
+        found, scores, counted = encoded(tokenizer, example), {}, {}
+        prompt = found[0].prompt
+        refuse_length(len(prompt), max_length, example["where"])
+        room = max_length - len(prompt)
+        for turns, score in zip(found, example["scores"], strict=True):
+            row = tuple(turns.response[:room])
+            scores.setdefault(row, score)
+            counted.setdefault(row, turns.counted[:room])
         if pairs := ranked_pairs(ranks := list(scores.values())):
-            cut = len({tuple(row[:room]) for row in rows if len(row) > room})
-            lists.append(Ranked([Row(prompt, row, group=i) for row in scores], pairs, ranks.index(max(ranks)), cut=cut))
+            cut = len({tuple(turns.response[:room]) for turns in found if len(turns.response) > room})
+            rows = [Demonstration(prompt, row, group=i, counted=counted[row], where=example["where"]) for row in scores]
+            lists.append(Ranked(rows, pairs, ranks.index(max(ranks)), cut=cut))
     return lists
 
 

@@ -34,6 +34,7 @@ from minirl.rewards.model import LAST, Tree, micro_batches, read, read_all
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.preview import disk_of, marked, show_disk
+from minirl.train.ranked import description
 from minirl.train.reward_data import Line, balanced, encode, read_examples, split_by_prompt
 from minirl.train.run import (
     Display,
@@ -61,8 +62,9 @@ class RewardConfig:
     model: str
     """Checkpoint to start from: a policy, whose trunk gets a new head, or a reward model with the same head."""
     data: str
-    """JSONL file; each line has "prompt" and: "chosen", "rejected" and maybe "margin", or "responses" and "scores"
-    (pairwise); "completion" and "label" (pointwise, bce); "steps" and "labels" (process)."""
+    """File (JSONL, a .json list, Parquet), folder or name of a data set; each row has a prompt and: "chosen",
+    "rejected" and maybe "margin", or "responses" and "scores", or another format of preferences (pairwise);
+    "completion" and "label" (pointwise, bce); "steps" and "labels" (process)."""
     kind: Literal["pairwise", "pointwise", "bce", "process"] = "pairwise"
     """Bradley-Terry on pairs, squared error to ±1, a logit for each completion, or one for each step."""
     out: str = "runs/reward"
@@ -162,8 +164,10 @@ def prepare_reward(config: RewardConfig, display: Display) -> Prepared:
         sides = split_by_prompt(examples, config.heldout, config.seed)
     demonstrations = read_demonstrations(config.reference) if config.reference else []
     hashed = contents([*sides[0], *sides[1]])
-    run = Run(config.out, identity(config, [hashed, len(sides[1]), demonstrations]), config.resume)
+    run = Run(config.out, identity(config, [hashed, len(sides[1]), contents(demonstrations)]), config.resume)
     model, tokenizer = start(config, run)
+    if config.kind == "pairwise":
+        display.line(description(examples))
     paths = config.data, config.heldout_data or config.data
     train, heldout = (_lines(*side, config, tokenizer, model, display) for side in zip(sides, paths, strict=True))
     if not train:

@@ -1,6 +1,7 @@
 """What reward models learn from: JSONL lines of pairs, ranked lists, labelled completions or labelled steps.
 
-    pairwise        {"prompt", "chosen", "rejected"[, "margin"]}  or  {"prompt", "responses", "scores"}
+    pairwise        {"prompt", "chosen", "rejected"[, "margin"]}  or  {"prompt", "responses", "scores"}, and the other
+                    formats of preferences
     pointwise, bce  {"prompt", "completion", "label"}             label 1 or true is right; 0, -1 or false is wrong
     process         {"prompt", "steps", "labels"}                 labels in [0, 1], null where a step has none
 
@@ -15,16 +16,16 @@ from pathlib import Path
 import torch
 
 from minirl.errors import InputError
-from minirl.files import is_number, read_jsonl
+from minirl.files import is_number
 from minirl.model import ModelConfig
 from minirl.reward_losses import Pair, inverse_frequency, weighted_pairs
 from minirl.rewards.model import LAST, Tree, step_ends
 from minirl.tasks.split import prompt_key, split_by_problem
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
-from minirl.train.prompts import rendered
-from minirl.train.ranked import response_tokens, responses_of
-from minirl.train.sft import check_prompt, refuse_unknown_tokens
+from minirl.train.formats import demonstration, preference, read_rows, text_answer
+from minirl.train.ranked import encoded, response_tokens
+from minirl.train.sft import named, refuse_unknown_tokens
 
 
 @dataclass(frozen=True)
@@ -59,34 +60,27 @@ class Lines:
 
 
 def read_examples(path: str | Path, kind: str) -> list[dict]:
-    """The lines of a file, each with what its kind needs; "where" says which line it was."""
-    return read_jsonl(path, lambda example, where: _checked(example, kind, where))
+    """The rows of a file, each with what its kind needs; "where" says which row it was."""
+    return read_rows(path, preference if kind == "pairwise" else lambda row, where: _labels(row, kind, where))
 
 
-def _checked(example: object, kind: str, where: str) -> dict:
-    """The line, if it has the keys and types."""
-    check_prompt(example, where)
-    if kind == "pairwise" and "responses" in example:
-        wanted = "'responses' (texts) and as many 'scores' (numbers)"
-        fits = _are(example["responses"], str) and _are(example.get("scores"), int | float)
-        fits = fits and len(example["responses"]) == len(example["scores"])
-    elif kind == "pairwise":
-        wanted = "texts 'chosen' and 'rejected' with a 'margin' from 0 if any, or 'responses' and 'scores'"
-        margin = example.get("margin", 0.0)
-        fits = _are([example.get("chosen"), example.get("rejected")], str) and _are([margin], int | float)
-        fits = fits and margin >= 0
-    elif kind == "process":
+def _labels(row: dict, kind: str, where: str) -> dict:
+    """The record of a labelled completion or of labelled steps, below a prompt."""
+    if kind == "process":
         wanted = "'steps' (texts) and as many 'labels' (numbers from 0 to 1, null for none)"
-        labels = example.get("labels")
-        fits = _are(example.get("steps"), str) and isinstance(labels, list) and len(labels) == len(example["steps"])
+        labels, steps = row.get("labels"), row.get("steps")
+        fits = _are(steps, str) and isinstance(labels, list) and len(labels) == len(steps)
         fits = fits and all(y is None or (_are([y], int | float | bool) and 0 <= y <= 1) for y in labels)
     else:
-        wanted = "a text 'completion' and a 'label' of 1, 0, -1, true or false"
-        fits = isinstance(example.get("completion"), str) and _are([example.get("label")], int | float | bool)
-        fits = fits and example["label"] in (-1, 0, 1)
+        wanted = "a 'label' of 1, 0, -1, true or false"
+        fits = _are([row.get("label")], int | float | bool) and row["label"] in (-1, 0, 1)
     if not fits:
-        raise InputError(f"{where}: kind {kind} needs {wanted}, and it has {', '.join(example)}")
-    return example | {"where": where}
+        raise InputError(f"{where}: kind {kind} needs {wanted}, and it has {', '.join(row)}")
+    if kind == "process":
+        record = text_answer(demonstration({**row, "completion": ""}, where), where)
+        return record | {"steps": row["steps"], "labels": row["labels"]}
+    record = text_answer(demonstration(row, where), where)
+    return record | {key: row[key] for key in ("label", "completion_tokens") if key in row}
 
 
 def _are(values: object, kind) -> bool:
@@ -108,8 +102,10 @@ def encode(
     """Token trees with their pairs or labels."""
     found = Lines()
     for example in examples:
-        prompt = tuple(rendered(example, tokenizer, example["where"]))
-        line = {"pairwise": _ranked, "process": _steps}.get(kind, _labelled)(prompt, example, tokenizer, separator)
+        line = {"pairwise": _ranked, "process": _steps}.get(kind, _labelled)(example, tokenizer, separator)
+        prompt = line.tree.prompt
+        if not prompt:
+            raise InputError(f"{example['where']}: its prompt has no token: write something to answer")
         rows = [Row(prompt, response, group=0) for response in line.tree.responses]
         refuse_unknown_tokens(rows, config.vocab_size, example["where"])
         if len(prompt) + max(map(len, line.tree.responses)) > config.max_positions:
@@ -128,21 +124,28 @@ def balanced(lines: Sequence[Line]) -> list[Line]:
     return [replace(line, weights=(w,)) for line, w in zip(lines, weights, strict=True)]
 
 
-def _ranked(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
-    texts, scores, tokens = responses_of(example)
-    rows = tuple(map(tuple, response_tokens(tokenizer, texts, tokens, example["where"])))
-    pairs = tuple(pair for pair in weighted_pairs(scores) if rows[pair[0]] != rows[pair[1]])
-    tree = Tree(prompt, rows, ((LAST,),) * len(rows))
-    return Line(tree, tuple(pair[2] for pair in pairs), pairs, float(example.get("margin", 0.0)))
+def _ranked(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
+    found = encoded(tokenizer, example)
+    rows = tuple(tuple(turns.response) for turns in found)
+    pairs = tuple(pair for pair in weighted_pairs(example["scores"]) if rows[pair[0]] != rows[pair[1]])
+    tree = Tree(tuple(found[0].prompt), rows, ((LAST,),) * len(rows))
+    return Line(tree, tuple(pair[2] for pair in pairs), pairs, example.get("margin", 0.0))
 
 
-def _labelled(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
+def _prompt(example: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
+    with named(example["where"]):
+        return tuple(tokenizer.prompt_ids(example["prompt"], example.get("tools")))
+
+
+def _labelled(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     tokens = [example.get("completion_tokens")]
     [row] = response_tokens(tokenizer, [example["completion"]], tokens, example["where"])
-    return Line(Tree(prompt, (tuple(row),), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),))
+    return Line(
+        Tree(_prompt(example, tokenizer), (tuple(row),), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),)
+    )
 
 
-def _steps(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separator: str) -> Line:
+def _steps(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     steps, labels = example["steps"], example["labels"]
     text = separator.join(step.removesuffix(separator) for step in steps)
     [row] = response_tokens(tokenizer, [text], None, example["where"])
@@ -153,4 +156,8 @@ def _steps(prompt: tuple[int, ...], example: dict, tokenizer: Tokenizer, separat
             f"hold the separator {separator!r}"
         )
     mask = tuple(float(label is not None) for label in labels)
-    return Line(Tree(prompt, (tuple(row),), (places,)), mask, labels=tuple(float(label or 0) for label in labels))
+    return Line(
+        Tree(_prompt(example, tokenizer), (tuple(row),), (places,)),
+        mask,
+        labels=tuple(float(label or 0) for label in labels),
+    )

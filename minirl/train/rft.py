@@ -15,13 +15,10 @@ from typing import Literal
 
 from minirl.errors import InputError
 from minirl.files import read_jsonl, write_jsonl
-from minirl.rewards.model import spelled_tokens
 from minirl.tasks import Task, parse_task
-from minirl.tokenizer import Tokenizer
-from minirl.train.batch import Row
 from minirl.train.outcomes import Group, SampleConfig, right_and_wrong, right_of, sample_and_check, summary
 from minirl.train.run import Display, Run, identity, load
-from minirl.train.sft import SFTConfig, fit, prompt_tokens, read_demonstrations, refuse_unknown_tokens
+from minirl.train.sft import SFTConfig, demonstration_rows, fit, read_demonstrations, refuse_unknown_tokens
 
 KEPT = "kept.jsonl"
 SAMPLED = "sampled.jsonl"  # in the folder of a run that was stopped while it sampled
@@ -63,28 +60,18 @@ class RFTConfig(SampleConfig):
 
     @property
     def sft(self) -> SFTConfig:
-        shared = {f.name: getattr(self, f.name) for f in fields(SFTConfig) if f.name != "data"}
+        shared = {f.name: getattr(self, f.name) for f in fields(SFTConfig) if hasattr(self, f.name)}
         return SFTConfig(**shared, data=str(Path(self.out) / KEPT))
 
 
 def kept_of(groups: Sequence[Group], most: int, distinct: str = "text") -> list[dict]:
     """Demonstrations: at most `most` right completions a prompt, with how many samples of the prompt were right."""
     return [
-        {name: line[name] for name in ("prompt", "completion", "completion_tokens")} | {"correct": len(right_of(group))}
+        {name: line[name] for name in ("prompt", "tools", "completion", "completion_tokens") if name in line}
+        | {"correct": len(right_of(group))}
         for group in groups
         for line in right_and_wrong(group, distinct)[0][:most]
     ]
-
-
-def kept_rows(tokenizer: Tokenizer, kept: Sequence[dict], max_length: int, file: str | Path = KEPT) -> list[Row]:
-    """Turn the lines of kept.jsonl into token rows; InputError for one without the tokens of its completion."""
-    rows = []
-    for i, line in enumerate(kept):
-        where = f"{file}, line {i + 1}"
-        prompt = prompt_tokens(tokenizer, line["prompt"], max_length, where)
-        tokens = spelled_tokens(tokenizer, line["completion"], line.get("completion_tokens"), where)
-        rows.append(Row(prompt, list(tokens), group=i))
-    return rows
 
 
 def sample_and_keep(model, tokenizer, task: Task, config: RFTConfig, run: Run, display: Display) -> list[dict]:
@@ -115,16 +102,14 @@ def train_rft(config: RFTConfig, display: Display | None = None) -> Path:
     run = Run(config.out, identity(config, task.train), config.resume)
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
     file = run.out / KEPT
-    if run.checkpoint or (config.resume and file.exists()):  # it appears whole, after all sampling
-        kept = read_demonstrations(file)
-    else:
-        kept = sample_and_keep(model, tokenizer, task, config, run, display)
+    if not run.checkpoint and not (config.resume and file.exists()):  # it appears whole, after all sampling
+        write_jsonl(file, sample_and_keep(model, tokenizer, task, config, run, display))
+    kept = read_demonstrations(file)
     if not run.checkpoint:
         solved = len({json.dumps(line["prompt"]) for line in kept})
         run.log(0, {"rft/kept": len(kept), "rft/solved": solved})  # and with it the config that --resume needs
-        write_jsonl(file, kept)
         (run.out / SAMPLED).unlink(missing_ok=True)
     model.checkpointing = config.recompute
-    rows = kept_rows(tokenizer, kept, model.config.max_positions, file)
+    rows = demonstration_rows(tokenizer, kept, model.config.max_positions)
     refuse_unknown_tokens(rows, model.config.vocab_size)
     return fit(model, tokenizer, rows, config.sft, run, display)

@@ -1,13 +1,14 @@
-"""Supervised fine-tuning on (prompt, completion) pairs, the prompt masked out.
+"""Supervised fine-tuning on demonstrations: completions of prompts, the assistant's turns of conversations, documents.
 
-    loss = −(1/N_tok) Σ_t log π(y_t | x, y_<t)      over completion tokens, the stop token included
+    loss = −(1/N_tok) Σ_t log π(y_t | x, y_<t)      over the tokens that are learned, the stop token of each turn too
 
 It is the policy loss with advantage 1, no ratio, and a mean over tokens.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 
 from minirl.errors import InputError
-from minirl.files import read_jsonl
+from minirl.files import contents
 from minirl.losses import PolicyLoss
 from minirl.model import Transformer
-from minirl.tokenizer import Tokenizer, is_prompt
+from minirl.rewards.model import spelled_tokens
+from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
+from minirl.train.formats import demonstration, read_rows, trained_turns
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.preview import disk_of, marked_row, show_disk
 from minirl.train.run import (
@@ -36,6 +39,7 @@ from minirl.train.run import (
     tenth,
 )
 from minirl.train.step import Batch, accumulate, response_mask
+from minirl.train.turns import Turns, conversation
 
 LIKELIHOOD = PolicyLoss(ratio_level="none", surrogate="is_pg", aggregation="token_mean")
 
@@ -47,9 +51,12 @@ class SFTConfig:
     model: str
     """Checkpoint: a Hugging Face directory or hub id."""
     data: str
-    """JSONL file; each line has "prompt" (a text or chat messages) and "completion" (a text)."""
+    """File (JSONL, a .json list, Parquet), folder or name of a data set; the keys of its rows say the format:
+    "messages", "conversations", "prompt" and "completion", "instruction" and "output", or "text"."""
     out: str = "runs/sft"
     """Folder of the run."""
+    loss_on: Literal["all", "last"] = "all"
+    """Turns of the assistant that are learned in a conversation."""
     steps: int = 200
     """Optimizer steps."""
     batch: int = 32
@@ -87,49 +94,98 @@ class SFTConfig:
         refuse_unknown_choices(self)
 
 
+@dataclass(frozen=True)
+class Demonstration(Row):
+    """A row of which some tokens of the response may not be learned: those of others in a conversation."""
+
+    counted: Sequence[bool] | None = None  # one for each token of the response; None: all of them
+    lost: int = 0  # tokens of its example that did not fit
+    where: str = ""  # the place of its example
+
+
 def read_demonstrations(path: str | Path) -> list[dict]:
-    """Lines of a JSONL file with "prompt" and "completion"."""
-    return read_jsonl(path, check_demonstration)
+    """The rows of a file as records of `formats.demonstration`."""
+    return read_rows(path, demonstration)
 
 
-def check_demonstration(example: object, where: str) -> dict:
-    check_prompt(example, where)
-    if not isinstance(example.get("completion"), str):
-        raise InputError(f"{where}: it must be an object with a 'prompt' and a 'completion' text")
-    return example
+def description(examples: Sequence[dict], loss_on: str) -> str:
+    """The format that was read, and what the loss is on."""
+    turns = [len(trained_turns(example, loss_on == "last")) for example in examples if "messages" in example]
+    if turns:
+        return f"{len(turns):,} conversations, loss on {sum(turns):,} assistant turns"
+    if "text" in examples[0]:
+        return f"{len(examples):,} documents, loss on all of their tokens"
+    return f"{len(examples):,} prompts, loss on their completions"
 
 
-def check_prompt(example: object, where: str) -> None:
-    if not isinstance(example, dict) or not is_prompt(example.get("prompt")):
-        raise InputError(f"{where}: its 'prompt' must be a text, or chat messages with a 'role' and a 'content'")
-
-
-def demonstration_rows(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Row]:
-    """Token rows; each completion ends with the stop token unless it had to be cut at `max_length` tokens in all."""
-    rows = []
+def demonstration_rows(
+    tokenizer: Tokenizer, examples: Sequence[dict], max_length: int, loss_on: str = "all"
+) -> list[Demonstration]:
+    """Token rows of records; each ends with its stop token unless it had to be cut at `max_length` tokens in all. A
+    conversation has one row, or more where the template writes earlier turns in another way; its later rows are left
+    out where their prompts do not fit."""
+    rows: list[Demonstration] = []
     for i, example in enumerate(examples):
-        prompt = prompt_tokens(tokenizer, example["prompt"], max_length, f"example {i}")
-        response = [*tokenizer.encode(example["completion"]), tokenizer.stop_id]
-        rows.append(Row(prompt, response[: max_length - len(prompt)], group=i))
+        where = example.get("where", f"example {i}")
+        pieces = _pieces(tokenizer, example, loss_on, where)
+        refuse_length(len(pieces[0].prompt), max_length, where)
+        lost = 0
+        for piece in pieces:
+            room = max(max_length - len(piece.prompt), 0)
+            lost += sum(piece.counted[room:])
+            if any(counted := piece.counted[:room]):
+                rows.append(Demonstration(piece.prompt, piece.response[:room], len(rows), counted=counted, where=where))
+        rows[-1] = replace(rows[-1], lost=lost)
     return rows
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str | list[dict], max_length: int, where: str) -> list[int]:
-    """With room for one token of a response."""
-    tokens = tokenizer.prompt_ids(prompt)
-    if not tokens or len(tokens) >= max_length:
-        raise InputError(f"{where}: its prompt has {len(tokens)} tokens, and between 1 and {max_length - 1} fit")
-    return tokens
+def _pieces(tokenizer: Tokenizer, example: dict, loss_on: str, where: str) -> list[Turns]:
+    tools = example.get("tools")
+    with named(where):
+        if "messages" in example:
+            return conversation(tokenizer, example["messages"], trained_turns(example, loss_on == "last"), tools)
+        if "text" in example:
+            return [_document(tokenizer, example["text"])]
+        piece, text = Turns(tokenizer.prompt_ids(example["prompt"], tools)), example["completion"]
+        tokens = [*tokenizer.encode(text), tokenizer.stop_id]
+    known = example.get("completion_tokens")  # as they were sampled: another spelling is not what was found
+    piece.add(tokens if known is None else spelled_tokens(tokenizer, text, known, where), True)
+    return [piece]
+
+
+def _document(tokenizer: Tokenizer, text: str) -> Turns:
+    """All of a text and the token that ends a document. Its first token has nothing to be predicted from, unless the
+    tokenizer puts its bos token in front."""
+    ids = tokenizer.prompt_ids(text)
+    end = tokenizer.stop_id if tokenizer.eos_id is None else tokenizer.eos_id
+    piece = Turns(ids[:1])
+    piece.add(ids[1:] if ids[-1:] == [end] else [*ids[1:], end], True)
+    return piece
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put the place of a row before the sentence of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def refuse_length(tokens: int, max_length: int, where: str) -> None:
+    """A prompt needs a token, and room for one of a response."""
+    if not 0 < tokens < max_length:
+        raise InputError(f"{where}: its prompt has {tokens} tokens, and between 1 and {max_length - 1} fit")
 
 
 def refuse_unknown_tokens(rows: Sequence[Row], vocab: int, where: str = "") -> None:
-    """`where` the rows come from, if their groups are not the numbers of the examples."""
+    """`where` the rows come from, if they do not know it and their groups are not the numbers of the examples."""
     for row in rows:
         largest = max((*row.prompt, *row.response))
         if largest >= vocab:
+            place = where or getattr(row, "where", "") or f"example {row.group}"
             raise InputError(
-                f"{where or f'example {row.group}'} holds token {largest}, outside the model's vocabulary of {vocab}: "
-                "is this its tokenizer?"
+                f"{place} holds token {largest}, outside the model's vocabulary of {vocab}: is this its tokenizer?"
             )
 
 
@@ -146,25 +202,36 @@ def take(count: int, seed: int, start: int, number: int) -> list[int]:
     return sequence[offset : offset + number].tolist()
 
 
+def loss_mask(rows: Sequence[Row], device=None) -> torch.Tensor:
+    """bool [B, T]: the tokens that are learned."""
+    mask = response_mask(rows)
+    for i, row in enumerate(rows):
+        if isinstance(row, Demonstration) and row.counted is not None:
+            mask[i, : len(row.response)] = torch.tensor(row.counted)
+    return mask.to(device)
+
+
 def sft_step(model: Transformer, optimizer: AdamW, rows: Sequence[Row], lr: float, clip: float, budget: int) -> dict:
-    """One update on the mean negative log-likelihood of the rows' responses."""
-    batch = Batch(rows, torch.ones(len(rows), device=model.device), response_mask(rows, model.device))
+    """One update on the mean negative log-likelihood of the tokens that are learned."""
+    batch = Batch(rows, torch.ones(len(rows), device=model.device), loss_mask(rows, model.device))
     metrics = accumulate(model, batch, LIKELIHOOD, budget)
-    norm = optimizer.step(lr, clip)
-    tokens = sum(len(row.response) for row in rows)
+    norm, tokens = optimizer.step(lr, clip), int(batch.mask.sum())
     return {"loss": metrics["loss/total"], "entropy": metrics["entropy"], "grad_norm": norm, "lr": lr, "tokens": tokens}
 
 
 def prepare_sft(config: SFTConfig, display: Display) -> tuple[Transformer, Tokenizer, list[Row], Run]:
     """All that comes before the first step."""
     examples = read_demonstrations(config.data)
-    run = Run(config.out, identity(config, examples), config.resume)
+    run = Run(config.out, identity(config, contents(examples)), config.resume)
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
     model.checkpointing = config.recompute
     display.progress("examples", 0, len(examples))
-    rows = demonstration_rows(tokenizer, examples, model.config.max_positions)
+    rows = demonstration_rows(tokenizer, examples, model.config.max_positions, config.loss_on)
     display.progress("examples", len(examples), len(examples))
     refuse_unknown_tokens(rows, model.config.vocab_size)
+    cut = sum(row.lost > 0 for row in rows)
+    too_long = f"; cut at {model.config.max_positions} tokens: {cut:,}" if cut else ""
+    display.line(description(examples, config.loss_on) + too_long)
     return model, tokenizer, rows, run
 
 
@@ -182,12 +249,12 @@ def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, disp
         run.restore(optimizer)
     show_disk(disk_of(run, [model, optimizer], [model], -(-config.steps // config.save_every)), display)
     if run.start == 0:
-        display.example(marked_row(tokenizer, rows[0]))
+        display.example(marked_row(tokenizer, rows[0], loss_mask(rows[:1])[0].tolist()))
 
     def step(number: int) -> dict[str, float]:
         started = time.perf_counter()
         chosen = [rows[i] for i in take(len(rows), config.seed, number * config.batch, config.batch)]
-        chosen = [Row(row.prompt, row.response, group=i) for i, row in enumerate(chosen)]
+        chosen = [replace(row, group=i) for i, row in enumerate(chosen)]
         lr = learning_rate(number, config.lr, config.warmup, config.steps, config.schedule)
         metrics = sft_step(model, optimizer, chosen, lr, config.clip_norm, config.micro_batch_tokens)
         seconds = time.perf_counter() - started

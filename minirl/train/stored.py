@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from minirl.errors import InputError
-from minirl.files import is_number, read_jsonl
+from minirl.files import is_number
 from minirl.model import ModelConfig
 from minirl.rewards.model import spelled_tokens
 from minirl.rollout import Rollout
@@ -24,16 +24,17 @@ from minirl.tasks.split import prompt_key
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.config import PolicyConfig
+from minirl.train.formats import demonstration, read_rows, text_answer
 from minirl.train.prompts import rendered
 from minirl.train.run import Display
-from minirl.train.sft import check_demonstration, order, refuse_unknown_tokens, take
+from minirl.train.sft import order, refuse_unknown_tokens, take
 
 REWARD = "stored"  # the name of the stored reward among the rewards
 
 
 def read_triples(path: str | Path) -> list[dict]:
-    """The lines of a JSONL file; "where" says which line it was."""
-    lines = read_jsonl(path, _triple)
+    """The rows of a file; "where" says which row it was."""
+    lines = read_rows(path, _triple)
     for line in lines:
         if ("logprobs" in line) != ("logprobs" in lines[0]):
             raise InputError(f"{line['where']}: some lines have 'logprobs' and some have none: give all or none")
@@ -42,9 +43,9 @@ def read_triples(path: str | Path) -> list[dict]:
     return lines
 
 
-def _triple(example: object, where: str) -> dict:
+def _triple(example: dict, where: str) -> dict:
     """The keys and types of a line."""
-    check_demonstration(example, where)
+    record = text_answer(demonstration(example, where), where)
     if "reward" not in example or not (example["reward"] is None or is_number(example["reward"])):
         raise InputError(f"{where}: its 'reward' must be a finite number, or null where it has none")
     if "logprobs" in example:
@@ -56,7 +57,7 @@ def _triple(example: object, where: str) -> dict:
         raise InputError(f"{where}: its 'finish_reason' must be stop or length, or left away")
     if not is_number(example.get("temperature", 1.0)):
         raise InputError(f"{where}: its 'temperature' must be a number: that of the 'logprobs'")
-    return {"temperature": 1.0} | example | {"where": where}
+    return {"temperature": 1.0} | example | record
 
 
 class Stored:
@@ -125,7 +126,7 @@ class Stored:
             rows.append((ids, [lines[j] for j in sorted(chosen)]))
         flat = [line for _, lines in rows for line in lines]
         rollout = Rollout(
-            examples=[{"prompt": lines[0][0]["prompt"]} for _, lines in rows],
+            examples=[{name: lines[0][0].get(name) for name in ("prompt", "tools")} for _, lines in rows],
             prompts=[ids for ids, _ in rows],
             completions=[completion for _, completion in flat],
             texts=[line["completion"] for line, _ in flat],
