@@ -6,13 +6,12 @@ methods of its own. The environment is that of transformers (block trimming, loo
 escapes, `raise_exception`, `strftime_now`, `{% generation %}`), because a template that renders differently here than
 where the model was trained is a silent loss of quality.
 
-A template that calls `strftime_now` writes today's date into the prompt; where a run has to repeat exactly, pass the
-date as a variable.
+A template that calls `strftime_now` writes a date into the prompt: the tokenizer's `now`, which a run keeps.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from datetime import datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -20,11 +19,13 @@ from importlib.metadata import version
 from minirl.errors import InputError
 
 OLDEST_SAFE_JINJA = (3, 1, 6)  # earlier sandboxes have published escapes (CVE-2024-56326, CVE-2025-27516)
+OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}  # given by minirl
 INSTALL = "run pip install 'minirl[cli]'"
 
 try:
     import jinja2
     import jinja2.ext
+    import jinja2.meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 except ImportError as error:
     raise InputError(f"chat templates need jinja2, which is not installed: {INSTALL}") from error
@@ -33,16 +34,19 @@ if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < OLDEST_SAFE_JINJ
     raise InputError(f"jinja2 {version('jinja2')} has a sandbox that templates can escape: {INSTALL}")
 
 
-def render_chat(template: str, messages: list[dict], **variables) -> str:
-    """The text of a conversation; `variables` are special tokens and whatever else the template reads."""
-    check_messages(messages)
+def render_chat(template: str, messages: list[dict], moment: datetime, **variables) -> str:
+    """The text of a conversation at a moment; `variables` are special tokens and whatever else the template reads."""
     try:
         plain = json.loads(json.dumps({"tools": None, "documents": None, **variables, "messages": messages}))
     except (TypeError, ValueError) as error:
         raise InputError(f"the messages hold something that is not plain JSON ({error}): pass text") from error
     compiled = compile_template(template)
+
+    def strftime_now(format):
+        return moment.strftime(format)
+
     try:
-        return compiled.render(plain)
+        return compiled.render(plain, strftime_now=strftime_now)
     except jinja2.exceptions.SecurityError as error:
         raise InputError(f"the chat template reaches for Python's internals ({error}): use another template") from error
     except Exception as error:
@@ -52,17 +56,15 @@ def render_chat(template: str, messages: list[dict], **variables) -> str:
         raise InputError(f"the chat template cannot render these messages ({reason}): change one of the two") from error
 
 
-def check_messages(messages: list[dict]) -> None:
-    """Templates read missing keys as empty text, so a misspelt one would vanish without a word."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise InputError(f"a chat prompt must be a list of messages with 'role' and 'content', not {messages!r:.80}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f"message {index} must be a mapping with a text 'role', not {message!r:.80}")
-        content = message.get("content")
-        said_otherwise = content is None and message.get("tool_calls")
-        if not isinstance(content, str | list) and not said_otherwise:
-            raise InputError(f"message {index} must have a text 'content', not {message!r:.80}")
+def refuse_unread(template: str, variables: Iterable[str]) -> None:
+    """InputError for a variable that a template does not read from outside, or that is not a user's to set."""
+    compile_template(template)  # for its sentence where the template is no valid Jinja
+    read = jinja2.meta.find_undeclared_variables(_environment().parse(template)) - OURS
+    for name in variables:
+        if name not in read:
+            raise InputError(
+                f"the chat template reads no variable {name!r}: choose from {', '.join(sorted(read)) or 'none'}"
+            )
 
 
 @lru_cache(maxsize=16)
@@ -80,7 +82,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -101,7 +102,3 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 def _raise_exception(message):
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format):
-    return datetime.now().strftime(format)

@@ -99,7 +99,7 @@ def _sampling(config: SampleConfig, display: Timed, task: Task) -> torch.nn.Modu
     """Complete one prompt, judge it, and return the model."""
     if not task.train:
         raise InputError(f"task {config.task!r} has no training examples: ask for some")
-    model, tokenizer = load(config.model, config.dtype, config.device)
+    model, tokenizer = load(config.model, config.dtype, config.device, config=config)
     prompts = measure(task, "train", tokenizer, model.config, config, display, config.prompts)
     display.line(f"data: {len(prompts.examples):,} training examples of task {task.name} are used")
     params = replace(config.sampling, stop_ids=tokenizer.stop_ids)

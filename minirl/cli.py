@@ -6,10 +6,11 @@ Whatever a user can get wrong ends in one sentence on stderr and exit code 2; Ct
 import contextlib
 import errno
 import io
+import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def usage() -> str:
 def parse(name: str, args: Sequence[str]):
     """The config of a command from its arguments; an InputError names what does not fit."""
     kind, _ = COMMANDS[name]
+    args, variables = _template_variables(args) if "template" in _options(kind, "") else (args, {})
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -50,7 +52,31 @@ def parse(name: str, args: Sequence[str]):
     if unknown:
         hint = _did_you_mean(unknown[0], _options(kind))
         raise InputError(f"minirl {name} has no option {unknown[0]!r}{hint}: see minirl {name} --help")
-    return config
+    return replace(config, template={**config.template, **variables}) if variables else config
+
+
+def _template_variables(args: Sequence[str]) -> tuple[list[str], dict[str, object]]:
+    """The arguments without those of the form --template.NAME VALUE, and these variables."""
+    rest, variables, waiting = [], {}, list(args)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        if flag == "--template":
+            raise InputError("--template has no name: write it as --template.NAME VALUE")
+        if not flag.startswith("--template."):
+            rest.append(flag + equals + value)
+            continue
+        if not equals and not waiting:
+            raise InputError(f"{flag} has no value: write it as {flag} VALUE")
+        variables[flag.removeprefix("--template.").replace("-", "_")] = _typed(value if equals else waiting.pop(0))
+    return rest, variables
+
+
+def _typed(text: str) -> object:
+    """What a value is in JSON, and True as true; else a text."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text, parse_constant=str)
+    except ValueError:
+        return text
 
 
 def _did_you_mean(word: str, options: Sequence[str]) -> str:
@@ -115,7 +141,7 @@ def _from_json(kind: type, content: dict, out: str):
     known = {f.name: f for f in fields(kind)}
     values = {}
     for name, value in content.items():
-        if name in ("data_hash", "format"):  # no options
+        if name in ("data_hash", "date", "format"):  # no options
             continue
         if name not in known:
             raise InputError(

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,10 @@ class GenerateConfig:
     """Keep tokens with at least this share of the largest probability."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion; what is printed ends before them."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template reads, each as --template.NAME VALUE: --template.enable_thinking false."""
+    system: str | None = None
+    """System message of the prompts whose messages have none."""
     seed: int = 0
     """Same seed, same completions."""
     slots: int = 64
@@ -75,7 +79,7 @@ class ReportConfig:
 
 
 def generate(c: GenerateConfig) -> None:
-    model, tokenizer = load(c.model, c.dtype, c.device)
+    model, tokenizer = load(c.model, c.dtype, c.device, config=c)
     params = SamplingParams(
         c.n, c.temperature, c.top_k, c.top_p, c.min_p, c.max_tokens, tokenizer.stop_ids, c.stop, c.seed
     )

@@ -5,7 +5,7 @@ import itertools
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -83,6 +83,10 @@ class EvalConfig:
     on_bad_reward: Literal["stop", "skip", "strict"] = "stop"
     """What is no score at all (an exception, a text, infinity) ends the evaluation, or leaves its completion without
     one; strict: None, NaN and a late one end it, too."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template reads, each as --template.NAME VALUE: --template.enable_thinking false."""
+    system: str | None = None
+    """System message of the prompts whose messages have none."""
     shown: int = 4
     """Completions to print."""
     seed: int = 0
@@ -109,6 +113,8 @@ def evaluation(c: EvalConfig) -> None:
     task, models = _evaluation_task(c), [c.model, c.compare] if c.compare else [c.model]
     records, results, folder = [], [], None
     with RichDisplay(Console(stderr=c.json)) as display:  # stdout is for the numbers
+        for note in () if c.scorer else task.notes:
+            display.line(note)
         task, loaded = _completable(c, task, models, display)
         about = {"config": identity(c, contents(task.heldout)), "versions": _versions()}
         for i, model in enumerate(models, 1):
@@ -156,7 +162,7 @@ def _completable(c: EvalConfig, task: Task, models: Sequence[str], display: Rich
 
 
 def _sampler(c: EvalConfig, model: str) -> tuple[Sampler, SamplingParams]:
-    transformer, tokenizer = load(model, c.dtype, c.device)
+    transformer, tokenizer = load(model, c.dtype, c.device, config=c)
     params = SamplingParams(
         c.samples,
         c.temperature,

@@ -79,7 +79,7 @@ def evaluate(
     values = {"mean": [mean_at_k(row) for row in correct]}
     if k > 1:
         sizes = [2**i for i in range(k.bit_length()) if 2**i < k] if curve else []
-        answers = np.array([task.extract(text) for text in rollout.texts], dtype=object).reshape(correct.shape)
+        answers = np.array([task.extract(text) for text in rollout.answers], dtype=object).reshape(correct.shape)
         values |= {f"pass@{n}": [_passed(c, n) for c in correct] for n in (*sizes, k)}
         for n in (*sizes, k):
             values[f"maj@{n}"] = [_majority(a, c, n, ties) for a, c in zip(answers, correct, strict=True)]
@@ -102,12 +102,13 @@ def completion_records(model: str, sampled: Sequence[Rollout], task: Task) -> li
             "prompt": rollout.examples[row // rollout.group_size]["prompt"],
             "sample": "greedy" if rollout is not sampled[0] else row % rollout.group_size,
             "completion": rollout.texts[row],
-            "answer": task.extract(rollout.texts[row]),
+            "answer": task.extract(answers[row]),
             "tokens": len(completion.tokens),
             "finish_reason": completion.finish_reason,
             "correct": _or_none(rollout.rewards[row].item()) if len(rollout.rewards) else None,
         }
         for rollout in sampled
+        for answers in (rollout.answers,)
         for row, completion in enumerate(rollout.completions)
     ]
 

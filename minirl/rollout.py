@@ -14,6 +14,7 @@ from minirl.files import place_of
 from minirl.rewards import Fault, guarded, score
 from minirl.rewards.rules import is_repetitive, think_answer_format, too_short
 from minirl.rewards.scoring import TIMEOUT
+from minirl.rewards.thoughts import CLOSING, OPENING
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ class Rollout:
     examples: list[dict]  # P
     prompts: list[list[int]]  # P token lists
     completions: list[Completion]  # B
-    texts: list[str]  # B, without special tokens and stop texts
+    texts: list[str]  # B, without stop tokens and stop texts
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [B]; NaN = could not be scored
     parts: dict[str, list[float]] = field(default_factory=dict)  # each reward function's unweighted values
     steps: dict[str, list[Steps | None]] = field(default_factory=dict)  # by reward; None = one number for the whole
@@ -79,6 +80,13 @@ class Rollout:
         return torch.arange(len(self.prompts)).repeat_interleave(self.group_size)
 
     @property
+    def answers(self) -> list[str]:
+        """B texts as rules read them: where thoughts that the prompt opened never end, the text begins with their
+        tag, so that nothing in it is an answer."""
+        rows = zip(self.texts, self.completions, strict=True)
+        return [OPENING + text if c.thinking and CLOSING not in text else text for text, c in rows]
+
+    @property
     def lengths(self) -> list[int]:
         return [len(c.tokens) for c in self.completions]
 
@@ -99,14 +107,16 @@ class Rollout:
         indices = self.indices or range(len(self.prompts))
         known = [place_of(e, f"prompt {i}") for e, i in zip(self.examples, indices, strict=True)]
         places = [f"{place}, completion {j}" for place in known for j in range(self.group_size)]
-        self.faults, self.steps = [], {}
+        self.faults, self.steps, answers = [], {}, self.answers
 
         def in_steps(name: str, row: int, found: Steps) -> None:
-            self.steps.setdefault(name, [None] * len(self.completions))[row] = found
+            tag = len(answers[row]) - len(self.texts[row])
+            steps = [(max(end - tag, 0), reward) for end, reward in found]
+            self.steps.setdefault(name, [None] * len(self.completions))[row] = steps
 
         listen = in_steps if steps else None
         total, self.parts = score(
-            rewards, prompts, self.texts, self.columns(), timeout, on_bad, self.faults.append, listen, places
+            rewards, prompts, answers, self.columns(), timeout, on_bad, self.faults.append, listen, places
         )
         self.rewards = torch.tensor(total, dtype=torch.float64)
 
@@ -200,24 +210,46 @@ def sample(
     """Draw params.n completions for the prompt of each example. `indices` are the examples' in the data."""
     prompts = [tokenizer.prompt_ids(example["prompt"], example.get("tools")) for example in examples]
     groups = sampler.generate(prompts, params, progress)
+    for example, prompt, group in zip(examples, prompts, groups, strict=True):
+        thinking = _ends_in_thoughts(tokenizer, example["prompt"], prompt)
+        for completion in group:
+            completion.thinking = thinking
     completions = [completion for group in groups for completion in group]
     texts = [completion_text(tokenizer, c, params) for c in completions]
     return Rollout(list(examples), prompts, completions, texts, indices=list(indices))
 
 
+def _ends_in_thoughts(tokenizer: Tokenizer, prompt: str | list[dict], ids: Sequence[int]) -> bool:
+    """Whether a chat template, or an unfinished message of the assistant's, opens thoughts and does not end them."""
+    words = prompt[-1].get("content") if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" else ""
+    end = tokenizer.decode(ids[-16:], skip_special_tokens=False)  # long enough for a tag and white space
+    return end.rstrip().endswith(OPENING) or OPENING in str(words).rpartition(CLOSING)[2]
+
+
 def completion_text(tokenizer: Tokenizer, completion: Completion, params: SamplingParams) -> str:
     """What a reader, a reward and an evaluation see: neither the stop token nor a stop text, nor what its last token
-    holds beyond it. All that belongs to the actions, so the tokens keep it."""
+    holds beyond it. All that belongs to the actions, so the tokens keep it. Special tokens that say something, as
+    <think> may be one, are seen: see `Tokenizer.shown`."""
     tokens = completion.tokens
-    text = tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in params.stop_ids else tokens)
-    return text[: min((at for stop in params.stop if (at := text.find(stop)) >= 0), default=None)]
+    if tokens and tokens[-1] in params.stop_ids:
+        tokens = tokens[:-1]
+    if not params.stop:
+        return tokenizer.shown(tokens)
+    whole = tokenizer.decode(tokens, skip_special_tokens=False)  # a stop text may be a token that is not shown
+    at = min((at for stop in params.stop if (at := whole.find(stop)) >= 0), default=None)
+    if at is None:
+        return tokenizer.shown(tokens)
+    text = whole[:at]
+    for token in tokenizer.hidden.intersection(tokens):
+        text = text.replace(tokenizer.decode([token], skip_special_tokens=False), "")
+    return text
 
 
 def _token_at(tokenizer: Tokenizer, tokens: Sequence[int], text: str, end: int) -> int:
     """Index of the token that completes the first `end` characters of the text, for all of it the last token."""
     if end >= len(text):
         return len(tokens) - 1
-    return bisect_left(range(len(tokens)), end, key=lambda t: len(tokenizer.decode(tokens[: t + 1])))
+    return bisect_left(range(len(tokens)), end, key=lambda t: len(tokenizer.shown(tokens[: t + 1])))
 
 
 def task_guarded(task: Task, weight: float) -> dict:

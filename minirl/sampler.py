@@ -93,6 +93,8 @@ class Completion:
     finish_reason: str = ""  # "stop" or "length"
     kept: list[np.ndarray] | None = None
     """With truncated sampling: the token ids that could be drawn, int32, one array a token."""
+    thinking: bool = False
+    """Whether its prompt ends in thoughts, which the completion goes on with."""
 
 
 @dataclass
@@ -282,7 +284,7 @@ class _Generation:
         if completion.tokens[-1] in self.stop_ids:
             return "stop"
         if p.stop:
-            tail = self.tokenizer.decode(completion.tokens[-self.stop_tail :])
+            tail = self.tokenizer.decode(completion.tokens[-self.stop_tail :], skip_special_tokens=False)
             if any(text in tail for text in p.stop):
                 return "stop"
         if len(completion.tokens) == p.max_tokens or position + 2 >= self.max_length:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1] / "minirl"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 PROGRAM = {"--help", "--version"}
 # Sentences that the fixed data and options of the demo never meet, and that of a run which says that it is resumable.
-ELSEWHERE = {"demo": {"--resume", "--device", "--group", "--max-tokens", "--overlong-prompts"}}
+FIXED = {"--resume", "--device", "--group", "--max-tokens", "--overlong-prompts", "--system", "--template"}
+ELSEWHERE = {"demo": FIXED}
 
 Place = tuple[str, str]  # module, name of a function or class in it
 
@@ -54,6 +55,15 @@ def names(module: str) -> dict[str, Place]:
 NAMES = {module: names(module) for module in TREES}
 
 
+def types_of(tree: ast.AST) -> set[str]:
+    """Names that stand in annotations alone: nothing is called by them."""
+    notes = [getattr(node, key) for node in ast.walk(tree) for key in ("annotation", "returns") if hasattr(node, key)]
+    within = [node for note in notes if note for node in ast.walk(note) if isinstance(node, ast.Name)]
+    ids = {id(node) for node in within}
+    called = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in ids}
+    return {node.id for node in within} - called
+
+
 def reachable(roots: list[Place]) -> set[Place]:
     """The functions and classes that are mentioned, a class with all its methods: more than can be called."""
     seen, waiting = set(), list(roots)
@@ -61,7 +71,7 @@ def reachable(roots: list[Place]) -> set[Place]:
         place = waiting.pop()
         if place not in seen:
             seen.add(place)
-            used = {node.id for node in ast.walk(BODIES[place]) if isinstance(node, ast.Name)}
+            used = {node.id for node in ast.walk(BODIES[place]) if isinstance(node, ast.Name)} - types_of(BODIES[place])
             waiting += [NAMES[place[0]][name] for name in used if name in NAMES[place[0]]]
     return seen
 

@@ -99,7 +99,7 @@ OFTEN = ["model", "task", "out", "preset", "steps", "prompts", "group", "max-tok
     [
         ("grpo", OFTEN),
         ("ppo", OFTEN),
-        ("sft", ["model", "data", "out", "steps", "batch", "lr"]),
+        ("sft", ["model", "data", "out", "loss-on", "steps", "batch", "lr"]),
         ("prefer", ["model", "data", "out", "steps", "batch", "lr"]),
         ("reward", ["model", "data", "kind", "out", "steps", "batch", "lr"]),
         ("rft", ["model", "task", "out", "prompts", "samples"]),
@@ -208,7 +208,7 @@ def test_resume_takes_the_config_that_is_stored(command, config, tmp_path):
 
 
 def test_completions_are_printed_below_their_prompts(model, capsys, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: f"{len(ids)} of them")
+    monkeypatch.setattr(Tokenizer, "shown", lambda self, ids: f"{len(ids)} of them")
     out = output(capsys, *f"generate --model {model} --prompts 1+2= 3+4= --n 2 --max-tokens 2 --top-k 2".split())
     blocks = out.removesuffix("\n\n").split("\n\n")
     assert [block.partition(" ")[0] for block in blocks] == ["'1+2='", "'1+2='", "'3+4='", "'3+4='"]
@@ -270,14 +270,14 @@ def test_a_chat_template_is_used_unless_raw(model, capsys, tmp_path):
 
 @pytest.mark.parametrize("command", ["generate --prompts 1+2=", f"eval --task {TASK} --prompts 2 --samples 2"])
 def test_escape_codes_of_a_completion_do_not_reach_the_terminal(command, model, capsys, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\x1b[31mred\x9b0m")
+    monkeypatch.setattr(Tokenizer, "shown", lambda self, ids: "\x1b[31mred\x9b0m")
     out = output(capsys, *command.split(), "--model", model, "--max-tokens", "4")
     assert "␛[31mred␛0m" in out
     assert not re.search("[\x1b\x9b]", out)
 
 
 def test_letters_that_the_terminal_does_not_have_are_no_error(model, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "Ω \ud83d")
+    monkeypatch.setattr(Tokenizer, "shown", lambda self, ids: "Ω \ud83d")
     stdout = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, "latin-1"))
     cli.main(["generate", "--model", model, "--prompts", "1+2=", "--max-tokens", "4"])
@@ -298,7 +298,7 @@ def evaluated(model: str, *args: str) -> list[str]:
 
 
 def test_accuracies_are_a_table_with_intervals(model, capsys, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "12")  # of 5+7 and 7+5, for instance
+    monkeypatch.setattr(Tokenizer, "shown", lambda self, ids: "12")  # of 5+7 and 7+5, for instance
     out = output(capsys, *evaluated(model))
     assert "arithmetic: 10 held-out prompts, k = 4, T = 1" in plain(out)
     numbers = json.loads(output(capsys, *evaluated(model, "--json")))
@@ -384,7 +384,7 @@ def test_a_scorer_that_fails_is_called_by_its_name_and_may_be_skipped(model, cap
 
 
 def test_another_scorer_decides_what_is_right_and_the_task_what_is_voted_for(model, capsys, elsewhere, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "12")
+    monkeypatch.setattr(Tokenizer, "shown", lambda self, ids: "12")
     (elsewhere / "my.py").write_text("def never(prompts, completions, **columns):\n    return [0] * len(completions)\n")
     args = [*evaluated(model, "--json"), "--scorer"]
     task, never, same = (json.loads(output(capsys, *args, spec)) for spec in ("last_number", "my.py:never", "answer"))
@@ -404,7 +404,7 @@ def two(tmp_path, monkeypatch) -> tuple[str, str]:
     """Two checkpoints of which the first says 12 and the second 11."""
     folders = [str(tiny_checkpoint(tmp_path / name, seed)) for seed, name in enumerate(("good", "bad"))]
     said = iter(["12"] * 50 + ["11"] * 50)  # 10 prompts x 4 and greedy, of each model
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: next(said))
+    monkeypatch.setattr(Tokenizer, "shown", lambda self, ids: next(said))
     return tuple(folders)
 
 
@@ -507,7 +507,7 @@ def test_a_comparison_fits_a_terminal_of_100_columns(model, capsys, monkeypatch)
 
 @pytest.mark.parametrize("shown", [0, 2, 9])
 def test_some_completions_are_shown_with_what_they_were_worth(shown, model, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "3")
+    monkeypatch.setattr(Tokenizer, "shown", lambda self, ids: "3")
     prompts = ({"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "5="})
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     (tmp_path / "train.jsonl").write_text('{"prompt": "7="}\n')
@@ -577,3 +577,19 @@ def test_messages_of_a_file_need_a_chat_template(model, capsys, tmp_path):
     with pytest.raises(SystemExit), pytest.warns(UserWarning):
         cli.main(["eval", "--model", str(model), "--task", spec, "--max-tokens", "2"])
     assert "has no chat template, which messages in " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "outcomes", "rft", "grpo", "ppo"])
+def test_a_run_begins_with_what_its_task_has_to_say(command, model, capsys, tmp_path, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(*args):
+        raise Loaded
+
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1", "answer": "x^2"}\n{"prompt": "2", "answer": "7"}\n')
+    monkeypatch.setattr(Transformer, "from_pretrained", load)
+    with pytest.raises(Loaded):
+        cli.main([command, "--model", model, "--task", f"{tmp_path / 'data.jsonl'}:heldout_fraction=0.5"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("1 of 2 answers are no numbers ('x^2' is the first)") == 1 and "reward=math" in said

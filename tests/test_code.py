@@ -58,7 +58,6 @@ READ = {  # ways to write a right program down
     "a draft in the thoughts": f"<think>hm ```python\ndef f(x): return 3 * x\n```\nno</think>\n```python\n{TWICE}\n```",
     "thoughts that end in a fence": f"<think>hm ```python\n</think>\n```python\n{TWICE}\n```",
     "a fence in the thoughts, never closed": f"<think>like ```python</think>\n```python\n{TWICE}\n```",
-    "only a block in the thoughts' line": f"<think>hm ```python\n{TWICE}\n```",
     "a block in a list": "1. Write:\n\n   ```python\n   def f(x):\n       return 2 * x\n   ```\n2. Done.",
     "a block on a list's line": "1. ```python\n   def f(x):\n       return 2 * x\n   ```\n",
     "tildes": f"~~~python\n{TWICE}\n~~~\nDone.",
@@ -112,6 +111,11 @@ READ = {  # ways to write a right program down
     "never closed, its use and prose": f"```python\n{TWICE}\n\nprint(f(2))\nIt prints 4, isn't that nice?",
     "a guard and prose": f"{TWICE}\n\nif __name__ == '__main__':\n    print(f(2))\n\nThat is it.",
 }
+
+
+@pytest.mark.parametrize("text", [f"<think>\n```python\n{TWICE}\n```", f"```python\n{TWICE}\n```\n</think>\nso"])
+def test_a_program_in_the_thoughts_is_none(text):
+    assert code_block(text) in (None, "\nso") and TWICE not in program_of(text, "", "f")
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape")

@@ -167,7 +167,8 @@ TWO = [  # completion, score, why; the answer is 2
     (r"2 \boxed{}", 0, "an empty box"),
     (r"2 \boxed{@}", 0, "a box that cannot be read"),
     (r"2 \boxed{3", 0, "a box that is not closed"),
-    (r"\boxed{2} \fbox{2}", 0, "several boxes"),
+    (r"\boxed{2} \fbox{2}", 1, "equal boxes are one answer"),
+    (r"\boxed{2} \fbox{3}", 0, "several boxes"),
 ]
 
 OTHERS = [  # reference answer, completion, score
@@ -187,6 +188,12 @@ OTHERS = [  # reference answer, completion, score
     (r"\$7", "$7", 1),
     ("x=5", r"\boxed{5}", 1),
     ("111_2", r"\boxed{111}", 0),
+    (r"\frac{1}{3}", "0.333333", 0),  # numbers that differ only far behind the point
+    ("0.3333333", r"\boxed{0.33333334}", 0),
+    (r"\sqrt{2}", "1.414214", 0),
+    (r"(0.3333333,1)", r"$(0.33333334,1)$", 0),
+    ("0.30", r"\boxed{\frac{3}{10}}", 1),
+    ("1,234.5", "1234.50", 1),
     ("111", r"\boxed{111_2}", 0),
 ]
 

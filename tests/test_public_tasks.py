@@ -52,6 +52,12 @@ def test_gsm8k_takes_the_strict_number(tmp_path):
     assert [task.extract(text) for text in completions[:4]] == ["72", "72", "73", None]
 
 
+@pytest.mark.parametrize("answer", ["#### $72", "#### 72.", "#### 72 dollars", r"#### \$72.00"])
+def test_an_answer_of_gsm8k_may_have_a_unit(answer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "?", "answer": answer}])
+    assert load_task("gsm8k", path=path, heldout_fraction=0).train[0]["answer"] == "72"
+
+
 @pytest.mark.parametrize(
     "row, message",
     [

@@ -197,7 +197,7 @@ def test_one_token_may_hold_the_separator_and_more():
     pieces = ["a", ".\n", "b\nc", "\n\n", " ", "d"]
 
     class Whole:
-        def decode(self, ids):
+        def shown(self, ids):
             return "".join(pieces[i] for i in ids)
 
     assert step_ends(Whole(), range(6), "\n") == [1, 2, 3, LAST]

@@ -73,7 +73,7 @@ def test_the_answer_is_the_box_or_the_last_number(text, value):
 @pytest.mark.parametrize(
     "text",
     [
-        r"\boxed{7} \boxed{7}",
+        r"\boxed{6} \boxed{7}",
         r"\boxed{\boxed{7}}",
         r"\boxed{7} or \fbox{8}",
         r"\boxed{7}, no, 8",
@@ -226,6 +226,7 @@ HOSTILE = {
     "units without an end": "7 " + "m/" * (MEGABYTE // 2) + "^2",
     "a long text before": "7\n" + "ab c" * (MEGABYTE // 4),
     "tool calls, closed": "<tool_call>{}</tool_call>" * (MEGABYTE // 25),
+    "boxes, equal": r"\boxed{7} " * (MEGABYTE // 10),
     "thoughts, closed": "<think></think>" * (MEGABYTE // 15),
 }
 RULES = {name: rule for name, rule in REWARDS.items() if name not in ("math", "answer")}  # in the sandbox; two others

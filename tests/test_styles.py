@@ -60,6 +60,13 @@ def test_tasks_ask_in_their_style():
     assert "(1 + 2)" not in asked and asked.endswith(INSTRUCTION)
 
 
+def test_content_in_parts_gets_the_instruction_as_a_part():
+    parts = [{"type": "text", "text": "q"}]
+    (message,) = in_style("think", [{"role": "user", "content": parts}])
+    assert message["content"] == [*parts, {"type": "text", "text": f"\n\n{INSTRUCTION}"}]
+    assert parts == [{"type": "text", "text": "q"}]
+
+
 @pytest.mark.parametrize(
     "completion, block",
     [

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minirl.errors import InputError
 from minirl.files import kind_of, read_jsonl
 from minirl.rewards import score
+from minirl.rewards.numbers import reference_number
 from minirl.tasks import countdown, load_task, parse_task
 from minirl.tasks.countdown import MAX_EXPRESSION, evaluate, extract, read_answer
 
@@ -680,3 +681,88 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
 def test_jsonl_refuses_options_that_make_no_sense(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         load_task(write(tmp_path / "data.jsonl", [{"prompt": "a"}]), **options)
+
+
+# --- answers that are numbers in other words
+
+
+@pytest.mark.parametrize(
+    "answer, value",
+    [
+        ("$18", 18),
+        ("18.", 18),
+        (r"\$18.90", Fraction(189, 10)),
+        ("-5", -5),
+        ("− 5", -5),
+        ("50%", 50),
+        (r"50\%", 50),
+        ("3 apples", 3),
+        ("7 kg", 7),
+        (r"18\text{ cm}", 18),
+        (r"90^\circ", 90),
+        (r"\frac{1}{2}", Fraction(1, 2)),
+        (r"$-\dfrac12$.", Fraction(-1, 2)),
+        (r"\boxed{\frac{1}{2}}", Fraction(1, 2)),
+        (r"12,\!000", 12000),
+        ("x = 7", 7),
+        ("(7)", 7),
+        ("2 Samuel", None),  # a name that begins with a number
+        ("12 Angry Men", None),
+        ("B: 7", None),
+        ("Paris", None),
+        ("1, 2", None),
+        ("(1,2)", None),
+        ("3:2", None),
+        ("1e3", None),
+        ("2024-05-07", None),
+        ("1 1/2", None),
+        ("7x", None),
+        ("7!", None),
+        ("±7", None),
+        ("x > 7", None),
+        (r"2\pi", None),
+        (r"\sqrt{2}", None),
+        (r"\frac{\sqrt{3}}{2}", None),
+        (r"\boxed{1} \boxed{2}", None),
+        ("", None),
+        (True, None),
+    ],
+)
+def test_a_reference_answer_is_read_as_that_of_a_completion(answer, value):
+    assert reference_number(answer) == value
+
+
+@pytest.mark.parametrize(
+    "answer, right, wrong",
+    [
+        ("$18", "The answer is $18.", "The answer is $19."),
+        ("18 dollars", "18", "180"),
+        (r"\frac{1}{2}", r"\boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}"),
+        (r"\frac{1}{2}", "0.5", "0.50000000000000000001"),
+        ("2 Samuel", "2 Samuel", "2 Kings"),
+        (r"\sqrt{2}", r"\sqrt{2}", "2"),
+    ],
+)
+def test_the_default_reward_of_a_file_reads_such_answers(tmp_path, answer, right, wrong):
+    rows = [{"prompt": "a", "answer": answer}]
+    task = load_task(write(tmp_path / "d.jsonl", rows), heldout_fraction=0)
+    assert [correct_of(task, rows[0], text) for text in (right, wrong, "", f"<think>{right}")] == [1, 0, 0, 0]
+    assert correct_of(task, rows[0], f"<think>{wrong}</think>{right}") == 1
+    assert correct_of(task, rows[0], f"<think>{right}</think>{wrong}") == 0
+
+
+@pytest.mark.parametrize(
+    "answers, note",
+    [
+        ([7, "$18", r"\frac{1}{2}", None], None),
+        (["7", r"\sqrt{2}", "x^2", None], r"2 of 3 answers are no numbers ('\\sqrt{2}' is the first)"),
+        (["7", "Paris"], "1 of 2 answers are no numbers ('Paris' is the first)"),
+    ],
+)
+def test_a_file_says_how_many_answers_only_their_own_text_matches(tmp_path, answers, note):
+    path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "answer": a} for i, a in enumerate(answers)])
+    notes = load_task(path, heldout_fraction=0.3, style="think").notes
+    assert [line.partition(", and")[0] for line in notes] == ([] if note is None else [note])
+    advice = "reward=FILE.py:FUNCTION" if "Paris" in answers else "reward=math"
+    assert all(advice in line for line in notes)
+    assert load_task(path, heldout_fraction=0.3, reward="exact_match").notes == ()

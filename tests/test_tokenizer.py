@@ -124,14 +124,14 @@ def test_special_tokens_map_fills_what_the_configuration_leaves_open(tmp_path):
     ("generation", "config", "expected"),
     [
         ({"eos_token_id": [258, 259, 258]}, {"eos_token_id": 1}, (258, 259)),
-        ({"eos_token_id": 259}, {"eos_token_id": 1}, (259,)),
-        ({"eos_token_id": 0}, {"eos_token_id": 1}, (0,)),
-        ({}, {"eos_token_id": [7, 8]}, (7, 8)),
+        ({"eos_token_id": 259}, {"eos_token_id": 1}, (259, 258)),
+        ({"eos_token_id": 0}, {"eos_token_id": 1}, (0, 258)),
+        ({}, {"eos_token_id": [7, 8]}, (7, 8, 258)),
         ({"eos_token_id": None}, {}, (258,)),
         (None, None, (258,)),
     ],
 )
-def test_stop_ids_come_from_generation_config_then_config_then_the_eos_token(tmp_path, generation, config, expected):
+def test_stop_ids_are_those_of_the_model_and_the_eos_token(tmp_path, generation, config, expected):
     files = {
         name: content
         for name, content in (("generation_config", generation), ("config", config))
@@ -407,7 +407,7 @@ def test_a_broken_template_is_an_error(template):
 
 
 def test_a_template_that_trips_over_its_messages_is_an_error():
-    message = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}]}
     with pytest.raises(InputError, match=r"cannot render these messages.*TypeError"):
         with_template("{{ messages[0].content + '' }}").render([message])
 

@@ -744,7 +744,7 @@ def test_a_step_ends_with_the_token_that_completes_its_characters():
     assert ends.tolist() == [[True, True, True, False, False, True]]
 
     class Wide:  # every token is three characters
-        def decode(self, tokens):
+        def shown(self, tokens):
             return "xyz" * len(tokens)
 
     rollout = Rollout([{}], [[]], [Completion([1, 2, 3])], ["xyzxyzxyz"], torch.zeros(1), {"s": [0.0], "off": [9.0]})

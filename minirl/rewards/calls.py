@@ -7,6 +7,8 @@ import json
 import re
 from typing import Any
 
+from minirl.rewards.thoughts import after_thoughts
+
 FENCE = re.compile(r"```[A-Za-z_]*\n")
 OPENING, CLOSING = re.compile(r"\s*<tool_call>\s*"), re.compile(r"\s*</tool_call>\s*")
 
@@ -40,8 +42,8 @@ def function_call(prompts, completions, answer, **columns) -> list[float | None]
 
 
 def read_calls(completion: str) -> list[dict] | None:
-    """The calls of a completion; None if it is not made of calls."""
-    text = completion.strip()
+    """The calls of a completion behind its thoughts; None if it is not made of calls."""
+    text = after_thoughts(completion).strip()
     fence = FENCE.match(text)
     whole = text[fence.end() : -3] if fence and text.endswith("\n```") else text
     calls = _as_calls(_parsed(whole))

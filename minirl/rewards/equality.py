@@ -8,11 +8,14 @@ The last expression is the answer: where it cannot be read, no earlier one takes
 
 import logging
 import re
+from fractions import Fraction
 
 from math_verify import parse, verify
 
-from minirl.rewards.boxed import box_count, last_box
+from minirl.rewards.boxed import box_count, equal_boxes
+from minirl.rewards.latex import plain
 from minirl.rewards.numbers import whole_number
+from minirl.rewards.thoughts import after_thoughts
 
 for name in ("parser", "grader"):  # each call would log that the timeouts are off
     logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
@@ -32,6 +35,7 @@ RUN = re.compile(
     rf"[-+]? {ATOM} (?: {ATOM} | [ \t]+ (?=\\) {ATOM} | [ \t]* [-+*/=<>^_±×·≤≥,] [ \t]* [-+]? {ATOM} )*", re.VERBOSE
 )
 ARITHMETIC = re.compile(r"[-+*/=(),.\s0-9]*|[^0-9\\]*|[0-9.,]*\\[%$]")  # math-verify reads it, or there is no number
+DIGITS = 12  # behind the point that math-verify compares, of roots and the like: it computes 15 digits in all
 BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?$")
 
 
@@ -41,7 +45,10 @@ def is_readable(answer: str) -> bool:
 
 def is_equal(answer: str, completion: str) -> bool:
     gold, found = _parse_answer(answer), _parse(_marked(completion))
-    return _base(gold) == _base(found) and verify(gold, found, timeout_seconds=None)
+    numbers = _number(gold), _number(found)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return _base(gold) == _base(found) and verify(gold, found, DIGITS, timeout_seconds=None)
 
 
 def reading(text: str) -> str | None:
@@ -59,12 +66,12 @@ def _parse_answer(answer: str) -> list:
 
 
 def _marked(completion: str) -> str:
-    """The completion so that math-verify reads it right; nothing where there are several boxes, or an open one."""
-    text = BOLD.sub("", completion).replace("°", r"^\circ").strip()
-    boxes = box_count(text)
-    if boxes:
-        box = last_box(text)[0] if boxes == 1 else None
-        return rf"\boxed{{{box}}}" if box else ""
+    """The completion so that math-verify reads it right, without its thoughts; nothing where boxes differ, or one is
+    open."""
+    text = BOLD.sub("", after_thoughts(completion)).replace("°", r"^\circ").strip()
+    if box_count(text):
+        boxes = equal_boxes(text)
+        return rf"\boxed{{{boxes[0].content}}}" if boxes and boxes[0].content else ""
     marks = list(MARK.finditer(text))
     unmarked = marks[-1].end() if marks else 0
     line = LEAD.match(text, max(unmarked, text.rfind("\n") + 1)).end()
@@ -75,6 +82,11 @@ def _marked(completion: str) -> str:
 
 def _in_dollars(run: re.Match) -> str:
     return run[0] if ARITHMETIC.fullmatch(run[0]) else f"${run[0]}$"
+
+
+def _number(parsed: list) -> Fraction | None:
+    """The exact value of plain digits, which math-verify rounds; None where it reads anything else."""
+    return whole_number(plain(parsed[-1])) if parsed and isinstance(parsed[-1], str) else None
 
 
 def _base(parsed: list) -> str | None:

@@ -20,7 +20,7 @@ def math_match(prompts, completions, answer, **columns) -> list[float | Exceptio
     r"""1 if the completion's last mathematical expression equals the answer, else 0; None if the answer itself cannot
     be read.
 
-    More than one \boxed{} is an attempt to answer several times and scores 0; a comparison that takes longer than
+    Boxes that differ are an attempt to answer several times and score 0; a comparison that takes longer than
     `SECONDS` is a TimeoutError, which counts as 0.
     """
     golds = [None if a is None else answer_text(a) for a in answer]
@@ -36,8 +36,8 @@ def math_match(prompts, completions, answer, **columns) -> list[float | Exceptio
 
 @functools.lru_cache(1 << 16)
 def math_answer(text: str) -> str | None:
-    r"""The text's answer as a vote: math-verify's reading of its last expression; None if there is none, or more than
-    one \boxed{}."""
+    r"""The text's answer as a vote: math-verify's reading of its last expression; None if there is none, or boxes
+    that differ."""
     (reading,) = _calls("reading", [(text,)])
     return None if isinstance(reading, Exception) else reading
 

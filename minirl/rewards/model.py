@@ -16,6 +16,7 @@ import torch
 from minirl.attention import Packed
 from minirl.errors import InputError
 from minirl.model import Transformer
+from minirl.rewards.thoughts import OPENING
 from minirl.tokenizer import Tokenizer
 
 LAST = -1  # as a place: the last token
@@ -89,7 +90,7 @@ def read_all(model: Transformer, trees: Sequence[Tree], budget: int) -> torch.Te
 def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], separator: str) -> list[int]:
     """Index of each step's last token: that in which the step's separator ends, for a last step without one the last
     token of all. A step of white space alone is none; a text without any step has one, at its end."""
-    pieces, ends, step = [tokenizer.decode([token]) for token in tokens], [], ""
+    pieces, ends, step = [tokenizer.shown([token]) for token in tokens], [], ""
     for i, piece in enumerate(pieces):
         step += piece
         if separator in step:
@@ -106,8 +107,9 @@ def spelled_tokens(tokenizer: Tokenizer, text: str, tokens: Sequence[int], where
     on, as a stop text is cut from what a reward sees."""
     if not isinstance(tokens, list | tuple) or any(type(token) is not int or token < 0 for token in tokens):
         raise InputError(f"{where}: its tokens are {tokens!r:.60}: they must be a list of token ids")
-    spelled = tokenizer.decode(tokens)
-    if not spelled.startswith(text):
+    spelled = tokenizer.shown(tokens)
+    begun = text.removeprefix(OPENING)  # it may stand in the prompt
+    if not spelled.startswith((text, begun)) and not tokenizer.decode(tokens).startswith(text):  # without special ones
         raise InputError(
             f"{where}: its tokens spell {spelled[:40]!r} and not {text[:40]!r}: they are of another "
             "tokenizer; a reward model needs the policy's, and stored tokens that of the checkpoint"
@@ -156,7 +158,8 @@ class RewardModel:
         tokens = []
         for i, text in enumerate(completions):
             if completion_ids is None:
-                tokens.append((*self.tokenizer.encode(text), *self.tokenizer.stop_ids[:1]))
+                end = [self.tokenizer.stop_id] if self.tokenizer.stop_ids else []
+                tokens.append((*self.tokenizer.encode(text), *end))
             else:
                 tokens.append(spelled_tokens(self.tokenizer, text, completion_ids[i], f"completion {i}"))
         tools = columns.get("tools") or [None] * len(prompts)

@@ -15,16 +15,19 @@ dash (`- 7`, `gives - 7`), so there is no answer. Behind the odd dollars of a li
 if no operand touches them; behind the even ones it subtracts if one does (`$5$ - 7`); else there is no answer.
 
 The answer of a text is what stands in its only \boxed{}, and no other number may be the text's last one; without a box
-it is the last number. A box holds one number, also in parentheses, with nothing else than `name =` before it, units and
-\text{} without digits: no operator, other bracket or command, or single letter. Several boxes are no answer.
+it is the last number. Several boxes are one answer if they are equal, else none; thoughts are left out (see
+`after_thoughts`). A box holds one number, also in parentheses, with nothing else than `name =` before it, units and
+\text{} without digits: no operator, other bracket or command, or single letter. A reference answer is read as a box is:
+`$18`, `\frac{1}{2}`, `18.` and `3 apples` are numbers. `2 Samuel` is none, as a unit there has small letters.
 """
 
 import math
 import re
 from fractions import Fraction
 
-from minirl.rewards.boxed import BOX, last_box
+from minirl.rewards.boxed import BOX, equal_boxes
 from minirl.rewards.latex import plain
+from minirl.rewards.thoughts import after_thoughts
 
 MAX_LENGTH = 1000  # characters; beyond 4300 digits Python itself refuses the conversion
 WINDOW = 4096  # characters at the end of a text that are read first
@@ -70,16 +73,21 @@ IN_BOX = re.compile(  # before and after the number, whose place is the #
     r"[\s}$%€£¥¤.]*(?:°[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
 )
 
+NAME = re.compile(
+    r"(?<![\\A-Za-z])[A-Z][A-Za-z]|[A-Za-z]\s*:"
+)  # a reference answer with one is no number with its unit
+
 
 def answer_number(text: str) -> Fraction | None:
-    r"""The number in the only \boxed{}, else the last number of the text; None if there is no such."""
-    boxes = [box.start() for box in BOX.finditer(text)]
-    if not boxes:
+    r"""The number in the only \boxed{}, else the last number of the text behind its thoughts; None if there is no
+    such."""
+    text = after_thoughts(text)
+    if not BOX.search(text):
         return last_number(text)
-    box, end = last_box(text)
-    if len(boxes) > 1 or box is None or AROUND_BOX.search(text[max(0, boxes[0] - 8) : boxes[0]]):
+    boxes = equal_boxes(text)
+    if not boxes or any(AROUND_BOX.search(text[max(0, box.start - 8) : box.start]) for box in boxes):
         return None
-    value, last = _only_number(box), _last(text[end:])
+    value, last = _only_number(boxes[0].content), _last(text[boxes[-1].end :])
     return value if last is None or _signed(last) == value else None
 
 
@@ -96,10 +104,15 @@ def whole_number(text: str) -> Fraction | None:
 
 
 def reference_number(answer) -> Fraction | None:
-    """The number that a reference answer is; a float, which Python may write as 1e-05, counts as its decimal digits."""
+    r"""The number that a reference answer is, also with a unit, in LaTeX or in its only \boxed{}; a float, which Python
+    may write as 1e-05, counts as its decimal digits."""
     if isinstance(answer, float):
         return Fraction(str(answer)) if math.isfinite(answer) else None
-    return whole_number(str(answer))
+    text = str(answer)
+    if BOX.search(text):
+        return answer_number(text)
+    number = whole_number(text)
+    return _only_number(text) if number is None and not NAME.search(text) else number
 
 
 def _last(text: str) -> re.Match | None:

@@ -14,20 +14,22 @@ import numpy as np
 
 from minirl.errors import InputError
 from minirl.rewards.numbers import answer_number, reference_number
+from minirl.rewards.thoughts import after_thoughts
 
 Reward = Callable[..., list[float | None]]
 
 
 def exact_match(prompts, completions, answer, **columns) -> list[float | None]:
-    """1 if the completion is the answer, white space around both aside; else 0."""
-    return [None if a is None else float(c.strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+    """1 if the completion behind its thoughts is the answer, white space around both aside; else 0."""
+    texts = [after_thoughts(completion).strip() for completion in completions]
+    return [None if a is None else float(c == str(a).strip()) for c, a in zip(texts, answer, strict=True)]
 
 
 def last_number(prompts, completions, answer, **columns) -> list[float | None]:
     r"""1 if the number that the completion answers with equals the answer as an exact fraction; else 0. None if the
     answer is no number.
 
-    The number is the last one, or where there is a box that of the only \boxed{}: see `numbers`.
+    The number is the last one behind the thoughts, or where there is a box that of the only \boxed{}: see `numbers`.
     """
     golds = [None if a is None else reference_number(a) for a in answer]
     return [None if g is None else float(answer_number(c) == g) for c, g in zip(completions, golds, strict=True)]
@@ -58,7 +60,8 @@ def format_match(regex: str) -> Reward:
 
 
 _OTHER = r"(?:(?!</?think>|</?answer>).)*"  # text without any of the four tags, so that each stands exactly once
-think_answer_format = format_match(rf"\s*<think>{_OTHER}</think>\s*<answer>{_OTHER}</answer>\s*")
+# The chat templates of reasoning models write the opening <think> into the prompt.
+think_answer_format = format_match(rf"\s*+(?:<think>)?{_OTHER}</think>\s*<answer>{_OTHER}</answer>\s*")
 
 
 def repetition_penalty(tokens: Sequence[Hashable], n: int = 3, penalty: float = -1.0) -> float:

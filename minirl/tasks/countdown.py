@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from minirl.errors import InputError
 from minirl.rewards.rules import format_match
+from minirl.rewards.thoughts import after_thoughts
 from minirl.tasks.split import DEFAULT_HELDOUT, DEFAULT_TRAIN, draw_split
 from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
@@ -72,8 +73,12 @@ def correct(prompts, completions, numbers, target, **columns) -> list[float]:
     return [float(read_answer(completion) == (value, sorted(given))) for completion, value, given in rows]
 
 
-answer_format = format_match(r"(?:(?!</?answer>).)*<answer>(?:(?!</?answer>).)+</answer>\s*")
-answer_format.__doc__ = "1 if the completion ends in its only <answer>...</answer>, else 0."
+_ends_in_answer = format_match(r"(?:(?!</?answer>).)*<answer>(?:(?!</?answer>).)+</answer>\s*")
+
+
+def answer_format(prompts, completions, **columns) -> list[float]:
+    """1 if the completion behind its thoughts ends in its only <answer>...</answer>, else 0."""
+    return _ends_in_answer(prompts, [after_thoughts(completion) for completion in completions])
 
 
 def extract(completion: str) -> str | None:
@@ -85,11 +90,12 @@ def extract(completion: str) -> str | None:
 
 
 def read_answer(completion: str) -> tuple[Fraction, list[int]] | None:
-    """The value and the sorted numbers of the expression in the answer tags, or of the last line where there are no
-    tags.
+    """The value and the sorted numbers of the expression in the answer tags behind the thoughts, or of the last line
+    where there are no tags.
 
     None if it cannot be read, or if there is more than one answer: spraying answers must not pay.
     """
+    completion = after_thoughts(completion)
     if completion.count("<answer>") > 1 or completion.count("</answer>") > 1:
         return None
     answers = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minirl.errors import InputError
 from minirl.files import Placed
-from minirl.rewards.numbers import whole_number
+from minirl.rewards.numbers import reference_number
 from minirl.rewards.rules import last_number
 from minirl.tasks.arithmetic import last_number_text
 from minirl.tasks.rows import read_rows, text_of, two_sides
@@ -42,7 +42,7 @@ def gsm8k(
 def _example(row: dict, where: str, style: str) -> dict:
     prompt, solution = in_style(style, text_of(row, "question", where)), text_of(row, "answer", where)
     _, mark, answer = solution.rpartition("####")
-    value = whole_number(answer)
+    value = reference_number(answer)
     if not mark or value is None:
         raise InputError(f"{where}: the answer must end in '#### ' and a number, but ends in {solution[-30:]!r}.")
     return {"prompt": prompt, "answer": str(value), "solution": solution}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from minirl.rewards.math import math_answer, math_match
 from minirl.rewards.numbers import reference_number
 from minirl.rewards.registry import load_reward
 from minirl.rewards.rules import Reward, answer_match
+from minirl.rewards.thoughts import after_thoughts
 from minirl.tasks.arithmetic import last_number_text
 from minirl.tasks.rows import filled, read_rows, two_sides
 from minirl.tasks.style import check_style, in_style, with_style
@@ -62,6 +64,7 @@ def jsonl(
         {"correct": (1.0, correct)},
         correct,
         _extractor(correct, train + heldout),
+        _notes(correct, train + heldout),
     )
     return with_style(task, style)
 
@@ -131,6 +134,20 @@ def _prompt(prompt, where: str, column: str) -> str | list[dict]:
     return messages
 
 
+def _notes(correct: Reward, examples: list[dict]) -> tuple[str, ...]:
+    """A line on the answers that the default reward compares as texts, and on what to use for them."""
+    answers = [str(example["answer"]) for example in examples if example.get("answer") is not None]
+    texts = [answer for answer in answers if reference_number(answer) is None]
+    if correct is not answer_match or not texts:
+        return ()
+    formula = any(re.search(r"[\\^0-9]", text) for text in texts)
+    advice = "reward=math compares formulas" if formula else "reward=FILE.py:FUNCTION may read more"
+    return (
+        f"{len(texts)} of {len(answers)} answers are no numbers ({texts[0]!r:.60} is the first), and only a completion "
+        f"with that very text is right: {advice}",
+    )
+
+
 def _extractor(correct: Reward, examples: list[dict]) -> Callable[[str], str | None]:
     if correct is math_match:
         return math_answer
@@ -141,4 +158,4 @@ def _extractor(correct: Reward, examples: list[dict]) -> Callable[[str], str | N
 
 
 def _stripped(completion: str) -> str | None:
-    return completion.strip() or None
+    return after_thoughts(completion).strip() or None

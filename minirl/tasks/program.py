@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
+from minirl.rewards.thoughts import after_thoughts
+
 MAX_CODE = 2**16  # characters of a program that is looked for; a longer last block is judged as it is
 MAX_TRIES, MAX_PARSED = 64, 2**18  # programs, and their characters, that are parsed for one completion
 NEAR = 64  # fences from the end that can open a program
@@ -27,11 +29,12 @@ HEAD = re.compile(r"^(?:import |from |def |async |class |@|[A-Za-z_]\w* *=)", re
 
 def program_of(completion: str, source: str, entry: str) -> str:
     """The program of a completion that shall define `entry`: the last fenced block that defines it, else what defines
-    it in the text before the first fence, else the last block, or the text.
+    it in the text before the first fence, else the last block, or the text. Thoughts are left out.
 
     Above it stands what `source`, the beginning of a program, has above `entry`. A completion that does not define
     `entry` continues the source instead, up to where it leaves the function.
     """
+    completion = after_thoughts(completion)
     fences, parser = _fences(completion), Parser()
     before = completion[: fences[0].start] if fences else completion
     goes_on = bool(source) and _is_body(before, entry)
@@ -48,7 +51,9 @@ def program_of(completion: str, source: str, entry: str) -> str:
 
 
 def code_block(completion: str) -> str | None:
-    """The last fenced block, or the text where there is none; a block that is open at the end counts."""
+    """The last fenced block, or the text where there is none; a block that is open at the end counts, thoughts do
+    not."""
+    completion = after_thoughts(completion)
     opened, closed = _last_block(_fences(completion))
     code = completion
     if opened:

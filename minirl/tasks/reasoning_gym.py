@@ -16,6 +16,7 @@ from minirl.errors import InputError
 from minirl.rewards.numbers import answer_number, whole_number
 from minirl.rewards.registry import did_you_mean
 from minirl.rewards.rules import Reward
+from minirl.rewards.thoughts import after_thoughts
 from minirl.sandbox import call_each
 from minirl.tasks.reasoning_guards import may_be_right
 from minirl.tasks.split import check_sizes, draw_split
@@ -111,12 +112,12 @@ def _last_number(completion: str) -> str | None:
 
 
 def _last_line(completion: str) -> str | None:
-    lines = completion.strip().splitlines()
+    lines = after_thoughts(completion).strip().splitlines()
     return lines[-1].strip() if lines else None
 
 
 def _all_of_it(completion: str) -> str | None:
-    return completion.strip() or None
+    return after_thoughts(completion).strip() or None
 
 
 def _as_json(config: dict) -> str:

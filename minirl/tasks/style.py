@@ -34,7 +34,8 @@ def in_style(style: str, prompt: str | list[dict]) -> str | list[dict]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if style == "think":
         asked = next((m for m in reversed(messages) if m["role"] == "user"), messages[-1])
-        asked["content"] += f"\n\n{INSTRUCTION}"
+        more, said = f"\n\n{INSTRUCTION}", asked["content"]
+        asked["content"] = [*said, {"type": "text", "text": more}] if isinstance(said, list) else (said or "") + more
     return messages
 
 

@@ -23,3 +23,4 @@ class Task:
     # Completions of one prompt with equal answers are equally right, so the right votes are the answers of the
     # completions that `correct` gives a 1.
     extract: Callable[[str], str | None]
+    notes: tuple[str, ...] = ()  # what whoever starts a run on it should know; printed at the start

@@ -95,6 +95,10 @@ class PolicyConfig:
     """Truncated sampling; what was kept is replayed in training."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion, beside the checkpoint's stop tokens; rewards see what comes before them."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template reads, each as --template.NAME VALUE: --template.enable_thinking false."""
+    system: str | None = None
+    """System message of the prompts whose messages have none."""
     slots: int = 64
     """Completions sampled at a time: a memory knob that changes no completion."""
     micro_batch_tokens: int = 4096

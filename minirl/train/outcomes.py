@@ -12,7 +12,7 @@ with the rule's verdict: a reward model meets such ones too.
 import json
 import random
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +74,10 @@ class SampleConfig:
     out."""
     reward_timeout: float = 10.0
     """Seconds a completion that a checker from a file may take; longer is wrong."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template reads, each as --template.NAME VALUE: --template.enable_thinking false."""
+    system: str | None = None
+    """System message of the prompts whose messages have none."""
     slots: int = 64
     """Completions sampled at a time: a memory knob that changes no completion."""
     seed: int = 0
@@ -267,7 +271,10 @@ def write_outcomes(config: OutcomesConfig, display: Display | None = None) -> li
     display, out = display or Display(), Path(config.out)
     refuse_existing(out)
     task = parse_task(config.task)
-    groups, stopped = sample_and_check(*load(config.model, config.dtype, config.device), task, config, display)
+    for note in task.notes:
+        display.line(note)
+    model, tokenizer = load(config.model, config.dtype, config.device, config=config)
+    groups, stopped = sample_and_check(model, tokenizer, task, config, display)
     labels, pairs = [], []
     for group in groups:
         own = labels_of(group)

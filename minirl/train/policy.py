@@ -64,7 +64,8 @@ class PolicyTrainer:
         self.faults: list[dict] = []  # of this step, to be logged
         if not self.task.train and not stored:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
-        self.model, self.tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
+        source = run.checkpoint or config.model
+        self.model, self.tokenizer = load(source, config.dtype, config.device, config=config, run=run)
         self.prompts, self.task = self._measured(task, bool(stored))
         self.stored = Stored(stored, self.tokenizer, self.model.config, config, display) if stored else None
         self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
@@ -127,6 +128,8 @@ class PolicyTrainer:
         weight, model = reward
         model.model.to(self.model.device)
         self._refuse_short(name, model)
+        for of_prompts in ("template_variables", "system", "now"):  # it reads the conversation that the policy answered
+            setattr(model.tokenizer, of_prompts, getattr(self.tokenizer, of_prompts))
         judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
         if self._learned:
             judge.restore(self.run, REWARD_MODEL)
@@ -482,6 +485,8 @@ def prepare_policy(
     data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
     run = Run(config.out, identity(config, data), config.resume)
     run.resumable = not given
+    for note in task.notes:
+        display.line(note)
     trainer = kind(config, run, display, task, stored)
     drift = trainer.stored.logprobs if trainer.stored else trainer.model.dtype != torch.float32
     if said := without_effect(config, drift):

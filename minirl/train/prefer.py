@@ -83,6 +83,10 @@ class PreferConfig:
     """Steps between held-out evaluations; 0 = only before and after."""
     save_every: int = 50
     """Steps between checkpoints."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template reads, each as --template.NAME VALUE: --template.enable_thinking false."""
+    system: str | None = None
+    """System message of the prompts whose messages have none."""
     seed: int = 0
     """What is held out, and the order of the lines."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -183,7 +187,7 @@ class Prefer:
 
     def __init__(self, config: PreferConfig, run: Run, display: Display, examples: Sequence[dict]):
         self.config, self.display = config, display
-        self.model, self.tokenizer = load(config.model, config.dtype, config.device)
+        self.model, self.tokenizer = load(config.model, config.dtype, config.device, config=config, run=run)
         most = self.model.config.max_positions
         display.progress("examples", 0, len(examples))
         lists = ranked_lists(self.tokenizer, examples, min(config.max_length or most, most))
@@ -205,7 +209,7 @@ class Prefer:
             self._compute_reference(self.train + self.held)
         if run.checkpoint:
             self.model = None  # the reference goes before the policy comes
-            self.model, self.tokenizer = load(run.checkpoint, config.dtype, config.device)
+            self.model, self.tokenizer = load(run.checkpoint, config.dtype, config.device, config=config, run=run)
         self.model.checkpointing = config.recompute
         self.optimizer = AdamW(self.model, weight_decay=config.weight_decay)
         if run.checkpoint:

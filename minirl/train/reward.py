@@ -11,7 +11,7 @@ r is read at the last token of a completion. What comes out scores completions a
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -109,6 +109,10 @@ class RewardConfig:
     """Tokens in one forward: a memory knob that changes no result."""
     save_every: int = 100
     """Steps between checkpoints."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template reads, each as --template.NAME VALUE: --template.enable_thinking false."""
+    system: str | None = None
+    """System message of the prompts whose messages have none."""
     seed: int = 0
     """Decides the head, what is held out, and the order of the lines."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -197,10 +201,10 @@ def train_reward(config: RewardConfig, display: Display | None = None) -> Path:
 def start(config: RewardConfig, run: Run) -> tuple[Transformer, Tokenizer]:
     """The model to go on with: the run's own, or config.model's with its head or a fresh one."""
     if run.checkpoint:
-        model, tokenizer = load(run.checkpoint, config.dtype, config.device, True)
+        model, tokenizer = load(run.checkpoint, config.dtype, config.device, True, config, run)
     else:
         head = ScalarHead(config.head, config.kind, separator=config.separator)
-        model, tokenizer = load(config.model, config.dtype, config.device, head)
+        model, tokenizer = load(config.model, config.dtype, config.device, head, config, run)
         if not any(p.any() for p in model.score.parameters()):
             model.initialise_score(config.seed)
     model.checkpointing = config.recompute

@@ -100,7 +100,9 @@ def train_rft(config: RFTConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl rft`; returns the folder of the trained model."""
     display, task = display or Display(), parse_task(config.task)
     run = Run(config.out, identity(config, task.train), config.resume)
-    model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
+    for note in task.notes:
+        display.line(note)
+    model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device, config=config, run=run)
     file = run.out / KEPT
     if not run.checkpoint and not (config.resume and file.exists()):  # it appears whole, after all sampling
         write_jsonl(file, sample_and_keep(model, tokenizer, task, config, run, display))

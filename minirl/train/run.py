@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -92,8 +93,11 @@ class Run:
         file = self.out / "config.json"
         if not file.exists():
             raise InputError(f"{self.out} holds no run to resume: check --out, or leave --resume away")
-        refuse_format(read_json(file), self.out)
-        _refuse_changes(read_json(file), self.config, file)
+        old = read_json(file)
+        refuse_format(old, self.out)
+        if "date" in old:
+            self.config["date"] = old["date"]
+        _refuse_changes(old, self.config, file)
         for name in WRITTEN:
             _remove_half_written(self.out / name)
         self._drop_old()
@@ -103,6 +107,13 @@ class Run:
             self.start = int(self.state["step"])
         for name in LOGS:
             _truncate(self.out / name, self.start if self.checkpoint else -1)
+
+    def keep_date(self, tokenizer: Tokenizer) -> None:
+        """Give a tokenizer whose template reads the date that of the run's first start: a run is a function of its
+        config, on whatever day it goes on."""
+        if "strftime_now" in (tokenizer.chat_template or ""):
+            self.config.setdefault("date", tokenizer.now.isoformat(timespec="seconds"))
+            tokenizer.now = datetime.fromisoformat(self.config["date"])
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._append("metrics.jsonl", {"step": step, **metrics})
@@ -352,12 +363,22 @@ def refuse_unknown_choices(config) -> None:
 
 
 def load(
-    source: str | Path, dtype: str, device: str, scalar_head: bool | ScalarHead = False
+    source: str | Path,
+    dtype: str,
+    device: str,
+    scalar_head: bool | ScalarHead = False,
+    config=None,
+    run: Run | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """A checkpoint's model and tokenizer, which must belong together."""
+    """A checkpoint's model and tokenizer, which must belong together. The tokenizer puts the template variables and
+    the system message of a command's `config` into every prompt, with the date of the `run`."""
     where = pick_device(device)
     model = Transformer.from_pretrained(source, pick_dtype(dtype, where), where, scalar_head)
     tokenizer = Tokenizer.from_pretrained(source)
+    if config is not None:
+        tokenizer.prompt_with(config.template, config.system)
+    if run is not None:
+        run.keep_date(tokenizer)
     for stop in tokenizer.stop_ids:
         if stop >= model.config.vocab_size:
             raise InputError(

@@ -8,7 +8,7 @@ It is the policy loss with advantage 1, no ratio, and a mean over tokens.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +75,10 @@ class SFTConfig:
     """Tokens in one forward: a memory knob that changes no result."""
     save_every: int = 100
     """Steps between checkpoints."""
+    template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template reads, each as --template.NAME VALUE: --template.enable_thinking false."""
+    system: str | None = None
+    """System message of the prompts whose messages have none."""
     seed: int = 0
     """Order of the examples."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -223,7 +227,7 @@ def prepare_sft(config: SFTConfig, display: Display) -> tuple[Transformer, Token
     """All that comes before the first step."""
     examples = read_demonstrations(config.data)
     run = Run(config.out, identity(config, contents(examples)), config.resume)
-    model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
+    model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device, config=config, run=run)
     model.checkpointing = config.recompute
     display.progress("examples", 0, len(examples))
     rows = demonstration_rows(tokenizer, examples, model.config.max_positions, config.loss_on)
