@@ -281,7 +281,7 @@ OPTIONS = {
     "prefer --model M --data pairs.jsonl --batch 0": ["batch = 0", "at least 1"],
     "prefer --resume --out nowhere": ["nowhere holds no run"],
     "outcomes --model M --out .": ["pairs.jsonl exists", "--out"],
-    "outcomes --model M --out even.py/made": ["even.py", "no folder"],
+    "outcomes --model M --out even.py/made": ["even.py", "is a file where the folder"],
     "outcomes --model M --samples 0": ["samples = 0", "at least 1"],
     "outcomes --model M --temperature -1": ["temperature"],
     "outcomes --model M --distinct words": ["'words'", "numbers"],

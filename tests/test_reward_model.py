@@ -458,7 +458,7 @@ def test_right_sums_are_told_from_wrong_ones_of_prompts_never_seen(trained):
     assert [r["step"] for r in records(folder) if "eval/accuracy" in r] == [0, 100, 200, 300]
     assert re.search(
         r"before: \d+ lines to train on, \d+ held out  held-out accuracy 0\.\d+  ece .*  brier .*  score .* ± ",
-        lines[1],
+        lines[2],
     )
     assert re.match(r"reward 300/300  loss \S+  accuracy \S+  margin \S+  held-out accuracy", lines[-2])
 

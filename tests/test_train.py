@@ -253,7 +253,8 @@ def test_fine_tuning_learns_its_demonstrations(dtype, checkpoint, tmp_path):
     tokenizer, trained = Tokenizer.from_pretrained(model), Transformer.from_pretrained(model)
     assert full_logits(trained, tokenizer.encode("3+1="))[-1].argmax() == tokenizer.encode("4")[0]
     assert full_logits(trained, tokenizer.encode("3+1=4"))[-1].argmax() == tokenizer.eos_id
-    assert display.bars == [("sft", done, 40) for done in range(41)]
+    rendering = [("examples", done, 4) for done in (0, 4)]
+    assert display.bars == [*rendering, *(("sft", done, 40) for done in range(41))]
     assert sorted(folder.name for folder in (out / "checkpoints").iterdir()) == ["step-000030", "step-000040"]
     assert {"entropy", "grad_norm", "lr", "tokens_per_s/train", "memory/peak_gb", "time/step"} <= records(out)[0].keys()
 

@@ -33,8 +33,11 @@ from minirl.train.kl import KLWeight
 from minirl.train.no_effect import without_effect
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.preview import Disk, disk_of, marked_prompt, marked_row, show_disk
+from minirl.train.prompts import Prompts, measure, rendered
 from minirl.train.run import (
     Display,
+    Part,
     Run,
     due,
     identity,
@@ -64,6 +67,7 @@ class PolicyTrainer:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
         source = run.checkpoint or config.model
         self.model, self.tokenizer = load(source, config.dtype, config.device, config=config, run=run)
+        self.prompts, self.task = self._measured(task, bool(stored))
         self.stored = Stored(stored, self.tokenizer, self.model.config, config, display) if stored else None
         self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
         self.judges = [self._judge(*item) for item in self.rewards.items() if isinstance(item[1][1], RewardModel)]
@@ -76,6 +80,28 @@ class PolicyTrainer:
         self.cursor = int(run.state.get("cursor", run.start))  # batches of prompts drawn so far
         self.sampler = Sampler(self.model, config.slots, tokenizer=self.tokenizer)
         self.params = replace(config.sampling, stop_ids=self.tokenizer.stop_ids)
+
+    def _measured(self, task: Task, offline: bool) -> tuple[Prompts | None, Task]:
+        """The training prompts that are sampled, and the task with what can be completed of both sides."""
+        about = self.tokenizer, self.model.config, self.config, self.display
+        train = None if offline else measure(task, "train", *about)
+        heldout = measure(task, "heldout", *about, most=self.config.eval_prompts)
+        return train, replace(task, train=train.examples if train else [], heldout=heldout.examples)
+
+    @property
+    def saved(self) -> list[torch.nn.Module | AdamW]:
+        """The models and optimizers that a checkpoint holds."""
+        reset, refreshed = self.config.ref_reset_every > 0, self.config.refresh.every > 0
+        judge = [self.judges[0].reward.model, self.judges[0].optimizer] if refreshed else []
+        return [self.model, self.optimizer, *([self.reference] if reset else []), *judge]
+
+    def example(self) -> list[Part]:
+        """The first prompt that is trained on, with the completion that it is given or stands for one to be sampled."""
+        if self.stored:
+            prompt, lines = self.stored.groups[0]
+            return marked_row(self.tokenizer, Row(prompt, lines[0][1].tokens, 0))
+        prompt = rendered(self.task.train[0], self.tokenizer, "the first prompt")
+        return marked_prompt(self.tokenizer, prompt, self.config.max_tokens)
 
     def _load_rewards(self) -> dict[str, tuple[float, Reward]]:
         """The task's rewards and those of the config, which may give one of the task's another weight."""
@@ -102,12 +128,23 @@ class PolicyTrainer:
         """A reward model beside the policy."""
         weight, model = reward
         model.model.to(self.model.device)
+        self._refuse_short(name, model)
         for of_prompts in ("template_variables", "system", "now"):  # it reads the conversation that the policy answered
             setattr(model.tokenizer, of_prompts, getattr(self.tokenizer, of_prompts))
         judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
         if self._learned:
             judge.restore(self.run, REWARD_MODEL)
         return judge
+
+    def _refuse_short(self, name: str, judge: RewardModel) -> None:
+        """A reward model must be able to read the longest prompt with the longest completion."""
+        most, limit = self.model.config.max_positions, judge.model.config.max_positions
+        longest = int(self.prompts.lengths.max(initial=0)) if self.prompts else 0
+        if min(longest + self.config.max_tokens, most) > limit:
+            raise InputError(
+                f"reward {name!r} was made for {limit} tokens, and a prompt of {longest} tokens with a completion of "
+                f"max_tokens = {self.config.max_tokens} has more: lower --max-tokens, or take another model"
+            )
 
     def _load_reference(self) -> Transformer:
         """The checkpoint that the run started from, or the policy of the last reset."""
@@ -384,6 +421,12 @@ class PolicyTrainer:
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
+    def disk(self) -> Disk:
+        """What the run will write."""
+        c = self.config
+        finished = [self.model, *([self.judges[0].reward.model] if c.refresh.every else [])]
+        return disk_of(self.run, self.saved, finished, -(-c.steps // c.save_every))
+
     def evaluate(self, first: bool = False) -> dict[str, float]:
         """`first`: before anything is trained, so that what is wrong may end the run."""
         c = self.config
@@ -464,21 +507,34 @@ def step_line(step: int, steps: int, m: dict) -> str:
     )
 
 
-def train_policy(
-    kind: type[PolicyTrainer], config: PolicyConfig, display: Display | None = None, task: Task | None = None
-) -> Path:
-    """A whole run, from its config or from its last checkpoint; returns the folder of the trained model."""
-    display = display or Display()
-    task = task or parse_task(config.task)
+def prepare_policy(
+    kind: type[PolicyTrainer], config: PolicyConfig, display: Display, task: Task | None = None
+) -> PolicyTrainer:
+    """All that comes before the first step."""
+    given, task = task is not None, task or parse_task(config.task)
     stored = read_triples(config.data) if config.data else []
     data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
     run = Run(config.out, identity(config, data), config.resume)
+    run.resumable = not given
     for note in task.notes:
         display.line(note)
     trainer = kind(config, run, display, task, stored)
     drift = trainer.stored.logprobs if trainer.stored else trainer.model.dtype != torch.float32
     if said := without_effect(config, drift):
         display.line(f"without effect in this run: {'; '.join(said)}")
+    return trainer
+
+
+def train_policy(
+    kind: type[PolicyTrainer], config: PolicyConfig, display: Display | None = None, task: Task | None = None
+) -> Path:
+    """A whole run, from its config or from its last checkpoint; returns the folder of the trained model."""
+    display = display or Display()
+    trainer = prepare_policy(kind, config, display, task)
+    run = trainer.run
+    show_disk(trainer.disk(), display)
+    if run.start == 0:
+        display.example(trainer.example())
     alarms = Alarms(run.logged())  # a resumed run knows what it knew
     if run.start == 0:
         before = trainer.evaluate(first=True)

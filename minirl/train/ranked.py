@@ -54,9 +54,15 @@ def response_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: list | N
     if not isinstance(tokens, list) or len(tokens) != len(texts):
         raise InputError(f"{where}: 'responses_tokens' must be a list with the tokens of each response")
     return [
-        [*tokenizer.encode(text), tokenizer.stop_id] if ids is None else spelled_tokens(tokenizer, text, ids, where)
+        _ended(tokenizer, text, where) if ids is None else spelled_tokens(tokenizer, text, ids, where)
         for text, ids in zip(texts, tokens, strict=True)
     ]
+
+
+def _ended(tokenizer: Tokenizer, text: str, where: str) -> list[int]:
+    """The tokens of a text that ended by itself."""
+    with named(where):
+        return [*tokenizer.encode(text), tokenizer.stop_id]
 
 
 def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
@@ -66,7 +72,8 @@ def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
         example = as_text(example)
     prompt, responses, tools = example["prompt"], example["responses"], example.get("tools")
     if all(isinstance(response, str) for response in responses):
-        ids = tokenizer.prompt_ids(prompt, tools)
+        with named(example["where"]):
+            ids = tokenizer.prompt_ids(prompt, tools)
         rows = response_tokens(tokenizer, responses, example["tokens"], example["where"])
         return [Turns(ids, row, [True] * len(row)) for row in rows]
     with named(example["where"]):

@@ -25,8 +25,9 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.config import PolicyConfig
 from minirl.train.formats import demonstration, read_rows, text_answer
+from minirl.train.prompts import rendered
 from minirl.train.run import Display
-from minirl.train.sft import named, order, refuse_unknown_tokens, take
+from minirl.train.sft import order, refuse_unknown_tokens, take
 
 REWARD = "stored"  # the name of the stored reward among the rewards
 
@@ -82,10 +83,7 @@ class Stored:
         for line in triples:
             by_prompt.setdefault(prompt_key(line), []).append(line)
         for lines in by_prompt.values():
-            with named(lines[0]["where"]):
-                prompt = tokenizer.prompt_ids(lines[0]["prompt"], lines[0].get("tools"))
-            if not prompt:
-                raise InputError(f"{lines[0]['where']}: its prompt has no token: write something to answer")
+            prompt = rendered(lines[0], tokenizer, lines[0]["where"])
             found = [(line, _completion(line, tokenizer)) for line in lines]
             for line, completion in found:
                 refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], model.vocab_size, line["where"])
