@@ -37,6 +37,7 @@ class Scripted:
     def __init__(self, table: torch.Tensor, by: str = "token"):
         self.table, self.by = table.float(), by
         self.config = tiny_config(layers=0, vocab_size=table.shape[1], max_positions=100_000)
+        self.active_vocab = self.config.vocab_size
 
     def __call__(self, tokens, layout) -> torch.Tensor:
         return self.table[tokens if self.by == "token" else layout.positions]

@@ -161,7 +161,7 @@ def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device)
     model.checkpointing = config.recompute
     rows = demonstration_rows(tokenizer, examples, model.config.max_positions)
-    refuse_unknown_tokens(rows, model.config.vocab_size)
+    refuse_unknown_tokens(rows, model.active_vocab)
     return fit(model, tokenizer, rows, config, run, display or Display())
 
 
