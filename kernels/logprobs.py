@@ -154,8 +154,10 @@ def row_gradient(
         if softcap is not None:
             capped = tl.where(z == float("-inf"), 0.0, z) / softcap
             g *= 1.0 - capped * capped
-        zero = silent if active is None else silent | (here >= active)  # also in a row of NaN
-        tl.store(out + here, tl.where(zero, 0.0, g * inv_t).to(out.dtype.element_ty), mask=here < vocab)
+        g = tl.where(silent, 0.0, g * inv_t)
+        if active is not None:
+            g = tl.where(here < active, g, 0.0)  # also in a row of NaN
+        tl.store(out + here, g.to(out.dtype.element_ty), mask=here < vocab)
 
 
 @triton.jit

@@ -403,11 +403,12 @@ def test_of_equal_logits_those_of_smaller_ids_are_kept(backend):
 @both
 def test_one_kept_token_is_the_greedy_one_of_the_smallest_id(backend):
     """Ties that lie 256 and 4096 places apart, in rows with one tile and with several."""
-    for vocab, tied in ((3, [1, 2]), (517, [260, 4, 516]), (5000, [4999, 4100, 300, 4])):
-        logits = torch.zeros(4, vocab).index_fill_(1, torch.tensor(tied), 2.0)
+    for vocab, tied in ((3, [1, 2]), (517, [260, 4, 516]), (5000, [4999, 4100, 300])):
+        count = 20 if backend == "torch" else 1
+        logits = torch.zeros(count, vocab).index_fill_(1, torch.tensor(tied), 2.0)
         for options in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}):
             draw = sampled(logits, backend, **options)
-            assert draw.token.tolist() == [min(tied)] * 4
+            assert draw.token.tolist() == [min(tied)] * count
             assert options == {"temperature": 0.0} or draw.logp.eq(0).all()
 
 
@@ -415,7 +416,7 @@ def test_one_kept_token_is_the_greedy_one_of_the_smallest_id(backend):
 @pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
 def test_kept_sets_of_logits_with_many_ties_are_those_of_the_slow_reference(backend, options):
     """Sixteen values, as of bf16 logits near one another; a nucleus may end within a tie of 300 tokens."""
-    logits = (normal(40 if backend == "torch" else 2, 5000, seed=7) * 2).round() / 2
+    logits = (normal(9 if backend == "torch" else 1, 4500, seed=7) * 2).round() / 2
     for row, kept in zip(logits.double().numpy(), kept_set(logits, backend, **options), strict=True):
         expected = kept_by_hand(row, **options)
         assert abs(int(kept.sum()) - len(expected)) <= 1  # the mass may reach p one token earlier in fp32
@@ -462,6 +463,36 @@ def test_kept_tokens_share_all_probability_and_the_drawn_one_is_among_them(top_k
     torch.testing.assert_close(
         draw.logp.double().exp(), shares.gather(1, draw.token.unsqueeze(1)).squeeze(1), rtol=0, atol=1e-5
     )
+
+
+# --- rows that pad the head -------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(("vocab", "active", "dtype"), [(32, 15, torch.float32), (4112, 4000, torch.float16)])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.0}, {"top_k": 20, "min_p": 0.01}, {"top_k": 9, "top_p": 0.7}], ids=str
+)
+def test_ids_without_a_token_are_neither_drawn_nor_counted(backend, vocab, active, dtype, options):
+    """Their logits are the largest by far, and top_k is above the number of tokens in the small vocabulary."""
+    count = 5 if backend == "torch" else 2
+    logits = (normal(count, vocab, seed=4) * 2).to(dtype)
+    logits[:, active:] = 60.0
+    logits[0, active:] = math.nan
+    u = uniforms(3, rows(count), rows(count, 100))
+    draw = sampled(logits, backend, active=active, **options)
+    errors = assert_drawn_from(logits[:, :active], draw, u, **options)
+    assert draw.token.max() < active and max(errors) < 3e-6
+    if draw.floor is not None:
+        for row, kept in zip(logits[:, :active], draw.floor.mask(logits[:, :active]), strict=True):
+            assert kept.nonzero().squeeze(1).tolist() == kept_by_hand(row.double().numpy(), **options).tolist()
+
+
+@both
+def test_an_impossible_number_of_tokens_is_refused(backend):
+    for active in (0, 33):
+        with pytest.raises(ValueError, match=f"active = {active}: of 32 logits"):
+            sampled(normal(2, 32), backend, active=active)
 
 
 # --- what a launch depends on ----------------------------------------------------------------------------------------
