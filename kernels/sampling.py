@@ -15,9 +15,18 @@ from torch import Tensor
 from . import backend as run
 from .backend import Backend, tl, triton, use_triton
 from .logprobs import active_entries
-from .truncation import LOWEST, TILE, Floor, bits_of, load_tile, row_offset, row_parts, truncation_floor, whole_rows
-
-BLOCK = 256  # tile of the definition
+from .truncation import (
+    BLOCK,
+    LOWEST,
+    TILE,
+    Floor,
+    bits_of,
+    load_tile,
+    row_offset,
+    row_parts,
+    truncation_floor,
+    whole_rows,
+)
 
 
 class Draw(NamedTuple):

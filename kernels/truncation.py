@@ -15,6 +15,7 @@ from . import backend as run
 from .backend import Backend, tl, triton, use_triton
 from .logprobs import active_entries, of_active
 
+BLOCK = 256  # entries that the definition adds up at a time
 CACHED = 1 << 17  # entries of the logits that a CPU keeps in its cache through all that is done with them
 LOWEST = torch.finfo(torch.float32).min  # no floor lies below: a token at -inf is never kept
 
@@ -105,8 +106,7 @@ def _last_kept(z: Tensor, temperature: float, top_k: int, top_p: float) -> Floor
     x = _ascending(-z)  # the order, without ids
     n = torch.full((len(z), 1), top_k or z.shape[1], device=z.device)
     if top_p < 1.0:
-        mass = ((x[:, :1] - x[:, : top_k or None]) / temperature).exp_().cumsum(-1, dtype=torch.float64)
-        n = torch.minimum(n, torch.searchsorted(mass, top_p * mass[:, -1:]) + 1)
+        n = torch.minimum(n, _reaching((x[:, :1] - x[:, : top_k or None]).div_(temperature).exp_(), top_p))
     last = x.gather(1, n - 1)
     first, end = torch.searchsorted(x, last), torch.searchsorted(x, last, right=True)  # of those with the same logit
     id = torch.full_like(n, z.shape[1] - 1)
@@ -116,6 +116,18 @@ def _last_kept(z: Tensor, temperature: float, top_k: int, top_p: float) -> Floor
         counted = tied.cumsum(-1)
         id[cut] = torch.searchsorted(counted, (n - first)[cut].float()).clamp_(max=z.shape[1] - 1)
     return Floor(-last.squeeze(1), id.squeeze(1))
+
+
+def _reaching(shares: Tensor, p: float) -> Tensor:
+    """How many entries from the first on bring p of a row's sum, [B, n] -> [B, 1]: the block, then inside it. A float64
+    sum at every entry would take a CPU longer than the sort."""
+    shares = torch.nn.functional.pad(shares, (0, -shares.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = shares.sum(-1).double()
+    mass = blocks.cumsum(-1)
+    aim = p * mass[:, -1:]
+    block = torch.searchsorted(mass, aim).clamp_(max=blocks.shape[1] - 1)
+    inside = shares[torch.arange(len(shares), device=shares.device), block.squeeze(1)].double().cumsum(-1)
+    return block * BLOCK + torch.searchsorted(inside, aim - (mass - blocks).gather(1, block)) + 1
 
 
 def _ascending(x: Tensor) -> Tensor:

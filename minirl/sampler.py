@@ -293,10 +293,9 @@ class _Generation:
 
 
 def _kept_ids(logits: torch.Tensor, floor: Floor) -> list[np.ndarray]:
-    """The ids of each row's logits [B, V] that are kept, int32; one transfer from a GPU for all rows."""
-    kept = []
-    for part in row_parts(logits):
-        row, ids = floor.rows(part).mask(logits[part]).nonzero().cpu().numpy().T
-        counts = np.bincount(row, minlength=len(logits[part]))
-        kept += np.split(ids.astype(np.int32), counts.cumsum()[:-1])
-    return kept
+    """The ids of each row's logits [B, V] that are kept, int32."""
+    if logits.is_cuda:  # one transfer for all rows, of ids, which are fewer than logits
+        row, ids = floor.mask(logits).nonzero().cpu().numpy().T
+        return np.split(ids.astype(np.int32), np.bincount(row, minlength=len(logits)).cumsum()[:-1])
+    masks = (floor.rows(part).mask(logits[part]).bool().numpy() for part in row_parts(logits))
+    return [np.flatnonzero(row).astype(np.int32) for mask in masks for row in mask]
