@@ -36,10 +36,9 @@ class Floor(NamedTuple):
             return how(a, b[:, None], out=torch.empty(logits.shape, device=logits.device))
 
         kept = compare(torch.ge, logits, self.logit)
-        if ids is None:
-            ids = torch.arange(logits.shape[1], device=logits.device)
-            if not (self.id < logits.shape[1] - 1).any():  # no tie is cut, as in most batches of fp32 logits
-                return kept
+        if ids is None and not (self.id < logits.shape[1] - 1).any():  # no tie is cut: the rule for fp32 logits
+            return kept
+        ids = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids
         behind = compare(torch.eq, logits, self.logit).mul_(compare(torch.gt, ids.int(), self.id.int()))
         return kept.sub_(behind)
 
@@ -84,9 +83,11 @@ def truncation_floor(
     for part in row_parts(logits):
         z = logits[part, :active].detach().float()
         floor = _last_kept(z, temperature, top_k, top_p) if top_k or top_p < 1.0 else _everything(z)
-        threshold = z.amax(-1) + drop
-        id = floor.id.masked_fill(threshold > floor.logit, V - 1)
-        parts.append(Floor(torch.maximum(floor.logit, threshold).clamp(min=LOWEST), id))
+        if min_p > 0.0:
+            threshold = z.amax(-1) + drop
+            id = floor.id.masked_fill(threshold > floor.logit, V - 1)
+            floor = Floor(torch.maximum(floor.logit, threshold), id)
+        parts.append(Floor(floor.logit.clamp(min=LOWEST), floor.id))
     return Floor(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -106,7 +107,9 @@ def _last_kept(z: Tensor, temperature: float, top_k: int, top_p: float) -> Floor
     x = _ascending(-z)  # the order, without ids
     n = torch.full((len(z), 1), top_k or z.shape[1], device=z.device)
     if top_p < 1.0:
-        n = torch.minimum(n, _reaching((x[:, :1] - x[:, : top_k or None]).div_(temperature).exp_(), top_p))
+        below = x[:, :1] - x[:, : top_k or None]
+        shares = (below if temperature == 1.0 else below.div_(temperature)).exp_()
+        n = torch.minimum(n, _reaching(shares, top_p))
     last = x.gather(1, n - 1)
     first, end = torch.searchsorted(x, last), torch.searchsorted(x, last, right=True)  # of those with the same logit
     id = torch.full_like(n, z.shape[1] - 1)
