@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
-from .logprobs import Stats, check_rows, gradient_triton, stats_triton
+from .logprobs import Stats, active_entries, check_rows, gradient_triton, stats_triton
 from .per_token import TokenLoss, check_tokens, token_loss, token_loss_triton
 from .policy_loss import scale_
 
@@ -55,6 +55,7 @@ class Head(NamedTuple):
     dtype: torch.dtype  # of the logits
     temperature: float | Tensor
     kept: Kept | None
+    active: int | None  # the logits of a row that count, its first; None = all V
     workspace: int
     triton: bool
 
@@ -81,7 +82,7 @@ class Head(NamedTuple):
         return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
 
     def stats(self, z: Tensor, targets: Tensor, rows: Tensor) -> Stats:
-        return (stats_triton if self.triton else stats_torch)(z, targets[rows], self.of(rows))
+        return (stats_triton if self.triton else stats_torch)(z, targets[rows], self.of(rows), self.active)
 
     def gradient(
         self, z: Tensor, targets: Tensor, rows: Tensor, stats: Stats, c: Tensor, e: Tensor, live: Tensor
@@ -90,7 +91,8 @@ class Head(NamedTuple):
         inplace = z.dtype == self.weight.dtype and (len(live) == len(z) or not self.triton)
         out = z[: len(live)] if inplace else z.new_empty(len(live), z.shape[1], dtype=self.weight.dtype)
         write = gradient_triton if self.triton else gradient_torch
-        write(z, targets[rows], self.of(rows), stats, c, e, out, None if len(live) == len(z) else live, self.softcap)
+        live = None if len(live) == len(z) else live
+        write(z, targets[rows], self.of(rows), stats, c, e, out, live, self.softcap, self.active)
         return out
 
 
@@ -113,12 +115,12 @@ def product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
-def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor) -> Stats:
+def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor, active: int | None = None) -> Stats:
     """What `stats_triton` computes, of fp64 logits in fp64."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     out = Stats(*(z.new_empty(len(z), dtype=dtype) for _ in Stats._fields))
     for part in slices(z):
-        raw = z[part].to(dtype)
+        raw = z[part, :active].to(dtype)
         largest = raw.amax(1, keepdim=True)
         t = temperature[part].to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature
         d = raw - largest
@@ -136,11 +138,14 @@ def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor) -> Stat
     return out
 
 
-def gradient_torch(z, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None) -> None:
+def gradient_torch(
+    z, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None, active=None
+) -> None:
     """What `gradient_triton` computes. `out` may be the first rows of z: a row is read before it is overwritten."""
+    active = z.shape[1] if active is None else active
     for part in slices(out):
         chosen = part if rows is None else rows[part]
-        raw = z[chosen].to(stats.logp.dtype)
+        raw = z[chosen, :active].to(stats.logp.dtype)
 
         def column(x, chosen=chosen):
             return x[chosen].unsqueeze(1)
@@ -160,7 +165,8 @@ def gradient_torch(z, targets, temperature, stats: Stats, c, e, out: Tensor, row
         if softcap is not None:
             dz.mul_(1 - (raw.masked_fill(raw == float("-inf"), 0) / softcap) ** 2)
         silent = ((c[chosen] == 0) & (e[chosen] == 0)).unsqueeze(1)
-        out[part] = dz.masked_fill_(silent, 0) if silent.any() else dz
+        out[part, :active] = dz.masked_fill_(silent, 0) if silent.any() else dz
+        out[part, active:] = 0
 
 
 def slices(z: Tensor):
@@ -178,6 +184,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     kept: Kept | None = None,
     *,
+    active: int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -187,14 +194,15 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T + bias, targets, ...)` in chunks of at most `workspace` bytes of logits.
 
     hidden [N, D], weight [V, D], targets [N] -> (logp [N], entropy [N]). Gradients reach hidden, weight and bias; the
-    backward pass makes the logits again, for rows whose incoming gradient is not zero. logits_dtype, where not given:
+    backward pass makes the logits again, for rows whose incoming gradient is not zero. Rows of the weight from `active`
+    on are no token's: no probability falls on them, and their gradient is exactly 0. logits_dtype, where not given:
     fp32 on a GPU, because rounding them to bf16 is what parts a trainer from its sampler; that of `hidden` on a CPU.
     """
-    head = _head(hidden, weight, targets, temperature, kept, bias, softcap, logits_dtype, workspace, backend)
+    head = _head(hidden, weight, targets, temperature, kept, active, bias, softcap, logits_dtype, workspace, backend)
     return _LinearTokenLogprobs.apply(hidden, weight, bias, targets, head)
 
 
-def _head(hidden, weight, targets, temperature, kept, bias, softcap, dtype, workspace, backend) -> Head:
+def _head(hidden, weight, targets, temperature, kept, active, bias, softcap, dtype, workspace, backend) -> Head:
     check_rows(hidden.shape[:1], hidden, targets=targets, temperature=temperature)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
         raise ValueError(
@@ -211,7 +219,8 @@ def _head(hidden, weight, targets, temperature, kept, bias, softcap, dtype, work
     dtype = dtype or (torch.float32 if hidden.is_cuda and hidden.dtype != torch.float64 else hidden.dtype)
     workspace = workspace or WORKSPACE.get(hidden.device.type, WORKSPACE["cuda"])
     detached = None if bias is None else bias.detach()
-    return Head(weight.detach(), detached, softcap, dtype, temperature, kept, workspace, triton)
+    active = active_entries(active, len(weight))
+    return Head(weight.detach(), detached, softcap, dtype, temperature, kept, active, workspace, triton)
 
 
 class _Gradients:
@@ -293,6 +302,7 @@ def linear_policy_loss(
     omega: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     kept: Kept | None = None,
+    active: int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -309,7 +319,7 @@ def linear_policy_loss(
     tokens = {"advantages": advantages, "weights": weights, "old_logp": old_logp, "ref_logp": ref_logp}
     tokens |= {"rollout_logp": rollout_logp, "log_ratio": log_ratio, "omega": omega}
     check_tokens(options, len(hidden), **tokens)
-    head = _head(hidden, weight, targets, temperature, kept, bias, softcap, logits_dtype, workspace, backend)
+    head = _head(hidden, weight, targets, temperature, kept, active, bias, softcap, logits_dtype, workspace, backend)
     alive = weights != 0
     if options.follows_advantage:
         alive &= advantages != 0

@@ -230,10 +230,12 @@ def head_policy_loss(
     totals=None,
     temperature=1.0,
     kept=None,
+    active=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` from hidden states [M, D] and the head's weight [V, D], without logits of all tokens at once.
 
-    targets [M] and `kept` belong to the tokens that are `present` [B, T], row by row; the rest is as in `policy_loss`.
+    targets [M] and `kept` belong to the tokens that are `present` [B, T], row by row; only the first `active` of V ids
+    have probability (None = all); the rest is as in `policy_loss`.
     One sweep over the head makes loss and gradient; a second one comes before it where the loss of a token depends on
     the log-probs of its row. Metrics are means over the tokens that can have a gradient: no other is computed.
     """
@@ -244,7 +246,7 @@ def head_policy_loss(
     def flat(x):
         return None if x is None else x[present]
 
-    o, logp, entropy, head = options, None, None, {"temperature": temperature, "kept": kept}
+    o, logp, entropy, head = options, None, None, {"temperature": temperature, "kept": kept, "active": active}
     if _waits_for_rows(o, old_logp):
         with torch.no_grad():
             logp, entropy = map(grid, linear_token_logprobs(hidden, weight, targets, **head))

@@ -259,6 +259,9 @@ class Transformer(nn.Module):
         """`scalar_head` True stands for the default `ScalarHead`."""
         super().__init__()
         self.config = config
+        # Ids from here on are rows that pad the embedding to a round size: no text has them, so none is drawn, and they
+        # have no probability in training. `train.run.load`, which knows the tokenizer, sets it.
+        self.active_vocab = config.vocab_size
         self.head = ScalarHead() if scalar_head is True else scalar_head or None
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.model = Trunk(config)

@@ -347,6 +347,24 @@ def test_the_error_is_not_above_that_of_torch_in_the_same_dtype(vocab, dtype, se
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("active", [1, 117])
+def test_rows_that_pad_the_head_have_no_probability_and_no_gradient(form, active, seed):
+    """Truth is float64 on a head without them; theirs are the largest logits by far."""
+    o, exact = options("clip", "token", "k3", "none", entropy=0.02), Model(seed, vocab=active, per_row=True)
+    x = token_inputs(exact.logp, seed)
+    padded = Model(seed, vocab=active, per_row=True)
+    hidden, weight, bias = exact.inputs
+    more = torch.full((11, weight.shape[1]), 30.0, device=DEVICE), torch.full((11,), 60.0, device=DEVICE)
+    padded.inputs = [hidden, torch.cat([weight, more[0]]), torch.cat([bias, more[1]])]
+    padded.softcap = exact.softcap = None
+    exact.logp, exact.entropy = (z.float() for z in exact.score(*(z.double() for z in exact.inputs)))
+    ours, truth = padded.run(form, o, x | {"active": active}), exact.truth(o, x)
+    for gradient in ours[4:]:
+        assert not gradient[active:].any()
+    assert_right([*ours[:4], ours[4][:active], ours[5][:active]], truth, alive(o, x))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_a_ratio_of_one_gives_the_gradient_of_reinforce(form, surrogate):
     model = Model(3, n=6, softcap=None)

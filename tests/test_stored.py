@@ -289,6 +289,16 @@ def test_tokens_outside_the_vocabulary_are_refused(stored, write):
         stored(write([GOOD]), vocab=2, group=2)
 
 
+def test_an_id_of_the_model_that_the_tokenizer_has_not_is_refused(stored, write, checkpoint):
+    """It has no text, so that the text of the completion does not give it away."""
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    padded = tokenizer.vocab_size + 1
+    tokens = [*tokenizer.encode(GOOD["completion"]), padded]
+    sentence = f"line 1 holds token {padded}, outside the model's vocabulary of {tokenizer.vocab_size}"
+    with pytest.raises(InputError, match=sentence):
+        stored(write([GOOD | {"completion_tokens": tokens}]), vocab=padded + 9, group=2)
+
+
 def test_an_empty_prompt_is_named(stored, write):
     with pytest.raises(InputError, match="line 2: its prompt has no token"):
         stored(write([GOOD, GOOD | {"prompt": ""}]), group=2)

@@ -346,6 +346,27 @@ def test_the_first_update_is_the_reinforce_gradient(loss, make):
     check_close(taken_by(trainer, batch), wanted, 1e-5)
 
 
+def test_rows_that_pad_the_vocabulary_have_no_part_in_a_step(make, tmp_path):
+    """A model of 40 ids and a tokenizer of 19: truth is softmax over the first 19 logits, for the reference too."""
+    padded = tiny_checkpoint(tmp_path / "padded", seed=5, vocab_size=40)
+    trainer = make(model=str(padded), loss=PolicyLoss(aggregation="seq_mean", kl="k3", kl_coef=0.1))
+    size = trainer.tokenizer.vocab_size
+    assert trainer.model.active_vocab == size == 19
+    rollout = trainer.collect(0)
+    assert max(t for completion in rollout.completions for t in completion.tokens) < size
+    batch, logps = trainer.batch(rollout), []
+    for row, ref in zip(batch.rows, batch.ref_logp, strict=True):
+        logits = full_logits(trainer.model, [*row.prompt, *row.response])[len(row.prompt) - 1 : -1, :size]
+        logps.append(logits.log_softmax(-1).gather(1, torch.tensor(row.response)[:, None]).squeeze(1))
+        torch.testing.assert_close(ref[: len(row.response)], logps[-1].detach(), rtol=0, atol=1e-5)
+    # KL has no slope where policy and reference are the same.
+    rows = zip(batch.advantages.tolist(), logps, strict=True)
+    wanted = gradient_of(trainer, -sum(A * logp.mean() for A, logp in rows) / len(logps))
+    got = taken_by(trainer, batch)
+    check_close(got, wanted, 1e-5)
+    assert not got["lm_head.weight"][size:].any() and got["lm_head.weight"][:size].any(1).all()
+
+
 def test_a_group_without_variance_gives_no_gradient(make):
     trainer = make()
     rollout = trainer.collect(0)

@@ -93,7 +93,9 @@ class MicroBatch:
         """Log-prob of every response token and entropy of its distribution, [B, T] each; with gradients where they are
         on."""
         hidden = self.hidden(model)
-        logp, entropy = linear_token_logprobs(hidden, model.head_weight, self.targets, temperature, self.kept)
+        logp, entropy = linear_token_logprobs(
+            hidden, model.head_weight, self.targets, temperature, self.kept, active=model.active_vocab
+        )
         return self.unflatten(logp), self.unflatten(entropy)
 
 

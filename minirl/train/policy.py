@@ -151,7 +151,9 @@ class PolicyTrainer:
         c, saved = self.config, self.run.checkpoint
         device = pick_device(c.device)
         source = saved / "reference" if saved and c.ref_reset_every else c.model
-        return Transformer.from_pretrained(source, pick_dtype(c.dtype, device), device).requires_grad_(False)
+        reference = Transformer.from_pretrained(source, pick_dtype(c.dtype, device), device).requires_grad_(False)
+        reference.active_vocab = self.model.active_vocab
+        return reference
 
     # --- one step ---------------------------------------------------------------------------------------------------
 

@@ -198,7 +198,7 @@ class Prefer:
             raise InputError(
                 f"{config.data}: in none of its {len(examples)} examples does one response rank above another"
             )
-        refuse_unknown_tokens([row for item in lists for row in item.rows], self.model.config.vocab_size)
+        refuse_unknown_tokens([row for item in lists for row in item.rows], self.model.active_vocab)
         self.train, self.held = held_out(lists, config.eval_share, config.seed)
         self.display.line(description(examples))
         self._describe(len(examples) - len(lists))

@@ -379,11 +379,12 @@ def load(
         tokenizer.prompt_with(config.template, config.system)
     if run is not None:
         run.keep_date(tokenizer)
+    model.active_vocab = min(tokenizer.vocab_size, model.config.vocab_size)
     for stop in tokenizer.stop_ids:
-        if stop >= model.config.vocab_size:
+        if stop >= model.active_vocab:
             raise InputError(
                 f"{source}: stop token {stop} (eos_token_id) is outside the model's vocabulary of "
-                f"{model.config.vocab_size}, so nothing would ever stop: correct generation_config.json or config.json"
+                f"{model.active_vocab}, so nothing would ever stop: correct generation_config.json or config.json"
             )
     return model, tokenizer
 

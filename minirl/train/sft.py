@@ -232,7 +232,7 @@ def prepare_sft(config: SFTConfig, display: Display) -> tuple[Transformer, Token
     display.progress("examples", 0, len(examples))
     rows = demonstration_rows(tokenizer, examples, model.config.max_positions, config.loss_on)
     display.progress("examples", len(examples), len(examples))
-    refuse_unknown_tokens(rows, model.config.vocab_size)
+    refuse_unknown_tokens(rows, model.active_vocab)
     cut = sum(row.lost > 0 for row in rows)
     too_long = f"; cut at {model.config.max_positions} tokens: {cut:,}" if cut else ""
     display.line(description(examples, config.loss_on) + too_long)

@@ -97,6 +97,7 @@ def accumulate(
             totals=totals,
             temperature=temperature,
             kept=micro.kept,
+            active=model.active_vocab,
         )
         if also is not None:
             further, its = also(hidden, micro, part, totals)

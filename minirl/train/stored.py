@@ -79,6 +79,7 @@ class Stored:
                 f"temperature = {config.temperature:g}: the logprobs in {config.data} are those at "
                 f"{triples[0]['temperature']:g}; give that temperature, or take the logprobs out"
             )
+        vocab = min(tokenizer.vocab_size, model.vocab_size)
         by_prompt: dict[str, list[dict]] = {}
         for line in triples:
             by_prompt.setdefault(prompt_key(line), []).append(line)
@@ -86,7 +87,7 @@ class Stored:
             prompt = rendered(lines[0], tokenizer, lines[0]["where"])
             found = [(line, _completion(line, tokenizer)) for line in lines]
             for line, completion in found:
-                refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], model.vocab_size, line["where"])
+                refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], vocab, line["where"])
             fitting = [(line, c) for line, c in found if len(prompt) + len(c.tokens) <= longest]
             self.too_long += len(found) - len(fitting)
             if len(fitting) >= group:
