@@ -67,10 +67,10 @@ class Head(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Rows of a chunk: whole tiles, or one that is smaller where the workspace has no room for TILE rows."""
+        """Rows of a chunk: whole tiles, or a smaller one where the workspace has no room for TILE rows."""
         cost = self.dtype.itemsize + (self.weight.dtype.itemsize if self.dtype != self.weight.dtype else 0)
         rows = self.workspace // (cost * len(self.weight))
-        step = TILE if rows >= TILE else MIN_ROWS
+        step = next((step for step in (TILE, 3 * MIN_ROWS) if step <= rows), MIN_ROWS)
         return max(rows // step * step, MIN_ROWS)
 
     def logits(self, hidden: Tensor, rows: Tensor, buffer: Tensor | None) -> Tensor:
