@@ -45,22 +45,21 @@ def test_a_row_is_scored_to_the_same_bits_in_every_company_order_and_split(model
     rows = rows_up_to(longest, seed=longest)
     alone = score(model, rows, budget=1)
     rng = random.Random(longest)
-    for budget in (longest, 3 * longest, 10**6):
+    for budget in (2 * longest, 10**6):
         chosen = rng.sample(range(len(rows)), rng.randint(2, len(rows)))
         together = score(model, [rows[i] for i in chosen], budget)
         assert torch.equal(together, alone[chosen][:, : together.shape[1]]), budget
 
 
 @pytest.mark.parametrize("longest", [9, 250])
-@pytest.mark.parametrize("level", ["token", "seq_mean"])
-def test_the_ratio_is_one_before_an_update_whatever_the_micro_batches(model, level, longest):
+def test_the_ratio_is_one_before_an_update_whatever_the_micro_batches(model, longest):
     """eq. 7 of 2507.18071 clips at 3e-4: rounding alone must not move a ratio."""
     rows = rows_up_to(longest, seed=longest)
-    options = PolicyLoss(ratio_level=level, eps_low=3e-4, eps_high=4e-4)
     old = score(model, rows, budget=2 * longest, temperature=0.9)
     advantages = torch.tensor([(1.0, -1.0, 0.0)[i % 3] for i in range(len(rows))])  # every third row is left out
     batch = Batch(rows, advantages, response_mask(rows), old)
-    for budget in (1, 10**6):
+    for budget, level in ((1, "seq_mean"), (10**6, "token")):
+        options = PolicyLoss(ratio_level=level, eps_low=3e-4, eps_high=4e-4)
         metrics = accumulate(model, batch, options, budget, temperature=0.9)
         assert (metrics["ratio/min"], metrics["ratio/max"], metrics["clip/frac"]) == (1.0, 1.0, 0.0), budget
     model.zero_grad()
