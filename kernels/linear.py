@@ -10,6 +10,7 @@ Shapes: N rows, V vocabulary, D width, n rows of a chunk. The two backends diffe
 logits, Triton's kernels or PyTorch on slices that fit a CPU's cache.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,10 @@ from .policy_loss import scale_
 
 WORKSPACE = {"cpu": 128 << 20, "cuda": 512 << 20}  # bytes of a chunk of logits and of its gradient
 SLICE = 1 << 19  # logits that PyTorch sweeps at a time
-# A CPU's product of fewer rows adds in another order: results would depend on the chunk. From 16 rows on they are the
-# same to the bit for most shapes.
+# A CPU's matrix library adds in another order for other numbers of rows (few of them, no multiple of 16, some sizes
+# with bf16 tiles or several threads), so a row's bits would depend on how many share its product. Where they must not,
+# every product has TILE rows, and a row gives the same in each place of them. A GPU is left to its library.
+TILE = 192
 MIN_ROWS = 16
 
 
@@ -61,16 +64,24 @@ class Head(NamedTuple):
 
     def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The numbers of the rows, in chunks of about one size."""
+        return rows.chunk(-(-len(rows) // self.most)) if len(rows) else ()
+
+    @property
+    def most(self) -> int:
+        """Rows of a chunk: whole tiles, or a smaller one where the workspace has no room for TILE rows."""
         cost = self.dtype.itemsize + (self.weight.dtype.itemsize if self.dtype != self.weight.dtype else 0)
-        most = max(self.workspace // (cost * len(self.weight)), MIN_ROWS)
-        return rows.chunk(-(-len(rows) // most)) if len(rows) else ()
+        rows = self.workspace // (cost * len(self.weight))
+        step = next((step for step in (TILE, 3 * MIN_ROWS) if step <= rows), MIN_ROWS)
+        return max(rows // step * step, MIN_ROWS)
 
     def logits(self, hidden: Tensor, rows: Tensor, buffer: Tensor | None) -> Tensor:
         """Of some rows, [n, V], in the memory of `buffer` where that has room."""
-        h, n = at_least(hidden[rows]), len(rows)
+        n, tile = len(rows), min(TILE, self.most)
+        h = at_least(hidden[rows], tile)
         if buffer is None or len(buffer) < len(h):
             buffer = h.new_empty(len(h), len(self.weight), dtype=self.dtype)
-        product(h, self.weight.t(), z := buffer[: len(h)])
+        multiply = product if h.is_cuda else partial(tiled_product, tile=tile)
+        multiply(h, self.weight.t(), z := buffer[: len(h)])
         z = z[:n]
         if self.bias is not None:
             z += self.bias
@@ -96,10 +107,18 @@ class Head(NamedTuple):
         return out
 
 
-def at_least(rows: Tensor) -> Tensor:
-    """On a CPU the rows with zeros below them, MIN_ROWS in all where there are fewer."""
-    missing = MIN_ROWS - len(rows) if rows.device.type == "cpu" else 0
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
+def at_least(rows: Tensor, multiple: int = MIN_ROWS) -> Tensor:
+    """On a CPU the rows with zeros below them up to the next multiple."""
+    missing = -len(rows) % multiple if rows.device.type == "cpu" else 0
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def tiled_product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, tile: int = TILE) -> Tensor:
+    """out = a @ b + bias on a CPU, `tile` rows at a time, in the dtype of `out`."""
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    for x, y in zip(a.split(tile), out.split(tile), strict=True):
+        torch.mm(x, b, out=y) if bias is None else torch.addmm(bias, x, b, out=y)
+    return out
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
@@ -120,7 +139,9 @@ def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor, active:
     dtype = torch.promote_types(z.dtype, torch.float32)
     out = Stats(*(z.new_empty(len(z), dtype=dtype) for _ in Stats._fields))
     for part in slices(z):
-        raw = z[part, :active].to(dtype)
+        n = len(z[part])
+        # Several threads would share the sum of a row that comes alone.
+        raw = z[part, :active].expand(max(n, 2), -1).to(dtype)
         largest = raw.amax(1, keepdim=True)
         t = temperature[part].to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature
         d = raw - largest
@@ -132,7 +153,8 @@ def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor, active:
             d.clamp_(min=-1e30)
             weighted = (d / t).exp_().mul_(d).sum(1)
         t = t.squeeze(1) if isinstance(t, Tensor) else t
-        out.largest[part], out.log_total[part] = largest.squeeze(1), total.log()
+        largest, total, weighted = largest[:n, 0], total[:n], weighted[:n]
+        out.largest[part], out.log_total[part] = largest, total.log()
         out.logp[part] = target / t - out.log_total[part]
         out.entropy[part] = out.log_total[part] - weighted / (total * t)
     return out
