@@ -97,6 +97,8 @@ def test_the_head_gives_a_row_the_same_bits_in_every_chunk(dtype, vocab):
         return *of, *linear_token_logprobs(hidden[rows], weight, targets[rows], 0.7, kept)
 
     whole = at(torch.arange(700))
+    tiles = linear_token_logprobs(hidden, weight, targets, 0.7, workspace=192 * vocab * dtype.itemsize)
+    assert all(map(torch.equal, tiles, whole))
     for n in (1, 2, 15, 47, 193, 520):
         rows = torch.randperm(700, generator=generator)[:n]
         assert all(torch.equal(found, x[rows]) for found, x in zip(at(rows), whole, strict=True)), n

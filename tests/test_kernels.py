@@ -668,8 +668,7 @@ def test_the_linear_form_passes_gradcheck():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chunks_change_nothing(backend):
-    """Not a bit of a row on a CPU; a GPU's product may add up in another order for another number of rows."""
-
+    """Beyond rounding: a product of other rows than whole tiles may add up in another order."""
     most = {"torch": 80, "triton": 40}[backend]
 
     @settings(max_examples={"torch": 40, "triton": 3}[backend])
@@ -682,9 +681,7 @@ def test_chunks_change_nothing(backend):
             options = {"workspace": one_chunk(n, 37), "backend": backend}
             return backward(lambda h, w: linear_token_logprobs(h, w, targets, 0.8, kept, **options), [hidden, weight])
 
-        ours, whole = in_chunks_of(chunk), in_chunks_of(rows)
-        assert_near(ours, whole, 1e-5)
-        assert DEVICE.type == "cuda" or same_bits(ours[:3], whole[:3])
+        assert_near(in_chunks_of(chunk), in_chunks_of(rows), 1e-5)
 
     check()
 
