@@ -47,14 +47,18 @@ def description(examples: Sequence[dict]) -> str:
     return f"{line} ({form.get(name, f'format {name}')})"
 
 
-def response_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: list | None, where: str) -> list[list[int]]:
-    """Of each text the tokens that stand beside it, or else its own and the stop token: it ended by itself."""
+def response_tokens(
+    tokenizer: Tokenizer, example: dict, texts: Sequence[str], tokens: list | None
+) -> list[Sequence[int]]:
+    """Of each text below the example's prompt the tokens that stand beside it, or else its own and the stop token: it
+    ended by itself."""
+    prompt, tools, where = example["prompt"], example.get("tools"), example["where"]
     if tokens is None:
         tokens = [None] * len(texts)
     if not isinstance(tokens, list) or len(tokens) != len(texts):
         raise InputError(f"{where}: 'responses_tokens' must be a list with the tokens of each response")
     return [
-        [*tokenizer.encode(text), tokenizer.stop_id] if ids is None else spelled_tokens(tokenizer, text, ids, where)
+        tokenizer.response_ids(prompt, text, tools) if ids is None else spelled_tokens(tokenizer, text, ids, where)
         for text, ids in zip(texts, tokens, strict=True)
     ]
 
@@ -67,7 +71,7 @@ def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
     prompt, responses, tools = example["prompt"], example["responses"], example.get("tools")
     if all(isinstance(response, str) for response in responses):
         ids = tokenizer.prompt_ids(prompt, tools)
-        rows = response_tokens(tokenizer, responses, example["tokens"], example["where"])
+        rows = response_tokens(tokenizer, example, responses, example["tokens"])
         return [Turns(ids, row, [True] * len(row)) for row in rows]
     with named(example["where"]):
         found = [_messages(tokenizer, prompt, response, tools) for response in responses]

@@ -145,8 +145,8 @@ def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
     """
     tokens = line.get("completion_tokens")
     if tokens is None:
-        cut = line.get("finish_reason") == "length"
-        tokens = tokenizer.encode(line["completion"]) + ([] if cut else [tokenizer.stop_id])
+        ended = line.get("finish_reason") != "length"
+        tokens = tokenizer.response_ids(line["prompt"], line["completion"], line.get("tools"), ended)
     else:
         tokens = list(spelled_tokens(tokenizer, line["completion"], tokens, line["where"]))
     if not tokens:
