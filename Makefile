@@ -9,10 +9,10 @@ TORCH := torch==2.13.0
 GPU_TESTS ?= $(shell grep -l '^from minirl.kernels' tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench gpu clean
+.PHONY: help venv demo test test-processors lint bench gpu clean
 
 help:  ## print the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 venv: $(INSTALLED)  ## set up .venv; does nothing when that is done
 
@@ -21,6 +21,9 @@ demo: $(INSTALLED)  ## watch a tiny model learn
 
 test: lint  ## lint, then every test, on up to 8 cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+test-processors: $(INSTALLED)  ## the numeric tests with the instruction sets of other processors, about 10 minutes
+	$(BIN)/python tests/processors.py
 
 lint: $(INSTALLED)  ## ruff check and ruff format --check
 	$(BIN)/ruff check

@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     )
     add("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
     add("--quick", action="store_true", help="fewer shapes and rounds, no torch.compile; not for publishing")
-    add("--only", metavar="NAME", help="of the suite kernels: one operation, checks, or training_step")
+    add("--only", metavar="NAME", help="of the suite kernels: one operation, checks, training_step, or decode_step")
     add("--model", default=CHECKPOINT, help="checkpoint of train and sampler (default: %(default)s)")
     add("--out", metavar="DIR", help="(default: bench/results/<device>, with --quick <device>-quick)")
     return parser.parse_args()
@@ -53,7 +53,7 @@ def kernels(args) -> None:
     def save(result: dict) -> None:
         common.write_json(args, {"machine": host} | result, path)
 
-    known = [*kernel_suite.MAIN, "checks", "training_step"]
+    known = [*kernel_suite.MAIN, "checks", "training_step", "decode_step"]
     if args.only and args.only not in known:
         sys.exit(f"--only {args.only} is unknown: choose from {', '.join(known)}")
     result = kernel_suite.run(kernel_suite.Bench(device, plan), args.only, save)
@@ -61,6 +61,8 @@ def kernels(args) -> None:
         result["checks"] = run_checks(device)
     if args.only in (None, "training_step") and device.type == "cpu":
         result["training_step"] = training_step(args)
+    if args.only in (None, "decode_step") and device.type == "cpu":
+        result["decode_step"] = decode_step(args)
     reached = targets.judge(result, device.type == "cuda")
     print(common.describe(host))
     print(common.table(("what must hold", "target", "measured", ""), targets.lines(reached)), flush=True)
@@ -107,6 +109,19 @@ def training_step(args) -> dict:
     ]
     print(f"training step on a CPU; {size}")
     print(common.table(("", "s", "peak GB", "before it", "loss"), rows), end="\n\n", flush=True)
+    return result
+
+
+def decode_step(args) -> dict:
+    """On a CPU: the parts of a decode step, and the share of top-p sampling."""
+    from bench.decode_step import Size, compare
+
+    size = Size(64, vocab=4096, layers=2) if args.quick else Size()
+    common.progress(f"decode step  {size}")
+    result = compare(size, 3 if args.quick else 15)
+    rows = [(part, *(f"{s[q] * 1e3:.1f}" for q in ("median", "p20", "p80"))) for part, s in result["parts"].items()]
+    print(f"decode step on a CPU; {size}; top-p sampling is {result['top_p_share']:.1%} of it")
+    print(common.table(("", "ms", "p20", "p80"), rows), end="\n\n", flush=True)
     return result
 
 

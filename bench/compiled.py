@@ -28,7 +28,7 @@ from bench import common
 from minirl.kernels import backend
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
-VOCAB = 151_936
+VOCAB, ACTIVE = 151_936, 151_669  # a real head's rows, and the ids that have a text
 SWEEP = re.compile(r"stats|gradient|fused|sums|floor")  # kernels that read whole rows of logits
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # bytes a thread loads; else 4
 
@@ -175,8 +175,9 @@ def _calls(dtype: torch.dtype, rows: int, vocab: int, width: int) -> Iterator[tu
     def backward(outputs):
         sum(x.sum() for x in outputs if x.requires_grad).backward()
 
-    def fused(**options):
-        backward(k.fused_policy_loss(logits, targets, ones, ones, k.TokenLoss(**options), backend="triton", **given))
+    def fused(active=None, **options):
+        more = given | {"active": active, "backend": "triton"}
+        backward(k.fused_policy_loss(logits, targets, ones, ones, k.TokenLoss(**options), **more))
 
     def linear(softcap=None, **options):
         more = {"backend": "triton", "logits_dtype": torch.float32, "softcap": softcap}
@@ -198,6 +199,9 @@ def _calls(dtype: torch.dtype, rows: int, vocab: int, width: int) -> Iterator[tu
         return  # the head's logits are fp32 below, whatever its weights
     yield "temperature of each row", lambda: k.token_logprobs(logits.detach(), targets, ones, backend="triton")
     yield "clip", lambda: fused()
+    padded = {"active": ACTIVE, "backend": "triton"}
+    yield "token_logprobs, padded rows", lambda: backward(k.token_logprobs(logits, targets, **padded))
+    yield "clip, padded rows", lambda: fused(active=ACTIVE)
     yield "linear, clip, k3", lambda: linear(kl="k3", kl_coef=0.04)
     yield "linear, softcap", lambda: linear(softcap=30.0)
     yield "gradient of some rows, a temperature of each", some_rows
@@ -211,7 +215,7 @@ def _draws(logits, positions) -> Iterator[tuple[str, Callable[[], object]]]:
 
     ways = {"top-k, top-p": {"top_k": 50, "top_p": 0.9}}
     if logits.dtype == torch.bfloat16:
-        ways |= {"plain": {}, "min-p": {"min_p": 0.1}}
+        ways |= {"plain": {}, "min-p": {"min_p": 0.1}, "padded rows": {"top_p": 0.9, "active": ACTIVE}}
     for name, way in ways.items():
         yield (
             f"sampling, {name}",

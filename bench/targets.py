@@ -68,7 +68,10 @@ def on_cpu(result: dict, why: str) -> list[Target]:
     real = step.get("size", {}).get("tokens") == 4096
     why = why or ("not measured: --quick takes fewer tokens" if step and not real else "")
     memory, seconds = (step.get(name) if real else None for name in ("memory_ratio", "time_ratio"))
+    decode = result.get("decode_step", {})
+    share = decode.get("top_p_share") if decode.get("size", {}).get("slots") == 256 else None
     return [
+        _judge("top-p sampling, share of a decode step of 256 slots", 0.15, share, "", why=why),
         _judge("training step of 4096 tokens, minirl / eager, memory", 0.2, memory, " x", why=why),
         _judge("  time", 1.0, seconds, " x", why=why),
     ]

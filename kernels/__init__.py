@@ -6,11 +6,13 @@ from .linear import Kept, linear_policy_loss, linear_token_logprobs
 from .logprobs import token_logprobs
 from .per_token import TokenLoss, token_loss
 from .policy_loss import fused_policy_loss
-from .sampling import Draw, keyed_uniform, sample_tokens, truncation_floor
+from .sampling import Draw, keyed_uniform, sample_tokens
 from .scan import gae, suffix_scan
+from .truncation import Floor, truncation_floor
 
 __all__ = [
     "Draw",
+    "Floor",
     "Kept",
     "TokenLoss",
     "fused_policy_loss",

@@ -10,6 +10,7 @@ Shapes: N rows, V vocabulary, D width, n rows of a chunk. The two backends diffe
 logits, Triton's kernels or PyTorch on slices that fit a CPU's cache.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,14 +18,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
-from .logprobs import Stats, check_rows, gradient_triton, stats_triton
+from .logprobs import Stats, active_entries, check_rows, gradient_triton, stats_triton
 from .per_token import TokenLoss, check_tokens, token_loss, token_loss_triton
 from .policy_loss import scale_
 
 WORKSPACE = {"cpu": 128 << 20, "cuda": 512 << 20}  # bytes of a chunk of logits and of its gradient
 SLICE = 1 << 19  # logits that PyTorch sweeps at a time
-# A CPU's product of fewer rows adds in another order: results would depend on the chunk. From 16 rows on they are the
-# same to the bit for most shapes.
+# A CPU's matrix library adds in another order for other numbers of rows (few of them, no multiple of 16, some sizes
+# with bf16 tiles or several threads), so a row's bits would depend on how many share its product. Where they must not,
+# every product has TILE rows, and a row gives the same in each place of them. A GPU is left to its library.
+TILE = 192
 MIN_ROWS = 16
 
 
@@ -55,21 +58,30 @@ class Head(NamedTuple):
     dtype: torch.dtype  # of the logits
     temperature: float | Tensor
     kept: Kept | None
+    active: int | None  # the logits of a row that count, its first; None = all V
     workspace: int
     triton: bool
 
     def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The numbers of the rows, in chunks of about one size."""
+        return rows.chunk(-(-len(rows) // self.most)) if len(rows) else ()
+
+    @property
+    def most(self) -> int:
+        """Rows of a chunk: whole tiles, or a smaller one where the workspace has no room for TILE rows."""
         cost = self.dtype.itemsize + (self.weight.dtype.itemsize if self.dtype != self.weight.dtype else 0)
-        most = max(self.workspace // (cost * len(self.weight)), MIN_ROWS)
-        return rows.chunk(-(-len(rows) // most)) if len(rows) else ()
+        rows = self.workspace // (cost * len(self.weight))
+        step = next((step for step in (TILE, 3 * MIN_ROWS) if step <= rows), MIN_ROWS)
+        return max(rows // step * step, MIN_ROWS)
 
     def logits(self, hidden: Tensor, rows: Tensor, buffer: Tensor | None) -> Tensor:
         """Of some rows, [n, V], in the memory of `buffer` where that has room."""
-        h, n = at_least(hidden[rows]), len(rows)
+        n, tile = len(rows), min(TILE, self.most)
+        h = at_least(hidden[rows], tile)
         if buffer is None or len(buffer) < len(h):
             buffer = h.new_empty(len(h), len(self.weight), dtype=self.dtype)
-        product(h, self.weight.t(), z := buffer[: len(h)])
+        multiply = product if h.is_cuda else partial(tiled_product, tile=tile)
+        multiply(h, self.weight.t(), z := buffer[: len(h)])
         z = z[:n]
         if self.bias is not None:
             z += self.bias
@@ -81,7 +93,7 @@ class Head(NamedTuple):
         return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
 
     def stats(self, z: Tensor, targets: Tensor, rows: Tensor) -> Stats:
-        return (stats_triton if self.triton else stats_torch)(z, targets[rows], self.of(rows))
+        return (stats_triton if self.triton else stats_torch)(z, targets[rows], self.of(rows), self.active)
 
     def gradient(
         self, z: Tensor, targets: Tensor, rows: Tensor, stats: Stats, c: Tensor, e: Tensor, live: Tensor
@@ -90,14 +102,23 @@ class Head(NamedTuple):
         inplace = z.dtype == self.weight.dtype and (len(live) == len(z) or not self.triton)
         out = z[: len(live)] if inplace else z.new_empty(len(live), z.shape[1], dtype=self.weight.dtype)
         write = gradient_triton if self.triton else gradient_torch
-        write(z, targets[rows], self.of(rows), stats, c, e, out, None if len(live) == len(z) else live, self.softcap)
+        live = None if len(live) == len(z) else live
+        write(z, targets[rows], self.of(rows), stats, c, e, out, live, self.softcap, self.active)
         return out
 
 
-def at_least(rows: Tensor) -> Tensor:
-    """On a CPU the rows with zeros below them, MIN_ROWS in all where there are fewer."""
-    missing = MIN_ROWS - len(rows) if rows.device.type == "cpu" else 0
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
+def at_least(rows: Tensor, multiple: int = MIN_ROWS) -> Tensor:
+    """On a CPU the rows with zeros below them up to the next multiple."""
+    missing = -len(rows) % multiple if rows.device.type == "cpu" else 0
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def tiled_product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, tile: int = TILE) -> Tensor:
+    """out = a @ b + bias on a CPU, `tile` rows at a time, in the dtype of `out`."""
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    for x, y in zip(a.split(tile), out.split(tile), strict=True):
+        torch.mm(x, b, out=y) if bias is None else torch.addmm(bias, x, b, out=y)
+    return out
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
@@ -113,12 +134,14 @@ def product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
-def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor) -> Stats:
+def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor, active: int | None = None) -> Stats:
     """What `stats_triton` computes, of fp64 logits in fp64."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     out = Stats(*(z.new_empty(len(z), dtype=dtype) for _ in Stats._fields))
     for part in slices(z):
-        raw = z[part].to(dtype)
+        n = len(z[part])
+        # Several threads would share the sum of a row that comes alone.
+        raw = z[part, :active].expand(max(n, 2), -1).to(dtype)
         largest = raw.amax(1, keepdim=True)
         t = temperature[part].to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature
         d = raw - largest
@@ -130,17 +153,21 @@ def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor) -> Stat
             d.clamp_(min=-1e30)
             weighted = (d / t).exp_().mul_(d).sum(1)
         t = t.squeeze(1) if isinstance(t, Tensor) else t
-        out.largest[part], out.log_total[part] = largest.squeeze(1), total.log()
+        largest, total, weighted = largest[:n, 0], total[:n], weighted[:n]
+        out.largest[part], out.log_total[part] = largest, total.log()
         out.logp[part] = target / t - out.log_total[part]
         out.entropy[part] = out.log_total[part] - weighted / (total * t)
     return out
 
 
-def gradient_torch(z, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None) -> None:
+def gradient_torch(
+    z, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None, active=None
+) -> None:
     """What `gradient_triton` computes. `out` may be the first rows of z: a row is read before it is overwritten."""
+    active = z.shape[1] if active is None else active
     for part in slices(out):
         chosen = part if rows is None else rows[part]
-        raw = z[chosen].to(stats.logp.dtype)
+        raw = z[chosen, :active].to(stats.logp.dtype)
 
         def column(x, chosen=chosen):
             return x[chosen].unsqueeze(1)
@@ -160,7 +187,8 @@ def gradient_torch(z, targets, temperature, stats: Stats, c, e, out: Tensor, row
         if softcap is not None:
             dz.mul_(1 - (raw.masked_fill(raw == float("-inf"), 0) / softcap) ** 2)
         silent = ((c[chosen] == 0) & (e[chosen] == 0)).unsqueeze(1)
-        out[part] = dz.masked_fill_(silent, 0) if silent.any() else dz
+        out[part, :active] = dz.masked_fill_(silent, 0) if silent.any() else dz
+        out[part, active:] = 0
 
 
 def slices(z: Tensor):
@@ -178,6 +206,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     kept: Kept | None = None,
     *,
+    active: int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -187,14 +216,15 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T + bias, targets, ...)` in chunks of at most `workspace` bytes of logits.
 
     hidden [N, D], weight [V, D], targets [N] -> (logp [N], entropy [N]). Gradients reach hidden, weight and bias; the
-    backward pass makes the logits again, for rows whose incoming gradient is not zero. logits_dtype, where not given:
+    backward pass makes the logits again, for rows whose incoming gradient is not zero. Rows of the weight from `active`
+    on are no token's: no probability falls on them, and their gradient is exactly 0. logits_dtype, where not given:
     fp32 on a GPU, because rounding them to bf16 is what parts a trainer from its sampler; that of `hidden` on a CPU.
     """
-    head = _head(hidden, weight, targets, temperature, kept, bias, softcap, logits_dtype, workspace, backend)
+    head = _head(hidden, weight, targets, temperature, kept, active, bias, softcap, logits_dtype, workspace, backend)
     return _LinearTokenLogprobs.apply(hidden, weight, bias, targets, head)
 
 
-def _head(hidden, weight, targets, temperature, kept, bias, softcap, dtype, workspace, backend) -> Head:
+def _head(hidden, weight, targets, temperature, kept, active, bias, softcap, dtype, workspace, backend) -> Head:
     check_rows(hidden.shape[:1], hidden, targets=targets, temperature=temperature)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
         raise ValueError(
@@ -211,7 +241,8 @@ def _head(hidden, weight, targets, temperature, kept, bias, softcap, dtype, work
     dtype = dtype or (torch.float32 if hidden.is_cuda and hidden.dtype != torch.float64 else hidden.dtype)
     workspace = workspace or WORKSPACE.get(hidden.device.type, WORKSPACE["cuda"])
     detached = None if bias is None else bias.detach()
-    return Head(weight.detach(), detached, softcap, dtype, temperature, kept, workspace, triton)
+    active = active_entries(active, len(weight))
+    return Head(weight.detach(), detached, softcap, dtype, temperature, kept, active, workspace, triton)
 
 
 class _Gradients:
@@ -293,6 +324,7 @@ def linear_policy_loss(
     omega: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     kept: Kept | None = None,
+    active: int | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -309,7 +341,7 @@ def linear_policy_loss(
     tokens = {"advantages": advantages, "weights": weights, "old_logp": old_logp, "ref_logp": ref_logp}
     tokens |= {"rollout_logp": rollout_logp, "log_ratio": log_ratio, "omega": omega}
     check_tokens(options, len(hidden), **tokens)
-    head = _head(hidden, weight, targets, temperature, kept, bias, softcap, logits_dtype, workspace, backend)
+    head = _head(hidden, weight, targets, temperature, kept, active, bias, softcap, logits_dtype, workspace, backend)
     alive = weights != 0
     if options.follows_advantage:
         alive &= advantages != 0

@@ -4,6 +4,8 @@ The forward sweep reads a row once and keeps a running maximum, Σ e^x and Σ x�
 reads it again and writes its gradient, over the logits if that is asked for. Nothing of size [N, V] is made in between.
 
 Shapes: N rows, V vocabulary. Whatever the dtype of the logits, everything behind them is fp32 (fp64 for fp64 logits).
+A head may have more rows than there are tokens, so that its size is round: the first `active` of the V logits count and
+the rest is as if it were not there. Rows keep their stride V, since a slice would cost the kernels their 16-byte loads.
 """
 
 from typing import NamedTuple
@@ -28,29 +30,39 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     kept: Tensor | None = None,
     *,
+    active: int | None = None,
     inplace: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy of p = softmax(logits / temperature) over the kept set.
+    """log p(target) and entropy of p = softmax(logits[:, :active] / temperature) over the kept set.
 
     logits [N, V], targets [N], temperature a number or [N], kept bool [N, V] -> (logp [N], entropy [N] in nats).
+    The gradient of logits from `active` on is exactly 0; None makes all of them count.
     `inplace` lets the kernel's backward pass write the gradient over the logits: whoever needs them again gets an error
     from autograd. The definition never overwrites.
     """
     check_rows(logits.shape[:1], logits, targets=targets, temperature=temperature)
     if kept is not None and kept.shape != logits.shape:
         raise ValueError(f"kept has shape {list(kept.shape)}, the logits {list(logits.shape)}: they must be the same")
+    active = active_entries(active, logits.shape[1])
     if use_triton(backend, logits):
         logits = logits if kept is None else logits.masked_fill(~kept, float("-inf"))
-        return _TokenLogprobs.apply(logits, targets, temperature, inplace)
-    z = scaled(logits, temperature.detach() if isinstance(temperature, Tensor) else temperature)
+        return _TokenLogprobs.apply(logits, targets, temperature, inplace, active)
+    z = scaled(logits[:, :active], temperature.detach() if isinstance(temperature, Tensor) else temperature)
     if kept is not None:
-        z = z.masked_fill(~kept, float("-inf"))
+        z = z.masked_fill(~kept[:, :active], float("-inf"))
     logp = z.log_softmax(-1)
     p = logp.exp()
     # 0 · log 0 = 0, in the gradient too: a `where` around the product would still differentiate 0 · -inf
     entropy = -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
     return logp.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
+
+
+def active_entries(active: int | None, vocab: int) -> int | None:
+    """How many of the logits count, None where all of them do; ValueError for a number that cannot be."""
+    if active is not None and not 0 < active <= vocab:
+        raise ValueError(f"active = {active}: of {vocab} logits at least one must count, and at most all")
+    return None if active == vocab else active
 
 
 def scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -76,7 +88,14 @@ def check_rows(rows: torch.Size, matrix: Tensor, **vectors) -> None:
 
 
 @triton.jit
-def row_stats(row, vocab, inv_t, BLOCK: tl.constexpr):
+def of_active(z, column, active):
+    """The logits z of some columns, -inf where no token has that id. They are loaded up to the row's round end all the
+    same: a mask that ends elsewhere would be loaded one by one."""
+    return z if active is None else tl.where(column < active, z, float("-inf"))
+
+
+@triton.jit
+def row_stats(row, vocab, active, inv_t, BLOCK: tl.constexpr):
     """One read of a row z -> max z, log Σ e^{(z − max)/T} and the entropy; `row` points to its first logit.
 
     Each lane keeps sums of its own over the eight logits that it reads at a time, so that no thread waits for another
@@ -89,7 +108,7 @@ def row_stats(row, vocab, inv_t, BLOCK: tl.constexpr):
     weighted = tl.zeros([BLOCK // LANE], tl.float32)  # Σ e^{(z − max)/T}·(z − max)
     tile = tl.load(row + offset, mask=offset < vocab, other=float("-inf"))
     for start in range(BLOCK, vocab + BLOCK, BLOCK):
-        z = tile.to(tl.float32)
+        z = of_active(tile.to(tl.float32), start - BLOCK + offset, active)
         tile = tl.load(row + start + offset, mask=start + offset < vocab, other=float("-inf"))
         new = tl.maximum(largest, tl.max(z, 1))
         # What has only seen -inf has no maximum to shift by.
@@ -110,7 +129,7 @@ def row_stats(row, vocab, inv_t, BLOCK: tl.constexpr):
 
 @triton.jit
 def row_gradient(
-    row, out, vocab, target, inv_t, largest, log_total, entropy, c, e, softcap,
+    row, out, vocab, active, target, inv_t, largest, log_total, entropy, c, e, softcap,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out_j = (1/T)[c·(1[j = target] − p_j) − e·p_j(log p_j + H)]; a row with c = e = 0 is zeroed without being read.
@@ -126,7 +145,7 @@ def row_gradient(
     tile = tl.load(row + column, mask=column < readable, other=float("-inf"))
     for _ in range(0, tiles):
         here = column
-        z = tile.to(tl.float32)
+        z = of_active(tile.to(tl.float32), here, active)
         column += -BLOCK if REVERSE else BLOCK
         tile = tl.load(row + column, mask=(column >= 0) & (column < readable), other=float("-inf"))
         logp = (z - largest) * inv_t - log_total
@@ -135,13 +154,16 @@ def row_gradient(
         if softcap is not None:
             capped = tl.where(z == float("-inf"), 0.0, z) / softcap
             g *= 1.0 - capped * capped
-        tl.store(out + here, tl.where(silent, 0.0, g * inv_t).to(out.dtype.element_ty), mask=here < vocab)
+        g = tl.where(silent, 0.0, g * inv_t)
+        if active is not None:
+            g = tl.where(here < active, g, 0.0)  # also in a row of NaN
+        tl.store(out + here, g.to(out.dtype.element_ty), mask=here < vocab)
 
 
 @triton.jit
-def token_at(row, target, vocab):
+def token_at(row, target, vocab, active):
     """The target's logit; NaN for a target outside the vocabulary, where PyTorch raises."""
-    inside = (target >= 0) & (target < vocab)
+    inside = (target >= 0) & (target < (vocab if active is None else active))
     return tl.load(row + tl.where(inside, target, 0), mask=inside, other=float("nan")).to(tl.float32)
 
 
@@ -152,14 +174,14 @@ def inverse_temperature(temperature, i, PER_ROW: tl.constexpr):
 
 @triton.jit
 def _stats_kernel(
-    logits, stride, targets, temperature, logp, entropy, largest, log_total, vocab,
+    logits, stride, targets, temperature, logp, entropy, largest, log_total, vocab, active,
     PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)  # N·V passes 2³¹
     row = logits + i * stride
     inv_t = inverse_temperature(temperature, i, PER_ROW)
-    top, log_sum, h = row_stats(row, vocab, inv_t, BLOCK)
-    tl.store(logp + i, (token_at(row, tl.load(targets + i), vocab) - top) * inv_t - log_sum)
+    top, log_sum, h = row_stats(row, vocab, active, inv_t, BLOCK)
+    tl.store(logp + i, (token_at(row, tl.load(targets + i), vocab, active) - top) * inv_t - log_sum)
     tl.store(entropy + i, h)
     tl.store(largest + i, top)
     tl.store(log_total + i, log_sum)
@@ -167,13 +189,14 @@ def _stats_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits, stride, rows, out, out_stride, targets, temperature, largest, log_total, entropy, c, e, vocab, softcap,
+    logits, stride, rows, out, out_stride, targets, temperature, largest, log_total, entropy, c, e,
+    vocab, active, softcap,
     PER_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     i = place if rows is None else tl.load(rows + place).to(tl.int64)
     row_gradient(
-        logits + i * stride, out + place * out_stride, vocab, tl.load(targets + i),
+        logits + i * stride, out + place * out_stride, vocab, active, tl.load(targets + i),
         inverse_temperature(temperature, i, PER_ROW), tl.load(largest + i), tl.load(log_total + i),
         tl.load(entropy + i), tl.load(c + i), tl.load(e + i), softcap, False, BLOCK,
     )  # fmt: skip
@@ -207,33 +230,35 @@ def vectors(rows: Tensor, count: int) -> list[Tensor]:
     return [rows.new_empty(len(rows), dtype=torch.float32) for _ in range(count)]
 
 
-def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> Stats:
+def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor, active: int | None = None) -> Stats:
     """One read of logits [N, V], whose rows may have any stride."""
     out = Stats(*vectors(logits, len(Stats._fields)))
     if len(logits):
-        args = (logits, logits.stride(0), *plain(targets, temperature), *out, logits.shape[1])
+        args = (logits, logits.stride(0), *plain(targets, temperature), *out, logits.shape[1], active)
         per_row = isinstance(temperature, Tensor)
         run.launch(_stats_kernel, (len(logits),), *args, PER_ROW=per_row, **tiling(logits.shape[1]))
     return out
 
 
-def gradient_triton(logits, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None) -> None:
+def gradient_triton(
+    logits, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None, active=None
+) -> None:
     """∂L/∂z with c = ∂L/∂logp and e = ∂L/∂H [N], into `out` [N, V], which may be `logits`; or of the given rows [n]
     alone, into [n, V], which may not. With `softcap`, by what went into it."""
     if len(out):
         per_row = isinstance(temperature, Tensor)
         args = (logits, logits.stride(0), rows, out, out.stride(0), *plain(targets, temperature))
-        args += (stats.largest, stats.log_total, stats.entropy, c, e, logits.shape[1], softcap)
+        args += (stats.largest, stats.log_total, stats.entropy, c, e, logits.shape[1], active, softcap)
         run.launch(_gradient_kernel, (len(out),), *args, PER_ROW=per_row, **tiling(logits.shape[1]))
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature, inplace):
+    def forward(ctx, logits, targets, temperature, inplace, active):
         logits = rows_together(logits)
-        stats = stats_triton(logits, targets, temperature)
+        stats = stats_triton(logits, targets, temperature, active)
         ctx.save_for_backward(logits, targets, *stats)
-        ctx.temperature, ctx.inplace = temperature, inplace
+        ctx.temperature, ctx.inplace, ctx.active = temperature, inplace, active
         return stats.logp, stats.entropy
 
     @staticmethod
@@ -245,10 +270,10 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logp.contiguous(),
             grad_entropy.contiguous(),
         )  # autograd hands a sum's gradient out as an expanded number
-        gradient_triton(logits, targets, ctx.temperature, Stats(*stats), c, e, out)
+        gradient_triton(logits, targets, ctx.temperature, Stats(*stats), c, e, out, active=ctx.active)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
-        return out, None, None, None
+        return out, None, None, None, None
 
 
 def rows_together(logits: Tensor) -> Tensor:

@@ -8,6 +8,10 @@ sampler; H is the entropy of the policy's distribution. A surrogate returns its 
 value K beside its slope κ: the gradient at a clip's edge, beyond the exponent's guard and of a sequence ratio is what
 is written here, not what autograd makes of min and clamp. Supervised, preference and reward-weighted losses are rules
 for (c, e) too: likelihood is surrogate "is_pg" with ratio_level "none" and A = 1.
+
+The guard cuts a ratio off, and its derivative with it; a KL goes on beyond it. A κ that changed its sign there would
+push the policy away from the reference where it is farthest from it. So κ is the true slope with guarded exponentials,
+and K is its integral: finite differences of K give κ on both sides of the guard.
 """
 
 import math
@@ -21,7 +25,7 @@ from . import backend as run
 from .backend import tl, triton
 from .logprobs import vectors
 
-GUARD = 20.0  # exp never sees a log-ratio beyond ±GUARD, and its derivative is 0 there
+GUARD = 20.0  # exp never sees a log-ratio beyond ±GUARD, and the ratio's derivative is 0 there
 GUARD_ = tl.constexpr(GUARD)
 
 
@@ -125,17 +129,26 @@ def k2(d, token_lr):
 
 
 def k3(d, token_lr=None):
-    """e^{−d} + d − 1 with slope 1 − e^{−d} (2402.03300 eq. 4); expm1 keeps the digits that the plain form loses."""
-    expm1 = (-d).clamp(-GUARD, GUARD).expm1()
-    return expm1 + d, (-expm1).masked_fill(d.abs() > GUARD, 1)
+    """e^{−d} + d − 1 with slope 1 − e^{−d} (2402.03300 eq. 4); expm1 keeps the digits that the plain form loses.
+
+    Beyond the guard the slope stays as it is at the guard, so K goes on along its tangent.
+    """
+    held = d.clamp(-GUARD, GUARD)
+    expm1 = (-held).expm1()
+    return expm1 + held - expm1 * (d - held), -expm1
 
 
 def k3_is(d, token_lr):
-    """ρ·k3 with slope ρ·d, ρ being the unclipped token ratio: the exact gradient of KL(π_θ‖π_ref) (2512.02556 §3.1)."""
-    K, kappa = k3(d)
-    ratio, slope = guarded_exp(token_lr)
-    guarded = (d.abs() > GUARD) | (token_lr.abs() > GUARD)
-    return ratio * K, torch.where(guarded, slope * K + ratio * kappa, ratio * d)
+    """ρ·k3 with slope ρ·d, ρ being the unclipped token ratio: the exact gradient of KL(π_θ‖π_ref) (2512.02556 §3.1).
+
+    Only ρ is guarded. K = ρ(d − 1) + π_ref/π_old needs no e^{−d} where that is beyond the guard; where ρ stands still K
+    grows by ρ∫d from d₀, at which ρ met the guard.
+    """
+    held = token_lr.clamp(-GUARD, GUARD)
+    ratio, d0 = held.exp(), d - (token_lr - held)
+    far = ratio * (d0 - 1) + (held - d0).clamp(-2 * GUARD, 2 * GUARD).exp()
+    K = torch.where(d0.abs() > GUARD, far, ratio * k3(d0)[0])
+    return K + ratio * (d + d0) / 2 * (token_lr - held), ratio * d
 
 
 KLS = {"k2": k2, "k3": k3, "k3_is": k3_is}  # (d = ℓ − ℓr, ℓ − ℓo) -> K, κ
@@ -303,8 +316,17 @@ def _k3(d):
     small = tl.abs(x) < 0.5
     plain = tl.exp(x) - 1.0
     expm1 = tl.where(small, x + x * x * series, plain)
-    K = tl.where(small, x * x * series, plain - x) + (d + x)  # d + x is 0 within the guard
-    return K, tl.where(tl.abs(d) > GUARD_, 1.0, -expm1)
+    K = tl.where(small, x * x * series, plain - x) - expm1 * (d + x)  # d + x is 0 within the guard
+    return K, -expm1
+
+
+@triton.jit
+def _k3_is(d, token_lr):
+    held = _clamped(token_lr)
+    ratio, d0 = tl.exp(held), d - (token_lr - held)
+    far = ratio * (d0 - 1.0) + tl.exp(tl.minimum(tl.maximum(held - d0, -2.0 * GUARD_), 2.0 * GUARD_))
+    K = tl.where(tl.abs(d0) > GUARD_, far, ratio * _k3(d0)[0])
+    return K + ratio * (d + d0) * 0.5 * (token_lr - held), ratio * d
 
 
 @triton.jit
@@ -372,13 +394,10 @@ def token_terms(
         if KL == "k2":
             K = d * d * 0.5
             k = d
-        else:
+        elif KL == "k3":
             K, k = _k3(d)
-        if KL == "k3_is":
-            r, r_slope = _guarded_exp(token_lr)
-            guarded = (tl.abs(d) > GUARD_) | (tl.abs(token_lr) > GUARD_)
-            k = tl.where(guarded, r_slope * K + r * k, r * d)
-            K = r * K
+        else:
+            K, k = _k3_is(d, token_lr)
         over = o.kl_clamp < K
         value += o.kl_coef * tl.where(over, o.kl_clamp, K)
         kappa += o.kl_coef * tl.where(over, 0.0, k)

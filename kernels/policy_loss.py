@@ -13,6 +13,7 @@ from . import backend as run
 from .backend import Backend, tl, triton, use_triton
 from .logprobs import (
     BLOCK,
+    active_entries,
     check_rows,
     inverse_temperature,
     plain,
@@ -42,15 +43,16 @@ def fused_policy_loss(
     log_ratio: Tensor | None = None,
     omega: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    active: int | None = None,
     inplace: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ of `token_loss` over rows of logits [N, V], with its gradient; log-prob and entropy of the targets without.
 
     targets and all of `token_loss`'s inputs are [N] -> (loss, logp [N], entropy [N]). Weights are what a token counts
-    in the loss, 1/N each for a mean; a row of weight 0 is not read, its logp and entropy are 0. `inplace` writes the
-    gradient over the logits, in the forward pass already: whoever needs them later gets an error from autograd; the
-    definition never overwrites.
+    in the loss, 1/N each for a mean; a row of weight 0 is not read, its logp and entropy are 0. The first `active`
+    logits of a row count. `inplace` writes the gradient over the logits, in the forward pass already: whoever needs
+    them later gets an error from autograd; the definition never overwrites.
     """
     tokens = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
     tokens |= {"log_ratio": log_ratio, "omega": omega}
@@ -58,14 +60,15 @@ def fused_policy_loss(
     advantages, weights = advantages.detach(), weights.detach()
     check_rows(logits.shape[:1], logits, targets=targets, temperature=temperature)
     check_tokens(options, len(logits), advantages=advantages, weights=weights, **tokens)
+    active = active_entries(active, logits.shape[1])
     if use_triton(backend, logits):
         inputs = pointers(options, tokens | {"advantages": advantages, "weights": weights})
         gradient = logits.requires_grad and torch.is_grad_enabled()
-        return _FusedPolicyLoss.apply(logits, targets, temperature, options, inputs, gradient, inplace)
+        return _FusedPolicyLoss.apply(logits, targets, temperature, options, inputs, gradient, inplace, active)
     on = weights != 0
     # A row of weight 0 may hold anything: NaN · 0 would reach its gradient.
     logits, targets = torch.where(on[:, None], logits, 0), torch.where(on, targets, 0)
-    logp, entropy = token_logprobs(logits, targets, temperature, backend="torch")
+    logp, entropy = token_logprobs(logits, targets, temperature, active=active, backend="torch")
     t = token_loss(options, logp.detach(), entropy.detach(), advantages, weights, **tokens)
     # Both slopes are worth 0, and their gradients are c and e.
     slopes = torch.where(on, t.c * (logp - logp.detach()) + t.e * (entropy - entropy.detach()), 0)
@@ -77,7 +80,7 @@ def fused_policy_loss(
 
 @triton.jit(do_not_specialize=["rows"])
 def _fused_kernel(
-    logits, stride, out, out_stride, targets, temperature, t, o, loss, logp, entropy, rows, vocab,
+    logits, stride, out, out_stride, targets, temperature, t, o, loss, logp, entropy, rows, vocab, active,
     RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr,
     PER_ROW: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -88,10 +91,10 @@ def _fused_kernel(
         row = logits + i * stride
         target = tl.load(targets + i)
         inv_t = inverse_temperature(temperature, i, PER_ROW)
-        at_target = token_at(row, target, vocab)
+        at_target = token_at(row, target, vocab, active)
         values = token_values(t, i)
         on = values[1] != 0
-        largest, log_total, h = row_stats(row, tl.where(on, vocab, 0), inv_t, BLOCK)
+        largest, log_total, h = row_stats(row, tl.where(on, vocab, 0), active, inv_t, BLOCK)
         lp = tl.where(on, (at_target - largest) * inv_t - log_total, 0.0)
         h = tl.where(on, h, 0.0)
         value, c, e = token_terms(lp, h, t, values, o, RATIO, SURROGATE, KL, MASK)
@@ -100,7 +103,7 @@ def _fused_kernel(
         tl.store(entropy + i, h)
         if GRADIENT:
             row_gradient(
-                row, out + i * out_stride, vocab, target, inv_t, largest, log_total, h, c, e, None, True, BLOCK
+                row, out + i * out_stride, vocab, active, target, inv_t, largest, log_total, h, c, e, None, True, BLOCK
             )
 
 
@@ -111,7 +114,7 @@ def _programs(logits: Tensor) -> int:
 
 class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature, options, tokens, gradient, inplace):
+    def forward(ctx, logits, targets, temperature, options, tokens, gradient, inplace, active):
         logits = rows_together(logits)
         n, vocab = logits.shape
         loss, logp, entropy = vectors(logits, 3)
@@ -119,7 +122,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
         if n:
             per_row = isinstance(temperature, Tensor)
             args = (logits, logits.stride(0), out, out.stride(0), *plain(targets, temperature), tokens, knobs(options))
-            args += (loss, logp, entropy, n, vocab)
+            args += (loss, logp, entropy, n, vocab, active)
             more = kinds(options) | tiling(vocab, FUSED_BYTES // logits.element_size())
             grid = (min(n, _programs(logits)),)
             run.launch(_fused_kernel, grid, *args, PER_ROW=per_row, GRADIENT=gradient, **more)
@@ -135,7 +138,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_logp, grad_entropy):
         (out,) = ctx.saved_tensors  # refuses what a first backward pass has scaled already
         scale_(out, grad_loss)
-        return out, None, None, None, None, None, None
+        return out, None, None, None, None, None, None, None
 
 
 # ---- the incoming gradient -------------------------------------------------------------------------------------------

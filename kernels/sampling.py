@@ -1,11 +1,9 @@
-"""Drawing a token from logits: keyed uniforms, truncation of the distribution, inverse CDF.
+"""Drawing a token from logits: keyed uniforms, inverse CDF; truncation.py says from which tokens.
 
 One uniform a row, a pure function of (seed, sample, position), and a search in the cumulative sum: a draw costs one
 exponential of the row and depends on nothing else in the batch. Gumbel-max (argmax of z/T + Gumbel noise) and
 `multinomial` draw from the same distribution, but need a random variate for every entry of the vocabulary. The token is
 found in two levels: sums of tiles in one sweep over the logits, then inside the tile that holds the aim, read again.
-
-Truncation is a threshold on the raw logits, the floor [B]: the kept set of a row is {j : logits[j] >= floor}.
 """
 
 import math
@@ -16,11 +14,19 @@ from torch import Tensor
 
 from . import backend as run
 from .backend import Backend, tl, triton, use_triton
-
-BLOCK = 256  # tile of the definition
-CACHED = 1 << 17  # entries of the logits that a CPU keeps in its cache through all of their sums
-LOWEST = torch.finfo(torch.float32).min  # no floor lies below: a token at -inf is never kept
-_SHORTLIST = 1024  # top-p sorts the whole row only when the mass of this many largest falls short
+from .logprobs import active_entries
+from .truncation import (
+    BLOCK,
+    LOWEST,
+    TILE,
+    Floor,
+    bits_of,
+    load_tile,
+    row_offset,
+    row_parts,
+    truncation_floor,
+    whole_rows,
+)
 
 
 class Draw(NamedTuple):
@@ -29,7 +35,7 @@ class Draw(NamedTuple):
     token: Tensor  # int64 [B]
     logp: Tensor  # fp32 [B], nats; NaN for a row that holds NaN or +inf, or nothing above -inf
     entropy: Tensor | None  # fp32 [B], nats; None where it was not asked for
-    floor: Tensor | None  # fp32 [B], the smallest logit that is kept at most; None where nothing is cut
+    floor: Floor | None  # the last token that was kept; None where nothing is cut
 
 
 # ---- keyed uniforms --------------------------------------------------------------------------------------------------
@@ -61,58 +67,6 @@ def keyed_uniform(seed: int, sample: Tensor, position: Tensor) -> Tensor:
 # ---- the definition --------------------------------------------------------------------------------------------------
 
 
-def truncation_floor(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    backend: Backend = "auto",
-) -> Tensor | None:
-    """The floor of what top-k, then top-p, then min-p leave of softmax(logits/T); None where nothing is to be cut.
-
-    logits [B, V] -> fp32 [B]. top_k: the k largest (0 = off), ties with the k-th kept. top_p: the smallest set of
-    largest tokens with mass >= p (Holtzman et al. 1904.09751), of the distribution that top-k left, ties with its last
-    kept. min_p: tokens with at least p times the largest probability (2407.01082). T = 0 is greedy: nothing to cut.
-    The floor of a row that holds NaN means nothing.
-    """
-    if not (temperature >= 0 and top_k >= 0 and top_p > 0 and 0 <= min_p <= 1):
-        raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}: none may be negative, top_p must "
-            "be above 0 and min_p at most 1"
-        )
-    if temperature == 0 or (not top_k and top_p >= 1.0 and min_p <= 0.0):
-        return None
-    top_k = top_k if top_k < logits.shape[1] else 0
-    drop = temperature * math.log(min_p) if min_p > 0.0 else -math.inf  # the largest logit plus this
-    if use_triton(backend, logits):
-        return _floor_triton(logits, temperature, top_k, top_p, drop)
-    z = logits.float()
-    largest = z.amax(-1)
-    floor = z.topk(top_k, -1).values[:, -1] if top_k else torch.full_like(largest, LOWEST)
-    if top_p < 1.0:
-        floor = _nucleus_floor(z, largest, floor, temperature, top_p)
-    return torch.maximum(floor, largest + drop).clamp(min=LOWEST)
-
-
-def _nucleus_floor(z: Tensor, largest: Tensor, floor: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The smallest logit inside the nucleus of the tokens from the floor up; fp32 [B, V], [B], [B] -> [B]."""
-
-    def exps(x, floor):  # of the kept tokens
-        return ((x - largest[:, None]) / temperature).exp_().masked_fill_(x < floor[:, None], 0.0)
-
-    total = exps(z, floor).sum(-1, keepdim=True).double()
-    count = min(_SHORTLIST, z.shape[1])
-    while True:
-        descending = z.topk(count, -1).values
-        mass = exps(descending, floor).double().cumsum(-1) / total
-        if count == z.shape[1] or bool((mass[:, -1] >= top_p).all()):
-            break
-        count = z.shape[1]
-    last = (mass < top_p).sum(-1, keepdim=True).clamp(max=count - 1)
-    return torch.maximum(descending.gather(1, last).squeeze(1), floor)
-
-
 def sample_tokens(
     logits: Tensor,
     seed: int,
@@ -123,22 +77,26 @@ def sample_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    active: int | None = None,
     entropy: bool = True,
     backend: Backend = "auto",
 ) -> Draw:
-    """One token a row of softmax(logits/T) cut by `truncation_floor`, by the uniform of (seed, sample, position).
+    """One token a row of softmax(logits[:, :active]/T) cut by `truncation_floor`, by the uniform of (seed, sample,
+    position).
 
     logits [B, V] in fp32, bf16 or fp16 are not changed; sample and position are int64 [B]. T = 0 takes the most likely
-    token, with the log-prob and the entropy of softmax(logits). entropy=False leaves the entropy out, which on a CPU is
-    up to half of the work. ValueError where the shapes do not agree.
+    token, of several the one with the smallest id, with the log-prob and the entropy of softmax(logits). entropy=False
+    leaves the entropy out, which on a CPU is up to half of the work. ValueError where the shapes do not agree.
     """
     if logits.dim() != 2 or not logits.shape[1] or not sample.shape == position.shape == logits.shape[:1]:
         shapes = f"{list(logits.shape)}, {list(sample.shape)} and {list(position.shape)}"
         raise ValueError(f"sample_tokens: logits, sample and position are {shapes}: they must be [B, V], [B] and [B]")
     sample, position = sample.long(), position.long()
-    floor = truncation_floor(logits, temperature, top_k, top_p, min_p, backend)
+    active = active_entries(active, logits.shape[1])
+    floor = truncation_floor(logits, temperature, top_k, top_p, min_p, active=active, backend=backend)
     if use_triton(backend, logits):
-        return _sample_triton(logits, seed, sample, position, temperature, floor, entropy)
+        return _sample_triton(logits, active, seed, sample, position, temperature, floor, entropy)
+    logits = logits[:, :active]
     largest, sums, shifted = _sums(logits, temperature, floor, entropy)
     sums = sums.double()
     total = sums.sum(-1)
@@ -155,19 +113,17 @@ def _scaled(z: Tensor, temperature: float) -> Tensor:
     return z.float() if temperature in (0, 1) else z.float() / temperature
 
 
-def _exp_(x: Tensor, z: Tensor, floor: Tensor | None) -> Tensor:
-    """exp(x) in place of x, 0 where the logits z lie below the floor."""
-    return x.exp_() if floor is None else x.exp_().masked_fill_(z < floor[:, None], 0.0)
+def _exp_(x: Tensor, z: Tensor, floor: Floor | None, ids: Tensor | None = None) -> Tensor:
+    """exp(x) in place of x, 0 where the logits z, of all ids or of those given, are not kept."""
+    return x.exp_() if floor is None else x.exp_().mul_(floor.mask(z, ids))
 
 
-def _sums(logits: Tensor, temperature: float, floor: Tensor | None, entropy: bool):
+def _sums(logits: Tensor, temperature: float, floor: Floor | None, entropy: bool):
     """With x = z/T less its largest: the largest z/T [B, 1], the sum of exp(x) in each tile [B, ⌈V/BLOCK⌉] and, where
     the entropy is wanted, that of x·exp(x) in the row [B]. Some rows at a time, so that x stays in a CPU's cache."""
-    B, V = logits.shape
-    rows = max(1, B if logits.is_cuda else CACHED // V)
-    parts = []
-    for i in range(0, max(B, 1), rows):
-        z, limit = logits[i : i + rows], None if floor is None else floor[i : i + rows]
+    V, parts = logits.shape[1], []
+    for part in row_parts(logits):
+        z, limit = logits[part], None if floor is None else floor.rows(part)
         x = _scaled(z, temperature)
         largest = x.amax(-1, keepdim=True)
         x = x - largest if x is z else x.sub_(largest)
@@ -192,7 +148,7 @@ def _pick(logits, temperature, floor, largest, sums, uniform) -> tuple[Tensor, T
     # Past the end the last token is repeated: all that comes before it in the cumulative sum stays where it was.
     ids = (tile * BLOCK + torch.arange(BLOCK, device=tile.device)).clamp_(max=logits.shape[1] - 1)  # [B, BLOCK]
     z = logits.gather(1, ids)
-    e = _exp_(_scaled(z, temperature) - largest, z, floor).double()
+    e = _exp_(_scaled(z, temperature) - largest, z, floor, ids).double()
     inside = e.cumsum(-1)
     # Rounding can aim past the tile's end: then it is the tile's last token that moves the sum, which has probability.
     last = torch.searchsorted(inside, inside[:, -1:].contiguous()).clamp_(max=BLOCK - 1)  # BLOCK for a row of NaN
@@ -202,8 +158,6 @@ def _pick(logits, temperature, floor, largest, sums, uniform) -> tuple[Tensor, T
 
 # ---- the same in Triton ----------------------------------------------------------------------------------------------
 
-TILE = 4096  # entries of the vocabulary that one program reads
-_LOWEST = tl.constexpr(LOWEST)
 _LN2 = tl.constexpr(math.log(2.0))
 
 _absorb_tile = triton.jit(_absorb)
@@ -217,117 +171,29 @@ def _uniform_tile(seed_key, sample, position):
 
 
 @triton.jit
-def _offset(row, stride):
-    """Of a row's first entry; int64, since B·V passes 2**31."""
-    return row.to(tl.int64) * stride
-
-
-@triton.jit
-def _kept(row, V, tile, floor, TILE: tl.constexpr):
-    """fp32 [TILE] logits of a tile of the row at pointer `row`; -inf past V and below the floor, NaN stays."""
-    at = tile * TILE + tl.arange(0, TILE)
-    z = tl.load(row + at, mask=at < V, other=float("-inf")).to(tl.float32)
-    return tl.where(z < floor, float("-inf"), z)
-
-
-@triton.jit
-def _bits_of(z, scale, largest):
-    """(z - largest)·scale, the logarithm to base 2 of the share relative to the largest; all -inf gives -inf."""
-    return (z - tl.where(largest == float("-inf"), 0.0, largest)) * scale
-
-
-# The floor: one program a row searches for a threshold.
-
-
-@triton.jit
-def _key(z):
-    """fp32 -> int64 of the same order."""
-    bits = z.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-
-
-@triton.jit
-def _unkey(key):
-    bits = key.to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _measures(row, V, a, b, c, scale, largest, MASS: tl.constexpr, TILE: tl.constexpr):
-    """Count of the logits from the thresholds a, b and c up, or with MASS the sum of their shares."""
-    in_a = tl.zeros([TILE], tl.float32)
-    in_b = tl.zeros([TILE], tl.float32)
-    in_c = tl.zeros([TILE], tl.float32)
-    for tile in range(0, tl.cdiv(V, TILE)):
-        z = _kept(row, V, tile, _LOWEST, TILE)
-        share = tl.exp2(_bits_of(z, scale, largest)) if MASS else 1.0
-        in_a += tl.where(z >= a, share, 0.0)
-        in_b += tl.where(z >= b, share, 0.0)
-        in_c += tl.where(z >= c, share, 0.0)
-    return tl.sum(in_a), tl.sum(in_b), tl.sum(in_c)
-
-
-@triton.jit
-def _search(row, V, floor, target, scale, largest, MASS: tl.constexpr, TILE: tl.constexpr):
-    """The largest threshold with a measure of at least `target`, or the floor if there is none above it.
-
-    Each sweep over the row tries three thresholds and so leaves a quarter of the fp32 numbers: 16 sweeps at most.
-    """
-    low, high = _key(floor), _key(largest) + 1
-    while high - low > 1:
-        step = (high - low + 3) >> 2
-        a, b, c = _measures(
-            row, V, _unkey(low + step), _unkey(low + 2 * step), _unkey(low + 3 * step), scale, largest, MASS, TILE
-        )
-        quarters = (a >= target).to(tl.int64) + (b >= target).to(tl.int64) + (c >= target).to(tl.int64)
-        low += quarters * step
-        high = tl.minimum(high, low + step)
-    return _unkey(low)
-
-
-@triton.jit(do_not_specialize=["top_k"])
-def _floor_kernel(logits, stride, V, scale, top_k, top_p, drop, floors, TILE: tl.constexpr):
-    row = logits + _offset(tl.program_id(0), stride)
-    peaks = tl.full([TILE], float("-inf"), tl.float32)
-    for tile in range(0, tl.cdiv(V, TILE)):
-        peaks = tl.maximum(peaks, _kept(row, V, tile, _LOWEST, TILE))
-    largest = tl.max(peaks)
-    floor = tl.full([], _LOWEST, tl.float32)
-    if top_k > 0:
-        floor = _search(row, V, floor, top_k, scale, largest, False, TILE)
-    if top_p < 1.0:
-        total, _, _ = _measures(row, V, floor, floor, floor, scale, largest, True, TILE)
-        floor = _search(row, V, floor, top_p * total, scale, largest, True, TILE)
-    tl.store(floors + tl.program_id(0), tl.maximum(floor, largest + drop))
-
-
-def _rows(logits: Tensor) -> Tensor:  # a row is read as a whole; rows may lie anywhere
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def _floor_triton(logits: Tensor, temperature: float, top_k: int, top_p: float, drop: float) -> Tensor:
-    logits, (B, V) = _rows(logits), logits.shape
-    floors = torch.empty(B, dtype=torch.float32, device=logits.device)
-    scale = math.log2(math.e) / temperature
-    args = (logits, logits.stride(0), V, scale, top_k, top_p, drop, floors)
-    run.launch(_floor_kernel, (B,), *args, TILE=TILE, num_warps=8)
-    return floors
+def _kept(row, logits, stride, V, active, tile, floors, lasts, TILE: tl.constexpr):
+    """`load_tile` of the row with this number: -inf below the floor and past the last id at it, NaN stays; floors and
+    lasts are None where nothing is cut."""
+    z, at = load_tile(logits + row_offset(row, stride), V, active, tile, TILE)
+    if floors is not None:
+        floor, last = tl.load(floors + row), tl.load(lasts + row)
+        z = tl.where((z < floor) | ((z == floor) & (at > last)), float("-inf"), z)
+    return z
 
 
 # The draw: sums of all tiles by one program each, then one program a row picks.
 
 
 @triton.jit
-def _sums_kernel(logits, stride, V, tiles, scale, floors, peaks, sums, shifted, TILE: tl.constexpr):
+def _sums_kernel(logits, stride, V, active, tiles, scale, floors, lasts, peaks, sums, shifted, TILE: tl.constexpr):
     """The largest logit of each tile, Σ 2^bits and Σ bits·2^bits with bits = (z - largest)·log2(e)/T; each [B, tiles].
 
     The sum for the entropy is shifted by the largest: Σ z·exp(z) would cancel at a large offset of all logits.
     """
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    floor = _LOWEST if floors is None else tl.load(floors + row)
-    z = _kept(logits + _offset(row, stride), V, tile, floor, TILE)
+    z = _kept(row, logits, stride, V, active, tile, floors, lasts, TILE)
     peak = tl.max(z)
-    bits = _bits_of(z, scale, peak)
+    bits = bits_of(z, scale, peak)
     e = tl.exp2(bits)
     tl.store(peaks + tl.program_id(0), peak)
     tl.store(sums + tl.program_id(0), tl.sum(e))
@@ -343,17 +209,17 @@ def _first_past(cumulative, shares, aim, at, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed_key"])
 def _pick_kernel(
-    logits, stride, V, tiles, scale, floors, peaks, sums, shifted,
+    logits, stride, V, active, tiles, scale, floors, lasts, peaks, sums, shifted,
     seed_key, samples, positions, tokens, logps, entropies,
     GREEDY: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0), tl.arange(0, TILES)
-    here = _offset(row, tiles) + at
+    here = row_offset(row, tiles) + at
     peak = tl.load(peaks + here, mask=at < tiles, other=float("-inf"))
     s = tl.load(sums + here, mask=at < tiles, other=0.0).to(tl.float64)
     h = tl.load(shifted + here, mask=at < tiles, other=0.0).to(tl.float64)
     largest = tl.max(peak)
-    bits = _bits_of(peak.to(tl.float64), scale, largest)
+    bits = bits_of(peak.to(tl.float64), scale, largest)
     weight = tl.exp2(bits)
     shares = s * weight
     total = tl.sum(shares)
@@ -368,29 +234,29 @@ def _pick_kernel(
         tile = _first_past(tl.cumsum(shares), shares, aim, at, TILES)
     aim = (aim - tl.sum(tl.where(at < tile, shares, 0.0))) / tl.sum(tl.where(at == tile, weight, 0.0))
 
-    floor = _LOWEST if floors is None else tl.load(floors + row)
-    z = _kept(logits + _offset(row, stride), V, tile, floor, TILE)
+    z = _kept(row, logits, stride, V, active, tile, floors, lasts, TILE)
     inside = tl.arange(0, TILE)
     if GREEDY:
         place = tl.minimum(tl.min(tl.where(z == largest, inside, TILE)), TILE - 1)
     else:
-        e = tl.exp2(_bits_of(z, scale, tl.max(z))).to(tl.float64)
+        e = tl.exp2(bits_of(z, scale, tl.max(z))).to(tl.float64)
         place = _first_past(tl.cumsum(e), e, aim, inside, TILE)
     drawn = tl.sum(tl.where(inside == place, z, 0.0))
-    tl.store(tokens + row, tl.minimum(tile * TILE + place, V - 1).to(tl.int64))
-    tl.store(logps + row, (_bits_of(drawn.to(tl.float64), scale, largest) - tl.log2(total)) * _LN2)
+    tl.store(tokens + row, tl.minimum(tile * TILE + place, (V if active is None else active) - 1).to(tl.int64))
+    tl.store(logps + row, (bits_of(drawn.to(tl.float64), scale, largest) - tl.log2(total)) * _LN2)
     if entropies is not None:
         tl.store(entropies + row, (tl.log2(total) - mean_bits) * _LN2)
 
 
-def _sample_triton(logits, seed, sample, position, temperature, floor, entropy) -> Draw:
-    logits, (B, V) = _rows(logits), logits.shape
+def _sample_triton(logits, active, seed, sample, position, temperature, floor, entropy) -> Draw:
+    logits, (B, V) = whole_rows(logits), logits.shape
     tiles = triton.cdiv(V, TILE)
     partial = [torch.empty(B, tiles, dtype=torch.float32, device=logits.device) for _ in range(3)]
     logp, H = (torch.empty(B, dtype=torch.float32, device=logits.device) for _ in range(2))
     token = torch.empty(B, dtype=torch.int64, device=logits.device)
     H = H if entropy else None
-    read = (logits, logits.stride(0), V, tiles, math.log2(math.e) / (temperature or 1.0), floor, *partial)
+    scale = math.log2(math.e) / (temperature or 1.0)
+    read = (logits, logits.stride(0), V, active, tiles, scale, *(floor or (None, None)), *partial)
     run.launch(_sums_kernel, (B * tiles,), *read, TILE=TILE, num_warps=8)
     drawn = (_seed_key(seed), sample.contiguous(), position.contiguous(), token, logp, H)
     sizes = {"TILES": triton.next_power_of_2(tiles), "TILE": TILE}

@@ -1,9 +1,14 @@
-"""The way into the commands: without the packages of the extra `cli` it says how to get them."""
+"""The way into the commands: without the packages of the extra `cli` it says how to get them, and its version."""
 
 import sys
 
+from minirl import __version__
+
 
 def main() -> None:
+    if sys.argv[1:] == ["--version"]:
+        print(f"minirl {__version__}")
+        return
     try:
         from minirl.cli import main as run
     except ModuleNotFoundError as error:

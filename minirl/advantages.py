@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minirl import kernels
 from minirl.errors import InputError
+from minirl.kernels.per_token import k3
 
 SAME = 1e-8  # rewards closer than this are equal
 
@@ -74,10 +75,23 @@ def rloo(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def grpo_batch_std(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1) -> Tensor:
-    """A_i = (R_i − μ_g)/(σ_batch(R) + ε) (2508.08221, 2510.13786)."""
-    _, batch_std, _ = group_stats(rewards, torch.zeros_like(group_ids), ddof)
-    return _scaled(group_stats(rewards, group_ids, ddof)[0], batch_std + eps)
+def grpo_batch_std(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1, mask: Tensor | None = None) -> Tensor:
+    """A_i = (R_i − μ_g)/(σ_batch(R) + ε), σ over the rows with a counted token in mask [B, T] (2508.08221, 2510.13786).
+
+    A row without one still counts in the mean of its group: there a reward of NaN leaves it out.
+    """
+    _, std = _batch_stats(rewards, mask, ddof)
+    return _scaled(group_stats(rewards, group_ids, ddof)[0], std + eps)
+
+
+def _batch_stats(x, mask, ddof):
+    """Mean and deviation of x [B] over the rows that are not NaN and have a counted token in mask [B, T], if given; a
+    mean of rounding errors alone is 0."""
+    rows = ~x.isnan() if mask is None else ~x.isnan() & mask.bool().any(1)
+    counted = x[rows].double()
+    _, std, _ = group_stats(counted, torch.zeros_like(counted, dtype=torch.long), ddof)
+    mean = counted.mean() if len(counted) else counted.sum()
+    return torch.where(mean.abs() > SAME, mean, 0).to(_dtype(x)), std.amax() if len(std) else std.sum()
 
 
 @torch.no_grad()
@@ -90,14 +104,17 @@ def reinforce_pp_baseline(
     whiten_over: Literal["seq", "token"] = "seq",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A = R − μ_g, whitened over the batch's sequences -> [B], or over its tokens (mask) -> [B, T] (2501.03262)."""
+    """A = R − μ_g, whitened over the batch's sequences -> [B], or over its tokens -> [B, T] (2501.03262).
+
+    mask [B, T]: only counted tokens, and sequences that have one, are in the batch's mean and deviation.
+    """
     centred, _, _ = group_stats(rewards, group_ids, ddof)
     if whiten_over == "token":
         if mask is None:
             raise InputError("reinforce_pp_baseline: whiten_over='token' needs mask [B, T]; pass it, or use 'seq'")
         return whiten(centred[:, None].expand(mask.shape), mask.bool() & ~rewards.isnan()[:, None], ddof=ddof)
-    _, std, _ = group_stats(centred.masked_fill(rewards.isnan(), torch.nan), torch.zeros_like(group_ids), ddof)
-    return _scaled(centred, std + eps)  # the mean of R − μ_g over the batch is 0
+    mean, std = _batch_stats(centred.masked_fill(rewards.isnan(), torch.nan), mask, ddof)
+    return _scaled(torch.where(rewards.isnan(), 0, centred - mean), std + eps)  # the mean is 0 where all rows count
 
 
 @torch.no_grad()
@@ -107,6 +124,8 @@ def correct_only(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1, thresh
 
 
 OUTCOME = {f.__name__: f for f in (grpo, grpo_mean, rloo, grpo_batch_std, reinforce_pp_baseline, correct_only)}
+
+OF_BATCH = ("grpo_batch_std", "reinforce_pp_baseline")  # take the mask, for statistics of the whole batch
 
 
 # ---- rewards of tokens -----------------------------------------------------------------------------------------------
@@ -152,20 +171,26 @@ def reinforce(
     reward_to_go: bool = True,
     baseline: Literal["none", "batch_mean", "group_mean"] | float = "none",
     group_ids: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """A_t = R_t − b with token rewards [B, T] and R_t the reward-to-go, or R_0 for every token (Williams 1992).
 
-    b is 0, the mean of R_t over the counted tokens of the batch or of the row's group, or a number: a running mean.
+    b is 0; group_mean, the mean return R_0 of the completions of the row's group, an estimate of the prompt's value
+    V(s_0) = E[R_0], in which a long completion counts as much as a short one; batch_mean, the mean of R_t over the
+    tokens of the batch that are `counted` [B, T] (the mask's if None), as in `reinforce_pp`; or a number: a running
+    mean.
     """
     mask = _scorable(rewards, mask.bool())
     R = returns_to_go(rewards, mask, gamma).double()
+    whole = torch.where(mask & (mask.cumsum(1) == 1), R, 0).sum(1, keepdim=True)  # R_0 [B, 1]
     if not reward_to_go:
-        first = mask.double().cumsum(1) == 1
-        R = (R * (first & mask)).sum(1, keepdim=True).expand_as(R)
-    return _fill(R - _baseline(baseline, R, mask, group_ids), mask).to(_dtype(rewards))
+        R = whole.expand_as(R)
+    tokens = mask if counted is None else mask & counted.bool()
+    b = _baseline(baseline, R, whole, tokens, mask.any(1), group_ids)
+    return _fill(R - b, mask).to(_dtype(rewards))
 
 
-def _baseline(baseline, R, mask, group_ids):
+def _baseline(baseline, R, whole, tokens, rows, group_ids):
     if not isinstance(baseline, str):
         return baseline
     if baseline == "none":
@@ -174,9 +199,10 @@ def _baseline(baseline, R, mask, group_ids):
         raise InputError(
             f"reinforce: baseline={baseline!r}; use none, batch_mean, group_mean (+ group_ids) or a number"
         )
-    group = mask.new_zeros(len(mask), dtype=torch.long) if baseline == "batch_mean" else group_ids
-    ids, group = group.unique(return_inverse=True)
-    sums = R.new_zeros(2, len(ids)).index_add_(1, group, torch.stack([_fill(R, mask).sum(1), mask.sum(1).double()]))
+    if baseline == "batch_mean":
+        return _fill(R, tokens).sum() / tokens.sum().clamp(min=1)
+    ids, group = group_ids.unique(return_inverse=True)
+    sums = R.new_zeros(2, len(ids)).index_add_(1, group, torch.stack([whole.squeeze(1), rows.double()]))
     return (sums[0] / sums[1].clamp(min=1))[group][:, None]
 
 
@@ -227,7 +253,7 @@ def _penalty(logp, ref_logp, mask, beta, kl):  # [B, T]
     if kl not in ("k1", "k3"):
         raise InputError(f"kl_in_reward: kl={kl!r} is unknown; use k1 or k3")
     d = _fill(logp, mask) - _fill(ref_logp, mask)
-    return beta * (d if kl == "k1" else (-d).clamp(-20, 20).expm1() + d)
+    return beta * (d if kl == "k1" else k3(d)[0])
 
 
 @torch.no_grad()

@@ -226,7 +226,8 @@ class Alarms:
         yield from self._entropy()
         yield from self._signal()
         yield from self._kl("kl_ref/k3")
-        yield from self._kl("kl_old/k3")
+        # Of all tokens it may be unknown in some steps.
+        yield from self._kl("trained/kl_old/k3" if "trained/kl_old/k3" in self.ends else "kl_old/k3")
         if self.heldout.sentence:
             yield "hacked", self.heldout.sentence
 

@@ -1,7 +1,8 @@
-"""Who may look at whom: the layouts that one forward runs on.
+"""Mask attention between tokens that do not belong together: the layouts that one forward runs on.
 
-The transformer works on a flat axis of N tokens without padding; only attention needs to know which tokens belong
-together. A layout is an object with `positions` [N] and `attend(layer, q, k, v, window)`, and there are two:
+The transformer works on a flat axis of N tokens; only attention needs to know which of them belong together. A layout
+is an object with `positions` [N], `attend(layer, q, k, v, window)` and `tiled`, whether the forward fills the axis up
+to whole tiles of rows on a CPU, for equal bits in any company (kernels/linear.py). There are two:
 
 - `Packed`: prompts, each with any number of responses that share it (a tree). Rows without responses are plain causal
   rows, so prefill, scoring and training all run on it. A group of G responses costs P + G·R tokens instead of G·(P +
@@ -9,7 +10,7 @@ together. A layout is an object with `positions` [N] and `attend(layer, q, k, v,
 - `Slots`: one new token for each of B slots of a static key-value cache (decoding).
 
 Left out on purpose: paging (a slot is a slab of `max_length` positions) and padding in anything but the attention call
-itself.
+itself and the last tile.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ class Packed:
     trees: one (prompt, responses) pair a prompt, token ids. The flat order is prompt, response, response, ..., next
     prompt, ... A response token sees the whole prompt and its own past. `keep_kv` stores every layer's keys and values
     (prefill).
+
+    A row's keys lie by position: its prompt, then its response, without a gap. On a CPU only rows of one padded size
+    share a call, so that the order of every sum follows from the row alone and its neighbours change no bit of it.
     """
 
     def __init__(self, trees: Sequence[tuple[Ids, Sequence[Ids]]], device=None, keep_kv: bool = False):
@@ -43,86 +47,95 @@ class Packed:
         self.tokens = torch.tensor(tokens, dtype=torch.long, device=device)  # [N]
         self.positions = torch.tensor(positions, dtype=torch.long, device=device)  # [N]
         self.kv: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if keep_kv else None
-        self._masks: dict = {}
-        self._index(device)
+        self.tiled = self.tokens.device.type == "cpu"
+        self._index(by_size=self.tiled)
 
-    def _index(self, device) -> None:
-        """Gather indices from the flat axis to padded [rows, time], and back. Padding points at token 0 and is never
-        read back."""
-
-        def ranges(spans, width):
-            start = torch.tensor([s for s, *_ in spans], dtype=torch.long).unsqueeze(1)
-            length = torch.tensor([n for _, n, *_ in spans], dtype=torch.long).unsqueeze(1)
-            time = torch.arange(width).unsqueeze(0)
-            valid = time < length
-            return torch.where(valid, start + time, 0), valid
-
-        prompts, responses = self.prompt_spans, self.response_spans
-        self.prompt_width = max((n for _, n in prompts), default=0)
-        self.response_width = max((n for _, n, _ in responses), default=0)
-        prompt_index, prompt_valid = ranges(prompts, self.prompt_width)  # [S, P]
-        response_index, response_valid = ranges(responses, self.response_width)  # [R, T]
-        parent = torch.tensor([tree for *_, tree in responses], dtype=torch.long)
-        self.prompt_index = prompt_index.to(device)
-        self.response_index = response_index.to(device)
-        self.key_index = torch.cat([prompt_index[parent], response_index], 1).to(device)  # [R, P + T]
-        self.key_valid = torch.cat([prompt_valid[parent], response_valid], 1).to(device)
-        key_position = torch.cat([torch.arange(self.prompt_width).expand(len(responses), -1), self._own(parent)], 1)
-        self.key_position = key_position.to(device)
-        flat = torch.empty(
-            len(self.tokens), dtype=torch.long
-        )  # flat token -> its place in [prompts ‖ responses], padded
-        flat[prompt_index[prompt_valid]] = prompt_valid.flatten().nonzero().squeeze(1)
-        flat[response_index[response_valid]] = prompt_valid.numel() + response_valid.flatten().nonzero().squeeze(1)
+    def _index(self, by_size: bool) -> None:
+        """Sort the rows into calls of attention, and make the gather indices into them and back to the flat axis.
+        Padding points at token 0; whatever it gives is never read."""
+        prompts = [(start, n, 0, 0) for start, n in self.prompt_spans]
+        responses = [(start, n, *self.prompt_spans[tree]) for start, n, tree in self.response_spans]
+        groups: dict[tuple, list[tuple[int, int, int, int]]] = {}  # (start, length, start and length of the prompt)
+        for rows in (prompts, responses):
+            for row in rows:
+                if row[1]:
+                    size = (_padded(row[1]), _padded(row[1] + row[3])) if by_size else ()
+                    groups.setdefault((rows is responses, *size), []).append(row)
+        calls, queries, keys, places = [], [], [], []
+        offset, device = 0, self.tokens.device
+        for (below_prompts, *_), rows in groups.items():
+            start, n, prompt, before = torch.tensor(rows).T.unsqueeze(2)  # [R, 1] each
+            query = torch.arange(_padded(int(n.max())))
+            key = torch.arange(_padded(int((n + before).max())))
+            own = torch.where(query < n, start + query, 0)
+            seen = torch.where(key < before, prompt + key, torch.where(key < before + n, start + key - before, 0))
+            calls.append((len(rows), len(query), len(key), before.to(device) if below_prompts else None))
+            queries.append(own.flatten())
+            keys.append(seen.flatten())
+            places.append((own[query < n], offset + (query < n).flatten().nonzero().squeeze(1)))
+            offset += own.numel()
+        flat = torch.empty(len(self.tokens), dtype=torch.long)  # flat token -> its place among all padded queries
+        for tokens, place in places:
+            flat[tokens] = place
+        self.calls = [_Call(*call) for call in calls]
         self.unpad_index = flat.to(device)
-
-    def _own(self, parent: torch.Tensor) -> torch.Tensor:
-        """Positions of the response tokens, [R, T]: they go on where their prompt ends."""
-        lengths = torch.tensor([n for _, n in self.prompt_spans], dtype=torch.long)
-        return lengths[parent].unsqueeze(1) + torch.arange(self.response_width)
-
-    def _mask(self, kind: str, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask [rows, 1, queries, keys]; made once for each (kind, window) of a forward."""
-        if (kind, window) not in self._masks:
-            if kind == "prompt":
-                key = query = torch.arange(self.prompt_width, device=self.tokens.device).unsqueeze(0)
-                valid = torch.ones_like(key, dtype=torch.bool)
-            else:
-                key, valid = self.key_position, self.key_valid
-                query = key[:, self.prompt_width :]
-            distance = query.unsqueeze(2) - key.unsqueeze(1)  # [rows, queries, keys]
-            seen = (distance >= 0) & valid.unsqueeze(1)
-            if window is not None:
-                seen &= distance < window
-            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-            # A padded query may see nothing at all: let it see everything, so that no NaN is made where nobody reads.
-            mask.masked_fill_(~seen.any(-1, keepdim=True), 0.0)
-            self._masks[kind, window] = mask.unsqueeze(1)
-        return self._masks[kind, window]
+        self.query_index, self.key_index = (
+            torch.cat(parts).to(device) if parts else flat.to(device) for parts in (queries, keys)
+        )
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
-        """q [N, H, Dh], k and v [N, K, Dh] -> [N, H, Dh]; causal, grouped-query."""
+        """q [N, H, Dh], k and v [N, K, Dh] -> [N, H, Dh]; causal, grouped-query. Further rows of q are padding: they
+        get an output that nobody reads."""
         if self.kv is not None:
             self.kv.append((k, v))
-        dtype = q.dtype
+        dtype, padding = q.dtype, len(q) - len(self.tokens)
         if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
             q, k, v = q.float(), k.float(), v.float()  # there the backward of bf16 attention is several times slower
-        windowed = window is not None and window < self.prompt_width
-        mask = self._mask("prompt", window, q.dtype) if windowed else None
-        index = self.prompt_index
-        out = [_attention(q[index], k[index], v[index], mask)] if self.prompt_width else []
-        if self.response_width:
-            mask = self._mask("response", window, q.dtype)
-            keys = self.key_index
-            out.append(_attention(q[self.response_index], k[keys], v[keys], mask))
-        return torch.cat([o.flatten(0, 1) for o in out]).index_select(0, self.unpad_index).to(dtype)
+        queries = q.index_select(0, self.query_index).split([call.rows * call.queries for call in self.calls])
+        keys, values = (
+            x.index_select(0, self.key_index).split([call.rows * call.keys for call in self.calls]) for x in (k, v)
+        )
+        out = [call(*qkv, window) for call, *qkv in zip(self.calls, queries, keys, values, strict=True)]
+        return torch.cat(out).index_select(0, F.pad(self.unpad_index, (0, padding))).to(dtype)
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[rows, time, heads, Dh] each; no mask means causal from the upper left."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
+class _Call:
+    """One call of attention: rows R of one padded size, and the length of the prompt before each, [R, 1]; None: whole
+    rows, with a query for each key."""
+
+    def __init__(self, rows: int, queries: int, keys: int, before: torch.Tensor | None):
+        self.rows, self.queries, self.keys, self.before = rows, queries, keys, before
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+        """q [R·queries, H, Dh], k and v [R·keys, K, Dh] -> [R·queries, H, Dh]"""
+        q, k, v = (x.unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (q, k, v))
+        windowed = window is not None and window < self.keys
+        mask = self._mask(window if windowed else None, q) if windowed or self.before is not None else None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def _mask(self, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """Additive mask [R or 1, 1, queries, keys]; made once for each window of a forward.
+
+        A key's place is its position, so causality alone hides the padded keys from every query that is read.
+        """
+        if window not in self._masks:
+            key = torch.arange(self.keys, device=like.device)
+            before = key[:1, None] if self.before is None else self.before
+            # A padded query beyond the last key still sees that key: no NaN is made where nobody reads.
+            query = (before + key[: self.queries]).clamp(max=self.keys - 1)
+            distance = query.unsqueeze(2) - key  # [rows, queries, keys]
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            mask = like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = mask.unsqueeze(1)
+        return self._masks[window]
+
+
+def _padded(n: int) -> int:
+    """A size of few: multiples of 16 up to 128, then four in each octave."""
+    step = max(16, 1 << max((n - 1).bit_length() - 3, 0))
+    return -(-n // step) * step
 
 
 class Slots:
@@ -131,6 +144,8 @@ class Slots:
     Rows 0 .. B-1 are the active ones; a finished row is replaced (`put`) or filled from the last one (`move`), so that
     a step never computes anything for a completion that has ended.
     """
+
+    tiled = False  # padding five slots to a whole tile would cost more than their step
 
     def __init__(self, layers: int, slots: int, kv_heads: int, max_length: int, head_dim: int, dtype, device):
         shape = (layers, 2, slots, kv_heads, max_length, head_dim)

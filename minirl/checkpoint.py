@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from minirl.errors import InputError
 from minirl.files import read_json, write_atomic, write_json
+from minirl.foreign import refuse_foreign, refuse_quantised
 from minirl.model import ModelConfig, ScalarHead, Transformer
 
 FAMILIES = {
@@ -38,7 +39,9 @@ def resolve(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise InputError(f"{folder} is a file: give the directory that holds config.json")
+        made = "make a directory of it as examples/gguf_to_hf.py does"
+        hint = made if folder.suffix == ".gguf" else "give the directory"
+        raise InputError(f"{folder} is a file: {hint} that holds config.json")
     first = folder.parts[0] if folder.parts else ""
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")) or first == "models" or Path(first).is_dir():
         made = ", or make it as examples/gguf_to_hf.py says" if first == "models" else ""
@@ -61,8 +64,11 @@ def resolve(path: str | Path) -> Path:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
+    refuse_foreign(Path(folder))
     file = Path(folder) / "config.json"
-    return parse_config(read_json(file), str(file))
+    content = read_json(file)
+    refuse_quantised(content, folder)
+    return parse_config(content, str(file))
 
 
 def parse_config(c: dict, where: str = "config.json") -> ModelConfig:
@@ -332,9 +338,7 @@ def _files(folder: Path) -> dict[str, list[str] | None]:
     if (folder / WEIGHTS).exists():
         return {WEIGHTS: None}  # also beside an index: a save over shards leaves the index for last
     if not (folder / INDEX).exists():
-        pickled = any(folder.glob("pytorch_model*.bin"))
-        hint = "pickled weights are never loaded: convert them to safetensors" if pickled else "check the path"
-        raise InputError(f"{folder} holds no {WEIGHTS}: {hint}")
+        raise InputError(f"{folder} holds no {WEIGHTS}: check the path")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{folder / INDEX}: 'weight_map' must map tensors to files: restore the file")

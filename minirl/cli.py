@@ -16,19 +16,21 @@ from pathlib import Path
 import torch
 import tyro
 
+from minirl.check import CHECKS
 from minirl.commands import COMMANDS
 from minirl.errors import InputError, NoChatTemplate
 from minirl.files import read_json
 from minirl.rewards.registry import did_you_mean
 from minirl.tasks import TASKS
 from minirl.train import grpo, ppo
+from minirl.train.run import refuse_format
 
 
 def usage() -> str:
     lines = [f"  {name:9} {config.__doc__.splitlines()[0]}" for name, (config, _) in COMMANDS.items()]
-    return (
-        "usage: minirl COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\nminirl COMMAND --help shows the options of one."
-    )
+    lines.append(f"  {'check':9} Look before a run of COMMAND: data, prompts, rewards, disk. Nothing is written.")
+    more = "minirl COMMAND --help shows the options of one, minirl --version the version."
+    return "usage: minirl [check] COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\n" + more
 
 
 def parse(name: str, args: Sequence[str]):
@@ -112,7 +114,9 @@ def _defaults(kind: type, args: Sequence[str]):
         out = Path(_value(args, "--out") or kind.out)
         if not (out / "config.json").exists():
             raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
-        return _from_json(kind, read_json(out / "config.json"), str(out))
+        content = read_json(out / "config.json")
+        refuse_format(content, out)
+        return _from_json(kind, content, str(out))
     presets = {grpo.GRPOConfig: grpo.preset_defaults, ppo.PPOConfig: ppo.preset_defaults}
     preset = _value(args, "--preset") if kind in presets else None
     if preset and preset.lower() != "none":
@@ -137,7 +141,7 @@ def _from_json(kind: type, content: dict, out: str):
     known = {f.name: f for f in fields(kind)}
     values = {}
     for name, value in content.items():
-        if name in ("data_hash", "date"):  # no options
+        if name in ("data_hash", "date", "format"):  # no options
             continue
         if name not in known:
             raise InputError(
@@ -163,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except (MemoryError, RuntimeError, OSError) as error:
         if _is_out_of_memory(error):
-            _fail(_out_of_memory(args[0]))
+            _fail(_out_of_memory(next(arg for arg in args if arg != "check")))
         if not isinstance(error, OSError):
             raise
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
@@ -176,13 +180,18 @@ def _dispatch(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return
+    checked = args[0] == "check"
+    args = args[1:] if checked else args
+    if checked and (not args or args[0] not in CHECKS):
+        raise InputError(f"minirl check needs a command to look at: minirl check COMMAND, one of {', '.join(CHECKS)}")
     if args[0] not in COMMANDS:
+        names = [*COMMANDS, "check"]
         raise InputError(
-            f"minirl has no command {args[0]!r}{did_you_mean(args[0], COMMANDS)}: choose from {', '.join(COMMANDS)}"
+            f"minirl has no command {args[0]!r}{did_you_mean(args[0], names)}: choose from {', '.join(names)}"
         )
     config = parse(args[0], args[1:])
     try:
-        COMMANDS[args[0]][1](config)
+        (CHECKS[args[0]] if checked else COMMANDS[args[0]][1])(config)
     except NoChatTemplate as error:
         if not hasattr(config, "task") or getattr(config, "data", None):
             raise

@@ -84,7 +84,9 @@ def pretrain(task: Task, seed: int, steps: int, out: Path, display: Display) -> 
     config = SFTConfig(
         model="", data="", steps=steps, batch=128, lr=3e-3, warmup=50, weight_decay=0.01, seed=seed, save_every=steps
     )
-    return fit(model, tokenizer, rows, config, Run(out, {"demo": "sft", "seed": seed, "steps": steps}), display)
+    run = Run(out, {"demo": "sft", "seed": seed, "steps": steps})
+    run.resumable = False
+    return fit(model, tokenizer, rows, config, run, display)
 
 
 def reinforce(task: Task, model: Path, seed: int, steps: int, out: Path, display: Display) -> Path:

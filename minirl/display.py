@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from minirl.train.run import Display
+from minirl.train.run import Display, Part
 
 PATIENCE, PAUSE = 2.0, 10.0  # plain progress: a stage's age at its first line, and the seconds between two lines
 
@@ -64,6 +64,14 @@ class RichDisplay(Display):
             self.console.print(Text(_harmless(text)), soft_wrap=True)
         else:
             print(_harmless(text), file=self.console.file, flush=True)
+
+    def example(self, parts: Sequence[Part]) -> None:
+        if not self.live:
+            return super().example(parts)
+        text = Text("one example, what is trained underlined:\n")
+        for part, trained in parts:
+            text.append(_harmless(part), style="bold underline" if trained else "")
+        self.console.print(text, soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         now, task = self.now(), next((t for t in self.bars.tasks if t.fields["stage"] == stage), None)

@@ -6,12 +6,14 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from rich.console import Console
 
+from minirl import __version__
 from minirl.display import RichDisplay, table
 from minirl.errors import InputError
 from minirl.evaluate import Evaluation, completion_records, evaluate, numbers
@@ -20,6 +22,7 @@ from minirl.rewards import load_reward
 from minirl.rollout import Rollout
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
+from minirl.train.prompts import measure
 from minirl.train.run import (
     identity,
     load,
@@ -73,6 +76,8 @@ class EvalConfig:
     """Texts that end a completion; the checker sees what comes before them."""
     ties: Literal["expected", "first"] = "expected"
     """Where answers share the most votes: the share of right ones among them, or the one that came first."""
+    overlong_prompts: Literal["stop", "drop"] = "stop"
+    """A prompt that leaves no room for a completion in the context of a model: stop, or leave it out."""
     reward_timeout: float = 10.0
     """Seconds a completion that a checker from a file may take; longer is wrong."""
     on_bad_reward: Literal["stop", "skip", "strict"] = "stop"
@@ -107,14 +112,15 @@ class EvalConfig:
 def evaluation(c: EvalConfig) -> None:
     task, models = _evaluation_task(c), [c.model, c.compare] if c.compare else [c.model]
     records, results, folder = [], [], None
-    about = {"config": identity(c, contents(task.heldout[: c.prompts])), "versions": _versions()}
-    with RichDisplay() as display:
+    with RichDisplay(Console(stderr=c.json)) as display:  # stdout is for the numbers
         for note in () if c.scorer else task.notes:
             display.line(note)
+        task, loaded = _completable(c, task, models, display)
+        about = {"config": identity(c, contents(task.heldout)), "versions": _versions()}
         for i, model in enumerate(models, 1):
             sampled: list[Rollout] = []
             try:
-                results.append(_measured(c, model, task, sampled, display))
+                results.append(_measured(c, loaded.pop() if loaded else _sampler(c, model), task, sampled, display))
             finally:  # also what Ctrl-C, or a reward that fails, leaves without a score
                 if sampled:
                     folder = folder or _new_folder(c.out)
@@ -139,12 +145,20 @@ def _evaluation_task(c: EvalConfig) -> Task:
         raise InputError(f"{c.out} already holds an evaluation: choose another --out")
     refuse_unwritable(Path(c.out or "runs/eval-1"))
     task = parse_task(c.task)
-    task = replace(task, correct=load_reward(c.scorer)) if c.scorer else task
-    if c.compare:  # by then the first checkpoint has cost its time
-        sampler, params = _sampler(c, c.compare)
-        examples = task.heldout[: c.prompts]
-        sampler.check([sampler.tokenizer.prompt_ids(row["prompt"], row.get("tools")) for row in examples], params)
-    return task
+    return replace(task, correct=load_reward(c.scorer)) if c.scorer else task
+
+
+def _completable(c: EvalConfig, task: Task, models: Sequence[str], display: RichDisplay) -> tuple[Task, list]:
+    """The task with the held-out prompts that every model can complete, and the first model with its sampler: what is
+    wrong with the second is said before the first has cost its time."""
+    loaded: list[tuple[Sampler, SamplingParams]] = []
+    for model in reversed(models):
+        loaded.clear()  # one checkpoint at a time is in memory
+        loaded.append(_sampler(c, model))
+        sampler = loaded[0][0]
+        prompts = measure(task, "heldout", sampler.tokenizer, sampler.model.config, c, display, c.prompts)
+        task = replace(task, heldout=prompts.examples)
+    return task, loaded
 
 
 def _sampler(c: EvalConfig, model: str) -> tuple[Sampler, SamplingParams]:
@@ -171,15 +185,21 @@ def _new_folder(out: str | None) -> Path:
             return folder
 
 
-def _measured(c: EvalConfig, model: str, task: Task, sampled: list[Rollout], display: RichDisplay) -> Evaluation:
+def _measured(
+    c: EvalConfig,
+    model: tuple[Sampler, SamplingParams],
+    task: Task,
+    sampled: list[Rollout],
+    display: RichDisplay,
+) -> Evaluation:
     """One checkpoint, which is gone from memory when the next one comes."""
-    sampler, params = _sampler(c, model)
+    sampler, params = model
     return evaluate(
         sampler,
         sampler.tokenizer,
         task,
         params,
-        task.heldout[: c.prompts],
+        task.heldout,
         timeout=c.reward_timeout,
         on_bad=c.on_bad_reward,
         progress=lambda done, total: display.progress("evaluation", done, total),
@@ -228,11 +248,8 @@ def _show_completions(c: EvalConfig, results: Sequence[Evaluation], display: Ric
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("minirl", "torch", "tokenizers", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):  # minirl may be read from its source
-            found[package] = version(package)
-    return found
+    packages = {package: version(package) for package in ("torch", "tokenizers", "numpy")}
+    return {"python": platform.python_version(), "minirl": __version__, **packages}
 
 
 def prompt_text(prompt) -> str:

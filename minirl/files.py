@@ -108,6 +108,19 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
+class Placed(dict):
+    """An example that knows its place, "file, line n". The place is no column, and no part of what decides a run."""
+
+    def __init__(self, content: dict, where: str):
+        super().__init__(content)
+        self.where = where
+
+
+def place_of(example: dict, otherwise: str) -> str:
+    """Where an example was read, for a sentence; `otherwise` if it was made."""
+    return getattr(example, "where", None) or otherwise
+
+
 def contents(examples: Sequence[dict]) -> list[dict]:
     """The examples without the places they were read from ("where"): what decides a run."""
     return [{name: value for name, value in example.items() if name != "where"} for example in examples]

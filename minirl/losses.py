@@ -31,8 +31,9 @@ class PolicyLoss(TokenLoss):
     const_length: float | None = None
     """seq_sum_const: the length that row sums are divided by, normally the generation budget."""
     importance: Literal["none", "token_truncate", "token_mask", "seq_truncate", "seq_mask", "geo_mask"] = "none"
-    """Where sampler and trainer disagree, weigh with u = exp(ℓo − ℓb) of a token, a row or a row's geometric mean:
-    truncated at importance_cap, or 0 outside [importance_floor, importance_cap]."""
+    """Where sampler and trainer disagree, weigh with u = exp(ℓo − ℓb) of a token or a row: truncated at importance_cap,
+    or 0 outside [importance_floor, importance_cap]. geo_mask only rejects rows: the weight is 0 where the geometric
+    mean of the row's u is outside, else 1, because that mean is no importance weight."""
     opsm_delta: float | None = None
     """Off-policy sequence mask: tokens with A < 0 drop out of rows that drifted by more than this (nats a token)."""
     entropy_quantile: float | None = None
@@ -90,13 +91,20 @@ class Totals:
             ids, index = group_ids.unique(return_inverse=True)
             group_tokens = lengths.new_zeros(len(ids)).index_add_(0, index, lengths)
         if entropy_quantile is not None and keep.any():
-            floor = entropy.detach()[keep].double().quantile(1 - entropy_quantile).item()
+            floor = _quantile(entropy.detach()[keep], 1 - entropy_quantile)
         groups = 0 if ids is None else int((group_tokens > 0).sum())
         return cls(int((lengths > 0).sum()), int(lengths.sum()), groups, ids, group_tokens, floor)
 
     def scoring(self, tokens: int) -> "Totals":
         """The same step when rows without gradient are left out: metrics are means over the `tokens` that remain."""
         return replace(self, scored=tokens)
+
+
+def _quantile(x: Tensor, share: float) -> float:
+    """Interpolate linearly between the order statistics of x [N]; `Tensor.quantile` refuses more than 2²⁴ of them."""
+    ordered, place = x.sort().values, share * (len(x) - 1)
+    below, above = (ordered[rank].double() for rank in (math.floor(place), math.ceil(place)))
+    return torch.lerp(below, above, place - math.floor(place)).item()
 
 
 def aggregation_weights(mask, options: PolicyLoss, totals: Totals, group_ids=None, dtype=torch.float32) -> Tensor:
@@ -187,7 +195,9 @@ def policy_loss(
     logp and entropy [B, T] carry the gradient; old_logp, ref_logp, rollout_logp [B, T], advantages [B] or [B, T],
     mask [B, T] and group_ids [B] are constants. old_logp=None takes sg[logp]: ρ = 1, a single on-policy update.
     ref_logp may be None if options.kl is "none". Nothing under mask 0, NaN included, reaches loss or gradient.
-    The gradient of a sequence ratio is token-local, ∂ρ/∂ℓ_t = ρ, as in GSPO-token (2507.18071).
+    The gradient of a sequence ratio is token-local, ∂ρ/∂ℓ_t = ρ, as in GSPO-token (2507.18071). For advantages [B] the
+    loss is the function that has this gradient: a product of ratios (seq_sum) is the ratio of one action, the whole
+    row, so its surrogate counts once a row and not once a token.
     totals=None: this batch is the whole optimizer step. Otherwise it is one of its micro-batches, and their losses
     and gradients add up; `combine_metrics` adds up the metrics.
     """
@@ -220,10 +230,12 @@ def head_policy_loss(
     totals=None,
     temperature=1.0,
     kept=None,
+    active=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` from hidden states [M, D] and the head's weight [V, D], without logits of all tokens at once.
 
-    targets [M] and `kept` belong to the tokens that are `present` [B, T], row by row; the rest is as in `policy_loss`.
+    targets [M] and `kept` belong to the tokens that are `present` [B, T], row by row; only the first `active` of V ids
+    have probability (None = all); the rest is as in `policy_loss`.
     One sweep over the head makes loss and gradient; a second one comes before it where the loss of a token depends on
     the log-probs of its row. Metrics are means over the tokens that can have a gradient: no other is computed.
     """
@@ -234,7 +246,7 @@ def head_policy_loss(
     def flat(x):
         return None if x is None else x[present]
 
-    o, logp, entropy, head = options, None, None, {"temperature": temperature, "kept": kept}
+    o, logp, entropy, head = options, None, None, {"temperature": temperature, "kept": kept, "active": active}
     if _waits_for_rows(o, old_logp):
         with torch.no_grad():
             logp, entropy = map(grid, linear_token_logprobs(hidden, weight, targets, **head))
@@ -250,7 +262,8 @@ def head_policy_loss(
         if b.logp is None:
             logp, entropy = (torch.where(b.keep, grid(x), 0) for x in computed)
             b = replace(b, logp=logp, entropy=entropy, old=logp if b.old is None else b.old)
-        return loss, _terms(replace(b, computed=counted, totals=totals), w, o)[1]
+        metrics = _terms(replace(b, computed=counted, totals=totals), w, o)[1]
+    return metrics["loss/total"].to(loss) + (loss - loss.detach()), metrics  # the kernel knows no rows to count once
 
 
 def with_gradient(mask, advantages, o: PolicyLoss) -> Tensor:
@@ -298,10 +311,16 @@ def _terms(b: _Batch, w, o: PolicyLoss):
     omega, metrics = _omega(b, o)
     lr = LEVELS[o.ratio_level](b.logp - b.old, b.keep)
     t = token_loss(o, b.logp, b.entropy, b.A, w, old_logp=b.old, ref_logp=b.ref, log_ratio=lr, omega=omega)
-    parts = {"loss/policy": t.policy.sum(), "loss/kl": t.kl.sum(), "loss/entropy": t.entropy.sum()}
+    policy = t.policy / b.keep.sum(1, keepdim=True).clamp(min=1) if _once_a_row(o) else t.policy
+    parts = {"loss/policy": policy.sum(), "loss/kl": t.kl.sum(), "loss/entropy": t.entropy.sum()}
     parts["loss/total"] = sum(parts.values())
     metrics = parts | _ratio_metrics(b, lr, t.ratio, t.cut) | _kl_metrics(b, b.logp - b.old) | metrics
     return t, _derive(metrics)
+
+
+def _once_a_row(o: PolicyLoss) -> bool:
+    """Whether every token of a row holds the S of the whole row; is_pg has a term for each, −A·ℓ_t times a constant."""
+    return o.ratio_level == "seq_sum" and o.surrogate != "is_pg"
 
 
 def _check(o: PolicyLoss, keep, advantages, group_ids, totals, logp, entropy, **others):
@@ -332,7 +351,7 @@ def _omega(b: _Batch, o: PolicyLoss):
         u, _ = guarded_exp(LEVELS[{"seq": "seq_sum", "geo": "seq_mean"}.get(level, "token")](lr, b.keep))
         weight, outside = importance_weight(u, mode, o)
         if o.importance != "none":
-            omega = weight
+            omega = (~outside).to(weight) if level == "geo" else weight
         metrics = _mismatch_metrics(b, lr, u, outside)
     if o.opsm_delta is not None:
         source = b.old if b.rollout is None else b.rollout

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
-from minirl.kernels.linear import at_least
+from minirl.kernels.linear import TILE, at_least, tiled_product
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,27 @@ def _yarn(frequency: torch.Tensor, s: dict, config: ModelConfig) -> tuple[torch.
     return slow * frequency / factor + (1 - slow) * frequency, attention
 
 
+class _TiledLinear(torch.autograd.Function):
+    """x @ weight.T + bias in products of TILE rows; the gradient, which may differ by rounding, at once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return tiled_product(x, weight.t(), x.new_empty(len(x), len(weight)), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        by_x, by_weight, by_bias = ctx.needs_input_grad
+        return dy @ weight if by_x else None, dy.t() @ x if by_weight else None, dy.sum(0) if by_bias else None
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [N, in] @ weight [out, in].T + bias, never on too few rows at once: a token's result, and with it a completion,
-    would depend on how many others share its batch."""
+    """x [N, in] @ weight [out, in].T + bias, so that on a CPU a token's result does not depend on how many others share
+    its batch: whole tiles are multiplied one by one, other numbers of rows as multiples of MIN_ROWS."""
+    if x.device.type == "cpu" and len(x) and len(x) % TILE == 0:
+        return _TiledLinear.apply(x, weight, bias)
     padded = at_least(x)
     return F.linear(padded, weight, bias)[: len(x)] if padded is not x else F.linear(x, weight, bias)
 
@@ -259,6 +277,9 @@ class Transformer(nn.Module):
         """`scalar_head` True stands for the default `ScalarHead`."""
         super().__init__()
         self.config = config
+        # Ids from here on are rows that pad the embedding to a round size: no text has them, so none is drawn, and they
+        # have no probability in training. `train.run.load`, which knows the tokenizer, sets it.
+        self.active_vocab = config.vocab_size
         self.head = ScalarHead() if scalar_head is True else scalar_head or None
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.model = Trunk(config)
@@ -297,14 +318,15 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor, layout) -> torch.Tensor:
         """tokens [N] on a layout -> hidden states after the final norm [N, D]; `logits` or `values` come from them."""
-        x = self.model.embed_tokens(tokens)
-        rope = self._rope(layout.positions)
+        padding = -len(tokens) % TILE if layout.tiled else 0
+        x = self.model.embed_tokens(F.pad(tokens, (0, padding)))
+        rope = self._rope(F.pad(layout.positions, (0, padding)))
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = recompute(block, x, rope, layout, use_reentrant=False)
             else:
                 x = block(x, rope, layout)
-        return self.model.norm(x)
+        return self.model.norm(x)[: len(tokens)]
 
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.rope_frequency.device != positions.device:

@@ -5,7 +5,9 @@
 
 Every loss here depends on the log-probs through Δ alone, so its derivative is one number a response, the same for each
 of its tokens: ∂L/∂ℓ_i = Σ_pairs ±(∂L/∂Δ) / L_i^α. It is written down, not left to autograd. Denominators are those of
-the whole optimizer step (`Totals`), so a micro-batch of whole pairs is only a memory knob.
+the whole optimizer step (`Totals`), so a micro-batch of whole pairs is only a memory knob. Of a ranked list every pair
+is compared, with the weight 1/(number of its pairs): a list counts once, however long (InstructGPT 2203.02155, eq. 1),
+as in the training of reward models. RRHF sums over the pairs of a list, as its paper does.
 """
 
 import math
@@ -106,32 +108,40 @@ def pair_loss(delta: Tensor, o: PreferenceLoss) -> tuple[Tensor, Tensor]:
             return o.rank_coef * (-delta).clamp(min=0), -o.rank_coef * (delta < 0).to(delta)
 
 
+def even_weights(pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """The weight of each pair of one ranked list, 1/(number of pairs): the list counts once (2203.02155, eq. 1)."""
+    return [1 / len(pairs) for _ in pairs]
+
+
 class Totals(NamedTuple):
     """What only the whole optimizer step knows; each of its micro-batches gets the same one."""
 
-    pairs: int  # without those that have an empty response
-    prompts: int  # without those whose best response is empty
+    pairs: int  # without those that have an empty response; the denominator of metrics, and of the loss without weights
+    prompts: int  # without those whose best response is empty; the denominator of the loss where pairs have weights
 
 
 def preference_loss(
-    logp: Tensor, ref_logp: Tensor, lengths: Tensor, pairs: Tensor, options: PreferenceLoss, totals=None
+    logp: Tensor, ref_logp: Tensor, lengths: Tensor, pairs: Tensor, options: PreferenceLoss, totals=None, weights=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss of N pairs of the DPO family, and its metrics.
+    """Mean loss of N pairs of the DPO family, and its metrics, which are means over pairs.
 
     logp [B] carries the gradient; ref_logp and lengths [B] are constants (`sequence_logp` makes all three); pairs
-    [N, 2] are rows (chosen, rejected). A pair with an empty response has nothing to compare: it is left out.
-    totals=None: these are all pairs of the optimizer step. Otherwise they are one of its micro-batches, and losses,
-    gradients and metrics add up.
+    [N, 2] are rows (chosen, rejected), and `weights` [N] what each counts in the loss, 1 if None: those of
+    `even_weights` for each prompt make it the mean over prompts. A pair with an empty response has nothing to compare:
+    it is left out. totals=None: these are all pairs of the optimizer step. Otherwise they are one of its micro-batches,
+    and losses, gradients and metrics add up.
     """
     if not options.has_reference:
         raise InputError(f"preference_loss: kind={options.kind!r} has no reference; call rrhf_loss")
-    pairs = _comparable(pairs, lengths)
+    comparable = (lengths[pairs] > 0).all(1)
+    pairs, w = pairs[comparable], None if weights is None else weights[comparable].double()
     count = max(len(pairs) if totals is None else totals.pairs, 1)
+    total = count if w is None else w.sum().clamp(min=1e-12) if totals is None else max(totals.prompts, 1)
     scale = lengths.clamp(min=1) ** options.alpha
     x = (logp.detach() - ref_logp.detach()).double() / scale
-    loss, slopes, metrics = _compare(x, pairs, options, count)
+    loss, slopes, metrics = _compare(x, pairs, options, count, w)
     metrics |= _reward_metrics(options.beta * x, logp, pairs, count)
-    return _with_slope(loss / count, logp, slopes / (scale * count)), {"loss": loss / count, **metrics}
+    return _with_slope(loss / total, logp, slopes / (scale * total)), {"loss": loss / total, **metrics}
 
 
 def rrhf_loss(
@@ -144,7 +154,7 @@ def rrhf_loss(
     """
     if options.has_reference:
         raise InputError(f"rrhf_loss: kind={options.kind!r} needs a reference; call preference_loss")
-    pairs, best = _comparable(pairs, lengths), best[lengths[best] > 0]
+    pairs, best = pairs[(lengths[pairs] > 0).all(1)], best[lengths[best] > 0]
     totals = Totals(len(pairs), len(best)) if totals is None else totals
     count, scale = max(totals.prompts, 1), lengths.clamp(min=1) ** options.alpha
     p = logp.detach().double() / scale
@@ -157,10 +167,6 @@ def rrhf_loss(
     return _with_slope(parts["loss"], logp, (slopes / scale - share) / count), parts | metrics
 
 
-def _comparable(pairs: Tensor, lengths: Tensor) -> Tensor:
-    return pairs[(lengths[pairs] > 0).all(1)]
-
-
 def _difference(pairs: Tensor, rows: int) -> Tensor:
     """D [N, B]: 1 at the chosen row, −1 at the rejected one. Δ = D x, and back ∂L/∂x = Dᵀ ∂L/∂Δ: sums in a fixed order,
     which scattered additions on a GPU are not."""
@@ -168,12 +174,15 @@ def _difference(pairs: Tensor, rows: int) -> Tensor:
     return (one_hot(chosen, rows) - one_hot(rejected, rows)).double()
 
 
-def _compare(x: Tensor, pairs: Tensor, o: PreferenceLoss, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the pairs' losses, its derivative by x [B], and the share of pairs in the right order, ties half."""
+def _compare(
+    x: Tensor, pairs: Tensor, o: PreferenceLoss, count: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Weighted sum of the pairs' losses, its derivative by x [B], and the share of pairs in right order, ties half."""
     D = _difference(pairs, len(x))
     losses, slopes = pair_loss(delta := D @ x, o)
+    w = torch.ones_like(losses) if weights is None else weights
     right = (delta > 0).double() + 0.5 * (delta == 0)
-    return losses.sum(), slopes @ D, {"accuracy": right.sum() / count}
+    return (w * losses).sum(), (w * slopes) @ D, {"accuracy": right.sum() / count}
 
 
 def _reward_metrics(reward: Tensor, logp: Tensor, pairs: Tensor, count: int) -> dict[str, Tensor]:

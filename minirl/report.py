@@ -96,19 +96,21 @@ class Panel:
 
 
 PARTS = r"reward/(?!(?:mean|std|min|max|unscored_frac|group_std_mean)$)(.+)"
+KLS = {"kl_ref/k3": "to the reference", "trained/kl_ref/k3": "trained tokens"}
+KLS |= {"kl_old/k3": "to the policy before", "trained/kl_old/k3": "its trained tokens"}
 PANELS = (
     Panel("Held-out accuracy", "of prompts", {"eval/(mean|greedy|(?:pass|maj)@.+)": r"\1"}, "share", exact=True),
     Panel("Reward", "mean of a step", {"reward/mean": "total", PARTS: r"\1"}),
     Panel("Loss", "", {"loss": "loss"}),
     Panel("Accuracy", "of pairs", {"accuracy": "training", "eval/accuracy": "held-out"}, "share"),
     Panel("Reward model", "right above wrong", {"reward_model/accuracy": "fresh pairs"}, "share"),
-    Panel("KL", "nats a token", {"kl_ref/k3": "to the reference", "kl_old/k3": "to the policy before"}, steady=False),
+    Panel("KL", "nats a token", KLS, steady=False),
     Panel("Weight of the KL", "", {"beta": "weight"}, exact=True, steady=False),
-    Panel("Entropy", "nats a token", {"entropy": "entropy"}),
+    Panel("Entropy", "nats a token", {"entropy": "entropy", "trained/entropy": "of trained tokens"}),
     Panel("Completion length", "tokens", {"len/mean": "mean", "len/p95": "95th percentile"}),
     Panel("Truncated", "of completions", {"truncated_frac": "truncated"}, "share"),
     Panel("Groups with a signal", "of groups", {"group/signal_frac": "signal"}, "share"),
-    Panel("Clipped", "of tokens", {"clip/frac": "clipped"}, "share", steady=False),
+    Panel("Clipped", "of tokens", {"clip/frac": "all", "trained/clip/frac": "trained"}, "share", steady=False),
     Panel("Critic", "explained variance", {"value/explained_var": "explained variance"}),
     Panel("Sampler against trainer", "|Δ log p|", {"mismatch/abs_mean": "mean", "mismatch/abs_max": "largest"}, "log"),
     Panel("Gradient norm", "before clipping", {"grad_norm": "norm"}),

@@ -14,14 +14,20 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from minirl.preferences import ranked_pairs
+from minirl.preferences import even_weights, ranked_pairs
 
 Pair = tuple[int, int, float]  # index of the better one, of the worse one, weight
 
 
-def weighted_pairs(scores: Sequence[float]) -> list[Pair]:
-    """The `ranked_pairs` of a list of K, each of weight 1/C(K,2) (InstructGPT 2203.02155, eq. 1)."""
-    return [(better, worse, 1 / math.comb(len(scores), 2)) for better, worse in ranked_pairs(scores)]
+def weighted_pairs(scores: Sequence[float], responses: Sequence[object] | None = None) -> list[Pair]:
+    """The `ranked_pairs` of a list, without those of equal responses, with their `even_weights`.
+
+    A list of K counts once (InstructGPT 2203.02155, eq. 1, where no two are tied, so that its pairs are C(K,2)).
+    """
+    pairs = ranked_pairs(scores)
+    if responses is not None:
+        pairs = [(better, worse) for better, worse in pairs if responses[better] != responses[worse]]
+    return [(*pair, weight) for pair, weight in zip(pairs, even_weights(pairs), strict=True)]
 
 
 def pairwise_loss(

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from minirl.errors import InputError
+from minirl.files import place_of
 from minirl.rewards import Fault, guarded, score
 from minirl.rewards.rules import is_repetitive, think_answer_format, too_short
 from minirl.rewards.scoring import TIMEOUT
@@ -104,7 +106,8 @@ class Rollout:
         """`minirl.rewards.score` of all completions. `steps`: a reward may be one of steps, and counts as their sum."""
         prompts = [e["prompt"] for e in self.examples for _ in range(self.group_size)]
         indices = self.indices or range(len(self.prompts))
-        places = [f"prompt {i}, completion {j}" for i in indices for j in range(self.group_size)]
+        known = [place_of(e, f"prompt {i}") for e, i in zip(self.examples, indices, strict=True)]
+        places = [f"{place}, completion {j}" for place in known for j in range(self.group_size)]
         self.faults, self.steps, answers = [], {}, self.answers
 
         def in_steps(name: str, row: int, found: Steps) -> None:
@@ -180,7 +183,7 @@ class Rollout:
             "len/mean": lengths.mean().item(),
             "len/min": lengths.min().item(),
             "len/max": lengths.max().item(),
-            "len/p95": lengths.quantile(0.95).item(),
+            "len/p95": float(np.quantile(self.lengths, 0.95)),
             "truncated_frac": self.truncated.double().mean().item(),
             "repetition_frac": sum(is_repetitive(c.tokens) for c in self.completions) / len(self.completions),
             "too_short_frac": sum(too_short([], self.texts)) / len(self.texts),

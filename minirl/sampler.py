@@ -23,7 +23,8 @@ import torch
 
 from minirl.attention import Packed, Slots
 from minirl.errors import InputError
-from minirl.kernels import Draw, sample_tokens
+from minirl.kernels import Draw, Floor, sample_tokens
+from minirl.kernels.truncation import row_parts
 from minirl.model import Transformer
 
 PREFILL_TOKENS = 512  # prompts are prefilled in batches of about this many tokens
@@ -38,7 +39,7 @@ class SamplingParams:
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
+    """Keep the k most likely tokens, of equally likely ones those of smaller ids; 0 keeps all."""
     top_p: float = 1.0
     """Keep the most likely tokens up to this mass; 1 keeps all."""
     min_p: float = 0.0
@@ -148,7 +149,7 @@ class Sampler:
             raise InputError("stop strings need a tokenizer: Sampler(model, tokenizer=...)")
         if order is not None and sorted(order) != list(range(len(prompts) * params.n)):
             raise InputError(f"order must hold each of the {len(prompts) * params.n} samples once")
-        vocab = self.model.config.vocab_size
+        vocab = self.model.active_vocab
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise InputError(f"prompt {i} is empty: give at least one token")
@@ -243,13 +244,14 @@ class _Generation:
             top_k=p.top_k,
             top_p=p.top_p,
             min_p=p.min_p,
+            active=self.model.active_vocab,
             entropy=False,
         )
         self._record(draw, logits)
         return self._retire(position)
 
     def _record(self, draw: Draw, logits: torch.Tensor) -> None:
-        kept = None if draw.floor is None else _kept_ids(logits, draw.floor)
+        kept = None if draw.floor is None else _kept_ids(logits[:, : self.model.active_vocab], draw.floor)
         for slot, (sample, token, logp) in enumerate(
             zip(self.active, draw.token.tolist(), draw.logp.tolist(), strict=True)
         ):
@@ -292,7 +294,10 @@ class _Generation:
         return ""
 
 
-def _kept_ids(logits: torch.Tensor, floor: torch.Tensor) -> list[np.ndarray]:
-    """The ids of each row's logits [B, V] from its floor [B] up, int32; one transfer for all rows."""
-    row, ids = (logits >= floor[:, None]).nonzero().cpu().numpy().T
-    return np.split(ids.astype(np.int32), np.bincount(row, minlength=len(logits)).cumsum()[:-1])
+def _kept_ids(logits: torch.Tensor, floor: Floor) -> list[np.ndarray]:
+    """The ids of each row's logits [B, V] that are kept, int32."""
+    if logits.is_cuda:  # one transfer for all rows, of ids, which are fewer than logits
+        row, ids = floor.mask(logits).nonzero().cpu().numpy().T
+        return np.split(ids.astype(np.int32), np.bincount(row, minlength=len(logits)).cumsum()[:-1])
+    masks = (floor.rows(part).mask(logits[part]).bool().numpy() for part in row_parts(logits))
+    return [np.flatnonzero(row).astype(np.int32) for mask in masks for row in mask]

@@ -76,9 +76,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id: added tokens may leave holes below theirs."""
-        added = self._backend.get_added_tokens_decoder()
-        return max(self._backend.get_vocab_size(with_added_tokens=False), *(index + 1 for index in added), 0)
+        """One more than the largest id: there may be holes below it, whose ids have no text."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

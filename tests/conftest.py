@@ -1,5 +1,7 @@
 """Shared by every test: one thread a process, one hypothesis profile, and the golden numbers."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
+import numpy
 import pytest
 import torch
 
@@ -19,6 +22,20 @@ if not torch.cuda.is_available():
 # No deadline: first calls pay for compiling and cold caches. Fresh examples on every run: a failure prints its own.
 hypothesis.settings.register_profile("minirl", deadline=None, derandomize=False)
 hypothesis.settings.load_profile("minirl")
+
+
+def misfit(triton: str, numpy: str) -> str:
+    """Why two versions cannot run the kernels in Triton's interpreter; empty where they can."""
+    old, new = tuple(map(int, triton.split(".")[:2])) < (3, 7), tuple(map(int, numpy.split(".")[:2])) >= (2, 4)
+    advice = f"Triton {triton} interprets kernels with numpy below 2.4 only, and this is {numpy}"
+    return f"{advice}: pip install 'numpy<2.4', or a newer Triton" if old and new else ""
+
+
+def pytest_configure() -> None:
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    if sentence := misfit(importlib.metadata.version("triton"), numpy.__version__):
+        raise pytest.UsageError(sentence)
 
 
 @pytest.fixture(scope="session")

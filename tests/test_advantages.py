@@ -284,13 +284,52 @@ def test_whole_return_gives_every_token_the_return_of_its_row():
     close(adv.reinforce(r, m, gamma=0.5, reward_to_go=False), expected)
 
 
+def test_a_group_mean_counts_a_completion_once_whatever_its_length():
+    mask = torch.arange(9) < torch.tensor([1, 9, 4, 2])[:, None]
+    rewards = torch.zeros(4, 9, dtype=torch.float64)
+    rewards[[0, 2, 3], [0, 3, 1]] = f64([1.0, 5.0, 2.0])  # R = 1, 0 and 5, 2
+    A = adv.reinforce(rewards, mask, baseline="group_mean", group_ids=torch.tensor([0, 0, 1, 1]))
+    close(A, f64([0.5, -0.5, 1.5, -1.5])[:, None] * mask)
+    rewards[0, 0], rewards[1, 2] = NAN, 3.0  # R = 3 · 0.5² seen from the first token
+    A = adv.reinforce(rewards, mask, gamma=0.5, baseline="group_mean", group_ids=torch.tensor([0, 0, 1, 1]))
+    assert (A[0] == 0).all()
+    close(A[1], f64([0, 0.75, 2.25, -0.75, -0.75, -0.75, -0.75, -0.75, -0.75]))
+
+
+def test_rows_outside_the_loss_are_in_no_mean_and_deviation_of_the_batch_and_stay_in_those_of_their_group():
+    R, ids = f64([1.0, 0.0, 5.0, 0.5, 0.0, NAN]), torch.tensor([0, 0, 0, 1, 1, 1])
+    lengths, cut = torch.tensor([2, 3, 4, 1, 2, 3]), torch.tensor([0, 0, 1, 0, 0, 0]).bool()
+    mask = (torch.arange(4) < lengths[:, None]) & ~cut[:, None]
+    centred = f64([-1.0, -2.0, 3.0, 0.25, -0.25])  # of group 0 with the row that is cut
+    close(adv.grpo_batch_std(R, ids, mask=mask)[:5], centred / (R[[0, 1, 3, 4]].std() + 1e-4))
+    counted = centred[[0, 1, 3, 4]]
+    A = adv.reinforce_pp_baseline(R, ids, mask=mask)
+    close(A[[0, 1, 3, 4]], (counted - counted.mean()) / (counted.std() + 1e-4))
+    assert A[5] == 0
+    everywhere = adv.reinforce_pp_baseline(R, ids)
+    close(everywhere[:5], centred / (centred.std() + 1e-4))
+    assert adv.grpo_batch_std(R, ids, mask=torch.zeros(6, 4)).isfinite().all()
+    tokens = torch.zeros(6, 4, dtype=torch.float64).scatter(1, lengths[:, None] - 1, R[:, None])
+    present = torch.arange(4) < lengths[:, None]
+    A = adv.reinforce(tokens, present, baseline="batch_mean", counted=mask)
+    close(A[0, :2], 1 - f64([2 * 1.0 + 0.5] * 2) / 8)
+    A = adv.reinforce(tokens, present, baseline="group_mean", group_ids=ids, counted=mask)
+    close(A[:, 0], f64([-1.0, -2.0, 3.0, 0.25, -0.25, 0.0]))
+
+
+def test_the_k3_in_the_reward_grows_with_the_distance_beyond_the_guard():
+    logp = f64([[-45.0, -30.0, -25.0, -5.0, 0.0, 20.0, 30.0]])
+    penalty = -adv.kl_in_reward(f64([0.0]), logp, torch.zeros(1, 7), torch.ones(1, 7), 1.0, kl="k3").flatten()
+    assert (penalty[:5].diff() < 0).all() and (penalty[4:].diff() > 0).all() and penalty[4] == 0
+
+
 def test_baselines_are_subtracted_from_counted_tokens_only():
     r = f64([[0.0, 1.0, NAN], [0.0, 0.0, 3.0], [0.0, 5.0, 0.0]])
     m = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]])
     R = f64([[1, 1, 0], [3, 3, 3], [5, 5, 0]])
     close(adv.reinforce(r, m, baseline=0.5), (R - 0.5) * m)
     close(adv.reinforce(r, m, baseline="batch_mean"), (R - R.sum() / 8) * m)
-    group = f64([11 / 5, 11 / 5, 10 / 3])[:, None]
+    group = f64([2, 2, 5])[:, None]  # of the completions' returns 1, 3 and 5
     close(adv.reinforce(r, m, baseline="group_mean", group_ids=torch.tensor([4, 4, 9])), (R - group) * m)
     for wrong in ("group_mean", "ema"):
         with pytest.raises(InputError, match="baseline"):

@@ -83,6 +83,7 @@ LOUD = [
     ("Sampler and trainer differ by 0.1", {"mismatch/abs_mean": lambda x, v: 0.1}),
     (r"The KL \(kl_ref/k3\) jumped to 3", {"kl_ref/k3": lambda x, v: v + 3 * (x > 0.9)}),
     (r"The KL \(kl_old/k3\) jumped to", {"kl_old/k3": lambda x, v: 0.5 if 0.5 < x < 0.6 else v}),
+    (r"The KL \(trained/kl_old/k3\) jumped to", {"trained/kl_old/k3": lambda x, v: 0.5 if 0.5 < x < 0.6 else 2e-4}),
     (
         r"0% of the groups had a signal in 10 steps: take easier or harder",
         {"group/signal_frac": lambda x, v: 0 if 0.3 < x < 0.5 else v, "group/all_correct_frac": lambda x, v: None},

@@ -250,7 +250,7 @@ TASKS = {
     "arithmetic": ["give --task arithmetic:style=plain"],
     "arithmetic:digits=1,digits=2": ["option digits is given 2 times"],
     "gsm8k:path=": ["option path is empty"],
-    "arithmetic:digits=40,style=plain": ["prompt 0 has 8", "context holds 32"],
+    "arithmetic:digits=40,style=plain": ["prompt 0 of task arithmetic: its prompt has 8", "context holds 32"],
     "arithmetic:digits=1,style=plain,template={a} and {b}": ["' '", "no token"],
     "missing.jsonl": ["missing.jsonl: there is no such file"],
 }

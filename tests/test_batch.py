@@ -10,7 +10,7 @@ from tiny import CONFIG, full_logits, random_ids, tiny_model
 from minirl.kernels import Kept
 from minirl.model import Transformer
 from minirl.sampler import Sampler, SamplingParams
-from minirl.train.batch import MicroBatch, Row, micro_batches, score
+from minirl.train.batch import MicroBatch, Row, micro_batches, score, score_with_entropy
 
 # (prompt length, response lengths) of each group, and the order in which the rows come
 GROUPS = [(5, [3, 1, 7]), (1, [4, 4]), (9, [2]), (3, [1, 1, 1, 1])]
@@ -204,6 +204,16 @@ def test_scoring_gives_the_log_probs_that_the_sampler_reported(params, budget):
         # Kept sets are replayed from the record: without them the same tokens look less likely.
         free = score(model, [Row(row.prompt, row.response, row.group) for row in rows], budget, params.temperature)
         assert (scores - free).max() > 0.1
+
+
+def test_the_scores_of_a_float64_model_are_float64(model):
+    rows = rows_of(GROUPS, ORDER)
+    logp, entropy = score_with_entropy(model, rows, 20, 0.7)
+    assert logp.dtype == entropy.dtype == torch.float64 and torch.equal(score(model, rows, 20, 0.7), logp)
+    for row, found, its in zip(rows, logp, entropy, strict=True):
+        wanted = by_itself(model, row, 0.7)
+        for x, y in zip((found, its), wanted, strict=True):
+            assert torch.allclose(x[: len(row.response)], y, rtol=0, atol=1e-12) and not x[len(row.response) :].any()
 
 
 def test_no_rows_have_no_scores():

@@ -91,6 +91,30 @@ def test_help_shows_every_option_with_its_docstring(command, capsys, monkeypatch
         assert plain(text) in shown, flag
 
 
+OFTEN = ["model", "task", "out", "preset", "steps", "prompts", "group", "max-tokens", "lr", "rewards"]
+
+
+@pytest.mark.parametrize(
+    ("command", "often"),
+    [
+        ("grpo", OFTEN),
+        ("ppo", OFTEN),
+        ("sft", ["model", "data", "out", "loss-on", "steps", "batch", "lr"]),
+        ("prefer", ["model", "data", "out", "steps", "batch", "lr"]),
+        ("reward", ["model", "data", "kind", "out", "steps", "batch", "lr"]),
+        ("rft", ["model", "task", "out", "prompts", "samples"]),
+        ("outcomes", ["model", "task", "out", "prompts", "samples"]),
+        ("eval", ["model", "compare", "task"]),
+    ],
+)
+def test_what_everybody_sets_comes_first_in_help(command, often, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = re.findall(r"^[│ ]*--([a-z][a-z-]*)", capsys.readouterr().out, re.MULTILINE)
+    assert shown[: len(often)] == often
+
+
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
 def test_the_bare_program_lists_its_commands(args, capsys):
     out = output(capsys, *args)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [  # from the top; a file may import from its own layer or from one below
-    {"cli", "commands", "eval_command", "__main__"},
+    {"cli", "commands", "eval_command", "check", "__main__"},
     {"report", "display"},
     {"demo"},
     {"train"},
@@ -21,7 +21,7 @@ LAYERS = [  # from the top; a file may import from its own layer or from one bel
     {"sampler"},
     {"losses", "preferences", "reward_losses", "advantages", "metrics", "alarms"},
     {"model", "attention", "checkpoint", "tokenizer", "chat_template"},
-    {"kernels", "sandbox"},
+    {"kernels", "sandbox", "foreign"},
     {"tables", "conversation"},
     {"files"},
     {"errors", "__init__"},
@@ -37,6 +37,7 @@ ADAPTERS = {
     "minirl.eval_command",
     "minirl.report",
     "minirl.display",
+    "minirl.check",
     "minirl.chat_template",
     "minirl.rewards.equality",
     "minirl.tasks.reasoning_worker",

@@ -178,6 +178,68 @@ def test_golden_softmax_core(golden, case, form, dtype):
         )
 
 
+# --- rows that pad the head -------------------------------------------------------------------------------------------
+
+
+def padded_form(form: str, active: int | None):
+    """(logits, targets, temperature, mask) -> logp, entropy of the first `active` logits."""
+    if form.startswith("linear"):
+
+        def linear(z, targets, temperature, mask):
+            kept, eye = None if mask is None else kept_of(mask), torch.eye(z.shape[1]).to(z)
+            more = {"active": active, "workspace": one_chunk(16, len(eye)), "backend": form.split()[1]}
+            return linear_token_logprobs(z, eye, targets, temperature, kept, **more)
+
+        return linear
+    more = {"active": active, "inplace": form.endswith("in place"), "backend": form.split()[0]}
+    return lambda z, targets, temperature, mask: token_logprobs(z, targets, temperature, mask, **more)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("vocab", "active"), [(32, 15), (4112, 4000), (64, 1), (37, 37)])
+def test_logits_from_active_on_are_as_if_they_were_not_there(form, dtype, vocab, active, seed):
+    """Against float64 on a slice; what lies behind it is large, or NaN where the logits are given."""
+    if form.startswith("linear") and vocab > 1000:
+        pytest.skip("an identity of that size")
+    g = generator(seed)
+    logits = (torch.randn(5, vocab, generator=g) * 2).to(DEVICE, dtype)
+    logits[:, active:] = 60.0
+    if not form.startswith("linear"):
+        logits[1, active:], logits[2, active:] = NAN, INF
+    targets = torch.randint(active, (5,), generator=g).to(DEVICE)
+    targets[0] = active - 1
+    temperature = torch.linspace(0.3, 2, 5, device=DEVICE)
+    for mask in (None, random_mask(5, vocab, targets, seed)):
+        inside = None if mask is None else mask[:, :active]
+        exact = truth(logits[:, :active], targets, temperature, inside)
+        ours = backward(lambda z, m=mask: padded_form(form, active)(z, targets, temperature, m), [logits])
+        assert not ours[2][:, active:].any()
+        assert_near([*ours[:2], ours[2][:, :active]], exact, 1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("form", ["triton", "triton in place"])
+def test_a_broken_row_and_a_target_without_a_token_give_no_gradient_behind_active(form):
+    logits = torch.randn(3, 32, device=DEVICE)
+    logits[1, 3] = NAN
+    targets = torch.tensor([4, 5, 20], device=DEVICE)
+    logp, _, gradient = backward(lambda z: padded_form(form, 15)(z, targets, 1.0, None), [logits], only=0)
+    assert logp.isnan().tolist() == [False, True, True] and not gradient[:, 15:].any()
+
+
+@pytest.mark.parametrize("form", ["torch", "linear torch"])
+def test_a_target_without_a_token_is_an_error_of_the_definition(form):
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        padded_form(form, 15)(torch.randn(2, 32), torch.tensor([3, 20]), 1.0, None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("active", [0, -1, 33])
+def test_an_impossible_number_of_active_logits_is_refused(form, active):
+    with pytest.raises(ValueError, match=f"active = {active}: of 32 logits"):
+        padded_form(form, active)(torch.randn(2, 32, device=DEVICE), torch.tensor([3, 2], device=DEVICE), 1.0, None)
+
+
 # --- the error rule: never worse than PyTorch in the same dtype, each against float64 ---------------------------------
 
 
@@ -682,15 +744,15 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_incoming_gradient_leave_the_backward_products(backend):
-    hidden, weight, targets = random_case(60, 37, 24, torch.float32)
+    hidden, weight, targets = random_case(96, 37, 24, torch.float32)
     hidden, weight = hidden.requires_grad_(True), weight.requires_grad_(True)
-    used = torch.arange(60, device=DEVICE) % 3 == 0
-    options = {"workspace": one_chunk(20, 37), "backend": backend}
+    used = torch.arange(96, device=DEVICE) % 3 == 0
+    options = {"workspace": one_chunk(32, 37), "backend": backend}
     logp, entropy = linear_token_logprobs(hidden, weight, targets, **options)
     loss = (logp[used] + 0.1 * entropy[used]).sum()
     with Products() as seen:
         loss.backward()
-    assert sorted(seen.shapes) == sorted([(20, 24, 37), (20, 37, 24), (37, 20, 24)])  # logits, dH, dW
+    assert sorted(seen.shapes) == sorted([(32, 24, 37), (32, 37, 24), (37, 32, 24)])  # logits, dH, dW
     assert hidden.grad[~used].eq(0).all() and hidden.grad[used].any(1).all()
 
 

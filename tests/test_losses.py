@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from minirl import advantages as adv
 from minirl import losses
 from minirl.errors import InputError
+from minirl.kernels import TokenLoss, token_loss
 from minirl.losses import PRESETS, PolicyLoss, Totals, aggregation_weights, combine_metrics, policy_loss, value_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["cases"]
@@ -279,7 +280,8 @@ def closed_form(o, x):
             w |= {"group_token_mean": 1 / (n_groups * group_tokens[gid[i]])}
             w = w[o.aggregation]
             K_old, kappa_old = math.exp(lr[t]) - 1 - lr[t], math.exp(lr[t]) - 1
-            loss += w * (omega * S + o.kl_coef * K + o.kl_old_coef * K_old)
+            once = len(r) if o.ratio_level == "seq_sum" and o.surrogate != "is_pg" else 1  # ρ of the row is one action
+            loss += w * (omega * S / once + o.kl_coef * K + o.kl_old_coef * K_old)
             c[i, t] = w * (-omega * a * gain + o.kl_coef * kappa + o.kl_old_coef * kappa_old)
             if o.entropy_coef:
                 loss -= w * o.entropy_coef * val["entropy"][i][t]
@@ -312,7 +314,8 @@ def importance_by_hand(o, log_u, t):
         return 1.0
     level, mode = o.importance.split("_")
     u = math.exp({"token": log_u[t], "seq": sum(log_u), "geo": sum(log_u) / len(log_u)}[level])
-    return min(u, o.importance_cap) if mode == "truncate" else u * (o.importance_floor <= u <= o.importance_cap)
+    weight = 1.0 if level == "geo" else u
+    return min(u, o.importance_cap) if mode == "truncate" else weight * (o.importance_floor <= u <= o.importance_cap)
 
 
 def by_autograd(o, x):
@@ -336,6 +339,8 @@ def by_autograd(o, x):
     K = {"none": 0 * d, "k2": d**2 / 2, "k3": k3, "k3_is": lr.exp() * k3}[o.kl].clamp(max=o.kl_clamp or INF)
     K = o.kl_coef * K + o.kl_old_coef * (lr.exp() - 1 - lr)
     S = S * omega_by_torch(o, x, keep, n, A)
+    if o.ratio_level == "seq_sum" and o.surrogate != "is_pg":
+        S = S + S.detach() * (1 / n - 1)  # a row is one action: its value counts once, its gradient is token-local
     w = aggregation_weights(x["mask"], o, Totals.of(x["mask"], x["group_ids"]), x["group_ids"], torch.float64)
     loss = (w * (S + K - o.entropy_coef * entropy)).sum()
     loss.backward()
@@ -349,7 +354,8 @@ def omega_by_torch(o, x, keep, n, A):
     log_u = {"token": lr, "seq": lr.sum(1, keepdim=True), "geo": lr.sum(1, keepdim=True) / n}.get(level, 0 * lr)
     u = log_u.exp().expand_as(A)
     inside = (o.importance_floor <= u) & (u <= o.importance_cap)
-    omega = {"": torch.ones_like(A), "truncate": u.clamp(max=o.importance_cap), "mask": u * inside}[mode]
+    weight = torch.ones_like(u) if level == "geo" else u
+    omega = {"": torch.ones_like(A), "truncate": u.clamp(max=o.importance_cap), "mask": weight * inside}[mode]
     if o.opsm_delta is not None:
         drift = (x["rollout_logp"] - x["logp"]).masked_fill(~keep, 0).sum(1, keepdim=True) / n
         omega = omega * ~((A < 0) & (drift > o.opsm_delta))
@@ -406,19 +412,49 @@ def test_loss_and_gradient_under_every_further_option_are_those_of_autograd(name
     assert moved == ((name, kl) != ("clamped KL", "none") and (name, level) != ("no clip", "none"))
 
 
-@pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize(
-    ("surrogate", "level"), [("clip", "token"), ("sapo", "token"), ("clip", "seq_mean"), ("sapo", "seq_mean")]
-)
-def test_gradient_is_the_numerical_derivative_of_the_value(surrogate, level, kl):
-    x = batch(seed=2, rows=3)
-    o = options(surrogate, level, kl, "seq_mean", "seq_truncate", entropy_coef=0.1, kl_old_coef=0.3)
+CONSTANT_WEIGHT = {"w_min": 0.9, "w_max": 0.9}  # of is_pg: the gradient never sees how a weight changes
+MOVING = [(s, level) for s in ("clip", "sapo") for level in ("token", "seq_mean", "seq_sum")]  # the value has a ρ
 
-    def value(logp, entropy):
-        others = {"rollout_logp": x["rollout_logp"], "entropy": entropy}
-        return policy_loss(logp, x["old_logp"], x["ref_logp"], x["advantages"], x["mask"], o, **others)[0]
 
-    assert torch.autograd.gradcheck(value, (x["logp"].requires_grad_(), x["entropy"].requires_grad_()), atol=1e-6)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(("surrogate", "level"), [*MOVING, *(("is_pg", level) for level in LEVELS)])
+def test_gradient_is_the_numerical_derivative_of_the_value(surrogate, level, aggregation):
+    x, h = batch(seed=2, rows=6), 1e-5
+    more = {"entropy_coef": 0.1, "kl_old_coef": 0.3} | (CONSTANT_WEIGHT if surrogate == "is_pg" else {})
+    towards = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for kl, importance in (("none", "none"), ("k3_is", "seq_truncate"), ("k2", "geo_mask"), ("k3", "seq_mask")):
+        o = options(surrogate, level, kl, aggregation, importance, **more)
+
+        def value(step, o=o):
+            moved = {"logp": x["logp"] + step * towards[0], "entropy": x["entropy"] + step * towards[1]}
+            return run(o, x | moved)[0].item()
+
+        _, _, c, e = run(o, x)
+        slope = (value(h) - value(-h)) / (2 * h)
+        assert slope == pytest.approx(((c * towards[0]).sum() + (e * towards[1]).sum()).item(), rel=1e-6, abs=1e-8)
+
+
+def test_a_product_of_ratios_is_reported_once_a_row():
+    """REINFORCE with importance sampling by whole rows: L = −mean_i ρ_i A_i, whatever the lengths."""
+    x = batch(seed=7, rows=4)
+    o = PolicyLoss(ratio_level="seq_sum", eps_low=INF, eps_high=INF, aggregation="seq_sum")
+    ratios = ((x["logp"] - x["old_logp"]) * x["mask"]).sum(1).exp()
+    counted = x["mask"].any(1)
+    close(run(o, x)[0], -(ratios * x["advantages"])[counted].mean())
+    A = torch.randn(4, 6, generator=torch.Generator().manual_seed(8), dtype=torch.float64)  # of tokens: their mean
+    mean = (A * x["mask"]).sum(1) / x["mask"].sum(1).clamp(min=1)
+    close(run(o, x, advantages=A)[0], -(ratios * mean)[counted].mean())
+
+
+def test_geo_mask_rejects_rows_and_weighs_none():
+    x = {"logp": f64([[-1.0, -2.0], [-1.0, -2.0], [-1.0, -2.0]]), "mask": torch.ones(3, 2)}
+    x |= {"old_logp": x["logp"], "ref_logp": x["logp"], "advantages": torch.ones(3, dtype=torch.float64)}
+    x["rollout_logp"] = x["logp"] - f64([[0.3, 0.1], [1.0, 0.8], [-2.0, 0.4]])  # geometric means e^0.2, e^0.9, e^-0.8
+    o = PolicyLoss(importance="geo_mask", importance_cap=2.0, importance_floor=0.5, aggregation="seq_mean")
+    _, metrics, c, _ = run(o, x)
+    close(c, -f64([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]) / 6)
+    close(metrics["tis/masked_frac"], 2 / 3)
+    close(metrics["tis/mean"], f64([0.2, 0.9, -0.8]).exp().mean())  # logged as it is
 
 
 def test_token_level_advantages_weigh_their_own_token():
@@ -441,6 +477,19 @@ def test_penalty_to_the_old_policy_adds_ratio_minus_one_to_the_gradient():
         close(loss, hand, 1e-12)
         close(c, hand_c, 1e-12)
         close(metrics["loss/policy"] + metrics["loss/kl"] + metrics["loss/entropy"], loss, 1e-12)
+
+
+def test_the_quantile_of_the_entropy_is_taken_of_any_number_of_tokens():
+    """Tensor.quantile ends at 2²⁴ entries; between two order statistics both interpolate linearly."""
+    n = (1 << 24) + 2
+    entropy = torch.arange(n, 0, -1, dtype=torch.int32)[None]  # 1 … n, backwards
+    floor = Totals.of(torch.ones(1, 1, dtype=torch.bool).expand(1, n), None, entropy, 0.2).entropy_floor
+    assert floor == pytest.approx(1 + 0.8 * (n - 1), rel=1e-12)
+    few = torch.randn(1, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for size in (1, 2, 9):
+        for share in (0.2, 0.35, 0.999, 1.0):
+            found = Totals.of(torch.ones(1, size), None, few[:, :size], share).entropy_floor
+            assert found == pytest.approx(few[0, :size].quantile(1 - share).item(), rel=1e-12)
 
 
 # ---- edges of the formulas -------------------------------------------------------------------------------------------
@@ -486,15 +535,53 @@ def test_exponents_beyond_the_guard_are_finite_and_without_gradient(lr):
     close(inside.squeeze(), -math.exp(20))
 
 
-@pytest.mark.parametrize("kl", ["k3", "k3_is"])
-@pytest.mark.parametrize("d", [-25.0, 25.0])
-def test_k3_beyond_the_guard_drops_the_derivative_of_its_exponential_only(kl, d):
-    x = one_token(0.0, 0.0, old_logp=f64([[-0.5]]), ref_logp=f64([[-d]]))
-    loss, _, grad, _ = run(PolicyLoss(kl=kl, kl_coef=1.0), x)
-    rho = math.exp(0.5) if kl == "k3_is" else 1.0
-    value = math.exp(20 if d < 0 else -20) + d - 1
-    close(loss, rho * value)
-    close(grad.squeeze(), rho * (1 + (value if kl == "k3_is" else 0)))
+GRID = f64([-60, -25, -20.001, -20, -19.999, -3, -0.2, 0.2, 3, 19.999, 20, 20.001, 25, 60])  # of log-ratios
+KL_OPTIONS = {"k2": {"kl": "k2", "kl_coef": 1.0}, "k3": {"kl": "k3", "kl_coef": 1.0}, "k3_is": {"kl": "k3_is"}}
+KL_OPTIONS["k3_is"] |= {"kl_coef": 1.0}
+KL_OPTIONS["old"] = {"kl_old_coef": 1.0}
+
+
+def kl_alone(name, logp, d, token_lr):
+    """Value and slope of a KL of each token: d = ℓ − ℓr, token_lr = ℓ − ℓo, no advantage."""
+    o, nothing = TokenLoss(**KL_OPTIONS[name]), torch.zeros_like(logp)
+    terms = token_loss(o, logp, None, nothing, nothing + 1, old_logp=logp - token_lr, ref_logp=logp - d)
+    return terms.kl, terms.c
+
+
+@pytest.mark.parametrize("name", KL_OPTIONS)
+def test_beyond_the_guard_a_kl_still_pulls_towards_the_other_policy(name):
+    """The true slopes: d, 1 − e^{−d}, ρd and ρ − 1, where the guard lets the exponential only reach e^20."""
+    d, lr = (x.flatten() for x in torch.meshgrid(GRID, GRID, indexing="ij"))
+    slope = kl_alone(name, torch.full_like(d, -30.0), d, lr)[1]
+    g = lambda x: x.clamp(-20, 20).exp()  # noqa: E731
+    wanted = {"k2": d, "k3": 1 - g(-d), "k3_is": g(lr) * d, "old": g(lr) - 1}[name]
+    towards = lr if name == "old" else d
+    assert (slope.sign() == towards.sign()).all()
+    close(slope, wanted, 1e-8)
+    inside = (d.abs() <= 20) & (lr.abs() <= 20)
+    close(
+        slope[inside], {"k2": d, "k3": 1 - (-d).exp(), "k3_is": lr.exp() * d, "old": lr.exp() - 1}[name][inside], 1e-8
+    )
+
+
+@pytest.mark.parametrize("name", KL_OPTIONS)
+def test_the_value_of_a_kl_is_the_integral_of_its_slope_on_both_sides_of_the_guard(name):
+    d, lr = (x.flatten() for x in torch.meshgrid(GRID, GRID, indexing="ij"))
+    zero, h = torch.zeros_like(d), 1e-2  # the step ℓ → ℓ ± h moves both; it crosses the guard's edges too
+    slope = kl_alone(name, zero, d, lr)[1]
+    above, value, below = (kl_alone(name, zero, d + step, lr + step)[0] for step in (h, 0.0, -h))
+    noise = 1e-9 + 1e-14 * value / h  # of the difference of two large values; at an edge the slope's own bends
+    assert ((above - below) / (2 * h) - slope).abs().le(1e-2 * slope.abs() + noise).all()
+    assert (value > -1e-4).all()  # beyond lr = −20 the ratio is held too large, at 2e-9, and the fall of K with it
+
+
+def test_the_weighted_k3_of_a_token_far_from_the_reference_has_the_true_slope():
+    x = one_token(-30.0, 0.0, old_logp=f64([[-30.0]]), ref_logp=f64([[-5.0]]))
+    loss, _, grad, _ = run(PolicyLoss(kl="k3_is", kl_coef=1.0), x)
+    close(grad.squeeze(), -25.0)
+    close(loss, math.exp(25) - 26)
+    close(run(PolicyLoss(kl="k3", kl_coef=1.0), x)[2].squeeze(), 1 - math.exp(20))
+    close(run(PolicyLoss(kl_old_coef=1.0), x | {"old_logp": f64([[-2.0]])})[2].squeeze(), math.exp(-20) - 1)
 
 
 def test_k3_keeps_its_digits_at_small_distance_in_float32():

@@ -11,6 +11,9 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from conftest import misfit
+
+import minirl
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "minirl", "kernels")
@@ -67,6 +70,20 @@ def test_the_engine_requires_five_packages_and_the_rest_is_optional(wheel):
         requirements = message_from_bytes(archive.read(name)).get_all("Requires-Dist")
     plain = {r.split(">")[0].split(";")[0].strip() for r in requirements if "extra ==" not in r}
     assert plain == {"torch", "triton", "safetensors", "tokenizers", "numpy"}
+
+
+def test_the_wheel_has_the_version_of_the_package(wheel):
+    assert wheel.name.startswith(f"minirl-{minirl.__version__}-")
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fits"),
+    [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True), ("3.9.0+git1", "2.10.1", True)],
+)
+def test_an_interpreter_that_fails_with_its_numpy_is_said_before_the_tests(triton, numpy, fits):
+    sentence = misfit(triton, numpy)
+    assert (sentence == "") == fits
+    assert fits or "pip install 'numpy<2.4'" in sentence
 
 
 def test_an_installed_wheel_works_away_from_the_repository(wheel, tmp_path):

@@ -200,17 +200,25 @@ def test_k3_keeps_its_digits_near_zero_and_is_never_negative(backend, seed):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_exponents_beyond_the_guard_are_finite_and_without_their_derivative(backend):
+def test_exponents_beyond_the_guard_are_finite_a_ratio_stands_still_and_a_kl_goes_on(backend):
     big, small = math.exp(20), math.exp(-20)
     d = numbers(-25, 25, -200, 200, 20, -20)
-    at = torch.zeros_like(d)
+    at, x = torch.zeros_like(d), d.double()
+    held = x.clamp(-20, 20)
+    slope = 1 - (-held).exp()
+    k3 = (-held).exp() + held - 1 + slope * (x - held)  # its tangent
     loss, c = one_term(TokenLoss(kl="k3", kl_coef=1.0), backend, at, ref_logp=-d)
-    torch.testing.assert_close(loss, numbers(big - 26, small + 24, big - 201, small + 199, small + 19, big - 21))
-    torch.testing.assert_close(c, numbers(1, 1, 1, 1, 1 - small, 1 - big))
+    torch.testing.assert_close(loss, k3.float())
+    torch.testing.assert_close(c, slope.float())
     loss, c = one_term(TokenLoss(kl="k3_is", kl_coef=1.0), backend, at, ref_logp=-d, old_logp=at - 0.5)
-    rho, K = math.exp(0.5), numbers(big - 26, small + 24, big - 201, small + 199, small + 19, big - 21)
-    torch.testing.assert_close(loss, rho * K)
-    torch.testing.assert_close(c, rho * torch.cat([K[:4] + 1, d[4:]]))
+    rho = math.exp(0.5)
+    weighted = rho * (x - 1) + (0.5 - x).clamp(max=40).exp()  # ρ(d − 1) + π_ref/π_old, true up to e^40
+    torch.testing.assert_close(loss, weighted.float())
+    torch.testing.assert_close(c, rho * d)
+    loss, c = one_term(TokenLoss(kl="k3_is", kl_coef=1.0), backend, at, ref_logp=at - 3, old_logp=-d)  # ρ guarded
+    torch.testing.assert_close(c, 3 * numbers(small, big, small, big, big, small))
+    loss, c = one_term(TokenLoss(kl_old_coef=1.0), backend, at, old_logp=-d)
+    torch.testing.assert_close(c, numbers(small, big, small, big, big, small) - 1)
     plain = TokenLoss(eps_low=INF, eps_high=INF)
     loss, c = one_term(plain, backend, d, old_logp=at, advantages=torch.ones_like(d))
     torch.testing.assert_close(loss, -numbers(small, big, small, big, big, small))
@@ -336,6 +344,24 @@ def test_the_error_is_not_above_that_of_torch_in_the_same_dtype(vocab, dtype, se
     assert (ours[3] - exact[3]).abs() <= (plain[3] - exact[3]).abs() + 1e-5 * exact[3].abs()
     if vocab in VOCABULARIES:
         assert same_bits(form(dtype, "triton", inplace=True), ours)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("active", [1, 117])
+def test_rows_that_pad_the_head_have_no_probability_and_no_gradient(form, active, seed):
+    """Truth is float64 on a head without them; theirs are the largest logits by far."""
+    o, exact = options("clip", "token", "k3", "none", entropy=0.02), Model(seed, vocab=active, per_row=True)
+    x = token_inputs(exact.logp, seed)
+    padded = Model(seed, vocab=active, per_row=True)
+    hidden, weight, bias = exact.inputs
+    more = torch.full((11, weight.shape[1]), 30.0, device=DEVICE), torch.full((11,), 60.0, device=DEVICE)
+    padded.inputs = [hidden, torch.cat([weight, more[0]]), torch.cat([bias, more[1]])]
+    padded.softcap = exact.softcap = None
+    exact.logp, exact.entropy = (z.float() for z in exact.score(*(z.double() for z in exact.inputs)))
+    ours, truth = padded.run(form, o, x | {"active": active}), exact.truth(o, x)
+    for gradient in ours[4:]:
+        assert not gradient[active:].any()
+    assert_right([*ours[:4], ours[4][:active], ours[5][:active]], truth, alive(o, x))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -124,6 +124,17 @@ def test_what_has_no_score_is_in_neither_loss(make):
     assert A.std() == pytest.approx(1, abs=1e-4)
 
 
+def test_advantages_are_whitened_over_the_completions_that_count(make):
+    trainer = make(truncation="mask", max_tokens=4)
+    randomise(trainer.model, seed=9)
+    batch = trainer.batch(rollout := trainer.collect(0))
+    assert 0 < rollout.truncated.sum() < 8
+    assert batch.mask.any(1).tolist() == (~rollout.truncated).tolist()
+    A = batch.advantages[batch.mask]
+    assert abs(A.mean()) < 1e-6
+    assert A.std() == pytest.approx(1, abs=1e-4)
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +235,8 @@ def test_the_critic_warms_up_while_the_policy_keeps_its_bits(critic, make):
     assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.optimizer.state_dict().items())
     assert not any(same(trainer.critic.head, head))
     assert "grad_norm" not in metrics and metrics["trained_tokens"] == 4 * metrics["sampled_tokens"]
-    assert "entropy –  critic" in step_line(1, 2, metrics)
+    assert f"entropy {metrics['entropy']:.3f}  critic" in step_line(1, 2, metrics)  # that of what was sampled
+    assert "clip –" in step_line(1, 2, metrics)
     assert "grad_norm" in trainer.step(1)
     assert not any(same(trainer.model, policy))
 

@@ -281,7 +281,7 @@ OPTIONS = {
     "prefer --model M --data pairs.jsonl --batch 0": ["batch = 0", "at least 1"],
     "prefer --resume --out nowhere": ["nowhere holds no run"],
     "outcomes --model M --out .": ["pairs.jsonl exists", "--out"],
-    "outcomes --model M --out even.py/made": ["even.py", "no folder"],
+    "outcomes --model M --out even.py/made": ["even.py", "is a file where the folder"],
     "outcomes --model M --samples 0": ["samples = 0", "at least 1"],
     "outcomes --model M --temperature -1": ["temperature"],
     "outcomes --model M --distinct words": ["'words'", "numbers"],
@@ -480,6 +480,11 @@ def test_rft_learns_another_spelling_of_a_text_as_it_was_sampled():
 
         def decode(self, tokens):
             return "".join({1: "ab", 2: "a", 3: "b", 9: ""}[token] for token in tokens)
+
+        shown = decode
+
+        def without_end(self, text):
+            return text, None
 
     line = {"prompt": "p", "completion": "ab", "correct": 1, "where": "kept.jsonl, line 1"}
     [row] = rft.demonstration_rows(Spelling(), [line | {"completion_tokens": [2, 3, 9]}], 10)

@@ -319,6 +319,26 @@ def test_the_table_holds_the_sums_of_every_response():
             assert got.tolist() == near([plain_logp(model, row) for row in item.rows])
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if ALL[name].has_reference])
+def test_a_prompt_counts_once_however_many_pairs_it_has(name):
+    """The gradient of a step is the mean over prompts of the mean over the pairs of each, as in a reward model."""
+    model, lists = tiny_model().double(), referred(ranked_data())
+    loss = accumulate(model, lists, ALL[name], 10_000)["loss"]
+    got, wanted, losses = gradients(model), {}, []
+    assert len({len(item.pairs) for item in lists}) > 1
+    for item in lists:
+        losses.append(accumulate(model, [item], ALL[name], 10_000)["loss"])
+        wanted = {k: wanted.get(k, 0) + g / len(lists) for k, g in gradients(model).items()}
+    assert loss == near(sum(losses) / len(lists))
+    assert distance(got, wanted) < 1e-10
+    sums = table(model, lists, 100, lambda *_: None)
+    assert evaluate(sums, lists, ALL[name])["eval/loss"] == near(loss)
+    policy, item = sums[2], lists[2]  # of one list: the plain mean over its pairs
+    x = (policy - item.ref_logp) / torch.tensor([len(row.response) for row in item.rows]).double() ** ALL[name].alpha
+    alone = [pair_formula(x[i] - x[j], ALL[name]).item() for i, j in item.pairs]
+    assert losses[2] == near(sum(alone) / len(alone))
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "rrhf"])
 def test_held_out_metrics_are_those_of_one_large_step(name):
     model, lists = tiny_model().double(), referred(ranked_data())

@@ -23,7 +23,7 @@ from tiny import tiny_checkpoint
 from minirl import cli, commands
 from minirl.checkpoint import load_model
 from minirl.model import ScalarHead
-from minirl.train.run import TIMED, Run, _truncate
+from minirl.train.run import FORMAT, TIMED, Run, _truncate
 
 GRPO = """grpo --task arithmetic:op=sum,digits=1,style=plain --steps 6 --prompts 4 --group 4 --mini-batches 2
     --max-tokens 6 --loss.kl k3 --loss.kl-coef 0.05 --top-p 0.9 --lr 1e-3 --warmup 2 --schedule linear
@@ -412,4 +412,4 @@ def test_a_run_that_logged_nothing_has_no_folder(tmp_path):
     run = Run(tmp_path / "run", {"lr": 1.0})
     assert not run.out.exists()
     run.log(1, {})
-    assert json.loads((run.out / "config.json").read_text()) == {"lr": 1.0}
+    assert json.loads((run.out / "config.json").read_text()) == {"format": FORMAT, "lr": 1.0}

@@ -503,7 +503,7 @@ def test_what_is_no_reward_is_named_with_its_prompt(name, outside, mine):
     what = fault.sentence.partition("('b'): ")[0]
     stopping = {on_bad: _stops(mine(name, outside), on_bad, what, options) for on_bad in ("stop", "strict")}
     assert stopping["stop"] == (fault.sentence.removeprefix(what) if kind == "unusable" else "")
-    assert ("on_bad=strict stops at that" in stopping["strict"]) == (kind != "unusable") and stopping["strict"]
+    assert ("strict scoring stops at that" in stopping["strict"]) == (kind != "unusable") and stopping["strict"]
 
 
 def _stops(reward, on_bad, what, options) -> str:

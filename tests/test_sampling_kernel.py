@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minirl.kernels import Floor, keyed_uniform, sample_tokens, sampling, truncation, truncation_floor
 from minirl.kernels import backend as backends
-from minirl.kernels import keyed_uniform, sample_tokens, sampling, truncation_floor
 from minirl.kernels.backend import INTERPRETED, tl, triton
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -37,12 +37,13 @@ def sampled(logits: torch.Tensor, backend: str, seed: int = 3, keys=None, **opti
     sample, position = keys or (rows(len(logits)), rows(len(logits), 100))
     sample, position = sample.to(DEVICE), position.to(DEVICE)
     draw = sample_tokens(logits.to(DEVICE), seed, sample, position, backend=backend, **options)
-    return sampling.Draw(*(None if x is None else x.cpu() for x in draw))
+    floor = None if draw.floor is None else Floor(*(x.cpu() for x in draw.floor))
+    return sampling.Draw(*(None if x is None else x.cpu() for x in draw[:3]), floor)
 
 
 def kept_set(logits: torch.Tensor, backend: str, **options) -> torch.Tensor | None:
     floor = truncation_floor(logits.to(DEVICE), backend=backend, **options)
-    return None if floor is None else logits >= floor.cpu()[:, None]
+    return None if floor is None else Floor(*(x.cpu() for x in floor)).mask(logits).bool()
 
 
 # --- references ------------------------------------------------------------------------------------------------------
@@ -60,17 +61,16 @@ def uniform_by_hand(seed: int, sample: int, position: int) -> float:
 
 
 def kept_by_hand(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
-    """The ids that top-k, then top-p of what is left, then min-p leave, ties with the last one kept; one sort, one
-    loop."""
-    descending = -np.sort(-logits)
-    floor = descending[min(top_k or len(logits), len(logits)) - 1]
-    weights = np.exp(descending[descending >= floor] - descending[0])
-    mass, before = weights / weights.sum(), 0.0
-    for logit, share in zip(descending, mass, strict=False):
-        if before < top_p:
-            floor = logit
-        before += share
-    return np.flatnonzero((logits >= floor) & (np.exp(logits - descending[0]) >= min_p))
+    """The ids that top-k, then top-p of what is left, then min-p leave, of equal logits those of smaller ids first; one
+    sort, one loop."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
+    weights = np.exp(logits[order] - logits.max())
+    kept, before = [], 0.0
+    for i, weight in zip(order, weights, strict=True):
+        if before < top_p * weights.sum() and weight >= min_p:
+            kept.append(i)
+        before += weight
+    return np.array(sorted(kept))
 
 
 def assert_drawn_from(
@@ -314,9 +314,8 @@ def test_the_logits_are_left_as_they_are_and_an_empty_batch_is_empty(backend, op
     before = logits.clone()
     sampled(logits, backend, **options)
     assert torch.equal(logits, before)
-    assert [len(x) for x in sampled(logits[:0], backend, **options) if x is not None] == [0] * (
-        3 + ("top_k" in options)
-    )
+    empty = sampled(logits[:0], backend, **options)
+    assert [len(x) for x in (*empty[:3], *(empty.floor or ()))] == [0] * (5 if "top_k" in options else 3)
 
 
 @both
@@ -330,8 +329,10 @@ def test_bf16_logits_are_drawn_from_in_fp32():
     """By the definition: Triton's interpreter has no true bf16."""
     logits = normal(50, 517).bfloat16()
     for options in ({}, {"temperature": 0.7, "top_k": 20}):
-        for x, y in zip(sampled(logits, "torch", **options), sampled(logits.float(), "torch", **options), strict=True):
-            assert (x is None and y is None) or torch.equal(x, y)
+        ours, wide = sampled(logits, "torch", **options), sampled(logits.float(), "torch", **options)
+        assert (ours.floor is None) == (wide.floor is None) == (not options)
+        for x, y in zip((*ours[:3], *(ours.floor or ())), (*wide[:3], *(wide.floor or ())), strict=True):
+            assert torch.equal(x, y)
 
 
 # --- truncation ------------------------------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ def test_draws_of_a_large_vocabulary_are_from_the_kept_set(backend, dtype):
     logits, options = (normal(2, 32001, seed=9) * 2).to(dtype)[:, 1:], {"top_k": 3000, "top_p": 0.8, "min_p": 0.01}
     draw = sampled(logits, backend, **options)
     assert max(assert_drawn_from(logits, draw, uniforms(3, rows(2), rows(2, 100)), **options)) < 3e-6
-    for row, kept in zip(logits, logits >= draw.floor[:, None], strict=True):
+    for row, kept in zip(logits, draw.floor.mask(logits), strict=True):
         assert kept.nonzero().squeeze(1).tolist() == kept_by_hand(row.double().numpy(), **options).tolist()
 
 
@@ -376,18 +377,53 @@ def test_a_nucleus_ends_with_the_token_that_brings_its_mass(backend):
     # Of what top-k leaves, 0.5 + 0.3, the first is 62.5 %.
     for top_p, ids in ((0.62, [1]), (0.63, [1, 3])):
         assert kept_set(shares.log()[None], backend, top_k=2, top_p=top_p)[0].nonzero().squeeze(1).tolist() == ids
-    # Mass that just reaches p is enough: four tokens of a quarter each, in exact arithmetic, at three levels of ties.
-    quarters = torch.tensor([[0.0, 0.0, 0.0, 0.0, -200.0], [1.0, 1.0, -99.0, -98.0, -97.0]])
-    assert kept_set(quarters, backend, top_p=0.5).tolist() == [[True] * 4 + [False], [True, True, False, False, False]]
+    # Mass that just reaches p is enough: tokens of a quarter or of half each, in exact arithmetic.
+    quarters = torch.tensor([[0.0, 0.0, 0.0, 0.0, -200.0], [1.0, 1.0, -199.0, -198.0, -197.0]])
+    expected = [[True, True, False, False, False], [True, False, False, False, False]]
+    assert kept_set(quarters, backend, top_p=0.5).tolist() == expected
 
 
 @both
-def test_ties_with_the_last_kept_token_are_kept(backend):
-    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
-    for options in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": math.exp(-1.0) * 0.999}):
-        assert kept_set(logits, backend, **options).tolist() == [[True, True, True, True, False]]
+def test_of_equal_logits_those_of_smaller_ids_are_kept(backend):
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 2.0, 1.0]])
+    shares = logits[0].exp() / logits[0].exp().sum()
+    for options, counts in (
+        ({"top_k": 1}, 1), ({"top_k": 2}, 2), ({"top_k": 3}, 3), ({"top_k": 4}, 4),
+        ({"top_p": shares[:2].sum().item() - 1e-3}, 2), ({"top_p": shares[:2].sum().item() + 1e-3}, 3),
+        ({"top_k": 3, "top_p": 0.99}, 3), ({"top_k": 3, "top_p": 0.7}, 2),
+        ({"min_p": math.exp(-1.0) * 0.999}, 4), ({"top_k": 2, "min_p": math.exp(-1.0) * 0.999}, 2),
+    ):  # fmt: skip
+        order = torch.tensor([[0, 1, 2, 3, 4], [3, 0, 2, 4, 1]])
+        expected = torch.zeros(2, 5).scatter_(1, order[:, :counts], 1.0)
+        assert torch.equal(kept_set(logits, backend, **options), expected.bool()), options
     zeros = torch.tensor([[-0.0, 0.0, -1.0, -0.0]])
-    assert kept_set(zeros, backend, top_k=1).tolist() == [[True, True, False, True]]
+    assert kept_set(zeros, backend, top_k=2).tolist() == [[True, True, False, False]]
+
+
+@both
+def test_one_kept_token_is_the_greedy_one_of_the_smallest_id(backend):
+    """Ties that lie 256 and 4096 places apart, in rows with one tile and with several."""
+    for vocab, tied in ((3, [1, 2]), (517, [260, 4, 516]), (5000, [4999, 4100, 300])):
+        count = 20 if backend == "torch" else 1
+        logits = torch.zeros(count, vocab).index_fill_(1, torch.tensor(tied), 2.0)
+        for options in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}):
+            draw = sampled(logits, backend, **options)
+            assert draw.token.tolist() == [min(tied)] * count
+            assert options == {"temperature": 0.0} or draw.logp.eq(0).all()
+
+
+@both
+@pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
+def test_kept_sets_of_logits_with_many_ties_are_those_of_the_slow_reference(backend, options):
+    """Sixteen values, as of bf16 logits near one another; a nucleus may end within a tie of 300 tokens."""
+    logits = (normal(9 if backend == "torch" else 1, 4500, seed=7) * 2).round() / 2
+    for row, kept in zip(logits.double().numpy(), kept_set(logits, backend, **options), strict=True):
+        expected = kept_by_hand(row, **options)
+        assert abs(int(kept.sum()) - len(expected)) <= 1  # the mass may reach p one token earlier in fp32
+        if len(expected) == kept.sum():
+            assert kept.nonzero().squeeze(1).tolist() == expected.tolist()
+        if "top_p" not in options:
+            assert len(expected) == kept.sum()
 
 
 @both
@@ -420,7 +456,7 @@ def test_there_is_no_floor_where_nothing_is_cut():
 def test_kept_tokens_share_all_probability_and_the_drawn_one_is_among_them(top_k, top_p, min_p, spread, seed):
     logits = normal(20, 53, seed=seed) * spread
     draw = sampled(logits, "torch", seed, top_k=top_k, top_p=top_p, min_p=min_p)
-    keep = logits >= (-torch.inf if draw.floor is None else draw.floor[:, None])
+    keep = torch.ones_like(logits).bool() if draw.floor is None else draw.floor.mask(logits).bool()
     assert keep.gather(1, draw.token.unsqueeze(1)).all()
     assert keep.gather(1, logits.argmax(-1, keepdim=True)).all()
     shares = logits.double().masked_fill(~keep, -math.inf).softmax(-1)  # of the kept tokens alone they are the whole
@@ -429,12 +465,42 @@ def test_kept_tokens_share_all_probability_and_the_drawn_one_is_among_them(top_k
     )
 
 
+# --- rows that pad the head -------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(("vocab", "active", "dtype"), [(32, 15, torch.float32), (4112, 4000, torch.float16)])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.0}, {"top_k": 20, "min_p": 0.01}, {"top_k": 9, "top_p": 0.7}], ids=str
+)
+def test_ids_without_a_token_are_neither_drawn_nor_counted(backend, vocab, active, dtype, options):
+    """Their logits are the largest by far, and top_k is above the number of tokens in the small vocabulary."""
+    count = 5 if backend == "torch" else 2
+    logits = (normal(count, vocab, seed=4) * 2).to(dtype)
+    logits[:, active:] = 60.0
+    logits[0, active:] = math.nan
+    u = uniforms(3, rows(count), rows(count, 100))
+    draw = sampled(logits, backend, active=active, **options)
+    errors = assert_drawn_from(logits[:, :active], draw, u, **options)
+    assert draw.token.max() < active and max(errors) < 3e-6
+    if draw.floor is not None:
+        for row, kept in zip(logits[:, :active], draw.floor.mask(logits[:, :active]), strict=True):
+            assert kept.nonzero().squeeze(1).tolist() == kept_by_hand(row.double().numpy(), **options).tolist()
+
+
+@both
+def test_an_impossible_number_of_tokens_is_refused(backend):
+    for active in (0, 33):
+        with pytest.raises(ValueError, match=f"active = {active}: of 32 logits"):
+            sampled(normal(2, 32), backend, active=active)
+
+
 # --- what a launch depends on ----------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["row", "stride"])
 def offset_kernel(row, stride, out):
-    tl.store(out, sampling._offset(row + tl.program_id(0), stride))
+    tl.store(out, truncation.row_offset(row + tl.program_id(0), stride))
 
 
 def test_offsets_of_rows_pass_two_to_the_31():

@@ -120,9 +120,10 @@ def test_groups_hold_different_completions_of_one_prompt_and_others_in_the_next_
 @pytest.mark.parametrize("train", ["grpo", "ppo"])
 def test_a_run_on_stored_data_learns_it(train, checkpoint, write, tmp_path):
     kind, function = {"grpo": (GRPOConfig, train_grpo), "ppo": (PPOConfig, train_ppo)}[train]
-    more = {"critic_lr": 1e-2, "kl_in_reward": 0.0} if train == "ppo" else {}
+    more = {"eval_prompts": 5, "eval_samples": 16}  # of few samples the gain would be a matter of luck
+    more |= {"critic_lr": 1e-2, "kl_in_reward": 0.0} if train == "ppo" else {}
     data, display = write(triples(20)), Quiet()
-    config = kind(**settings(checkpoint, data, tmp_path / train, steps=30, eval_every=0, **more))
+    config = kind(**settings(checkpoint, data, tmp_path / train, steps=20, eval_every=0, **more))
     function(config, display, TASK)
     lines = records(tmp_path / train)
     assert lines[-1]["eval/mean"] > lines[0]["eval/mean"] + 0.2
@@ -287,6 +288,16 @@ def test_tokens_of_another_tokenizer_are_refused(stored, write):
 def test_tokens_outside_the_vocabulary_are_refused(stored, write):
     with pytest.raises(InputError, match=r"line 1 holds token [0-9]+, outside the model's vocabulary of 2"):
         stored(write([GOOD]), vocab=2, group=2)
+
+
+def test_an_id_of_the_model_that_the_tokenizer_has_not_is_refused(stored, write, checkpoint):
+    """It has no text, so that the text of the completion does not give it away."""
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    padded = tokenizer.vocab_size + 1
+    tokens = [*tokenizer.encode(GOOD["completion"]), padded]
+    sentence = f"line 1 holds token {padded}, outside the model's vocabulary of {tokenizer.vocab_size}"
+    with pytest.raises(InputError, match=sentence):
+        stored(write([GOOD | {"completion_tokens": tokens}]), vocab=padded + 9, group=2)
 
 
 def test_an_empty_prompt_is_named(stored, write):

@@ -271,6 +271,14 @@ def test_characters_round_trip(text):
         assert ids == [3 + ALPHABET.index(character) for character in text]
 
 
+def test_the_size_of_a_vocabulary_with_holes_is_one_more_than_its_largest_id():
+    """A hole in the vocabulary itself, not one below an added token; its count would leave out token 9."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 9}, unk_token="a"))
+    assert Tokenizer(backend, {}).vocab_size == 10
+    backend.add_tokens(["c"])
+    assert Tokenizer(backend, {}).vocab_size == 1 + max(backend.get_vocab().values())
+
+
 def test_characters_have_three_special_tokens_in_front():
     tokenizer = Tokenizer.from_chars("abca")
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (0, 1, 2, (2,))

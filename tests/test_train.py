@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import full_logits, random_ids, tiny_checkpoint, tiny_model
+from tiny import fp32_tolerance, full_logits, random_ids, tiny_checkpoint, tiny_model
 
 from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss, policy_loss
@@ -25,8 +25,9 @@ from minirl.sampler import Completion, SamplingParams
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
 from minirl.train import policy as policy_module
-from minirl.train.batch import MicroBatch, Row
+from minirl.train.batch import MicroBatch, Row, score, score_with_entropy
 from minirl.train.grpo import GRPO, GRPOConfig, preset_defaults, runnable_presets, step_line, train_grpo
+from minirl.train.kl import KLWeight
 from minirl.train.run import Display, Run
 from minirl.train.sft import SFTConfig, demonstration_rows, order, read_demonstrations, sft_step, take, train_sft
 from minirl.train.step import Batch, accumulate, response_mask
@@ -109,25 +110,55 @@ def test_every_budget_and_skipping_rows_give_the_gradient_of_all_rows_at_once(na
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_the_gradient_in_fp32_is_the_same_to_a_millionth(aggregation):
+def test_the_gradient_in_fp32_is_as_exact_in_micro_batches_as_at_once(aggregation):
     options = PolicyLoss(kl="k3", kl_coef=0.3, aggregation=aggregation, const_length=8.0)
     model, batch = tiny_model(), random_batch(torch.float32)
-    wanted = gradient_of_all_rows(model, batch, options)
+    wide = {name: x.double() for name, x in vars(batch).items() if torch.is_tensor(x) and x.is_floating_point()}
+    exact = gradient_of_all_rows(tiny_model().double(), replace(batch, **wide), options)
+    tolerance = fp32_tolerance(gradient_of_all_rows(model, batch, options), exact)
+    assert tolerance < 1e-4
     for budget in (1, 17, 40):
         accumulate(model, batch, options, budget, temperature=0.8)
-        check_close(gradients(model), wanted, 1e-6)
+        check_close(gradients(model), exact, tolerance)
 
 
-def test_rows_without_a_gradient_are_not_computed_and_metrics_are_of_those_that_are():
+def test_rows_without_a_gradient_are_not_computed_and_their_absence_is_seen_in_the_names_of_metrics():
     model, batch = tiny_model().double(), random_batch(torch.float64)
     active = (batch.advantages != 0) & batch.mask.any(1)
     skipping = accumulate(model, batch, PolicyLoss(), 40)
     alone = accumulate(model, batch.select(active.nonzero().squeeze(1).tolist()), PolicyLoss(), 40)
     assert skipping["trained_tokens"] == int(batch.mask[active].sum()) < int(batch.mask.sum())
-    assert skipping["entropy"] == pytest.approx(alone["entropy"], rel=1e-12)
+    assert skipping["trained/entropy"] == pytest.approx(alone["entropy"], rel=1e-12)
+    assert alone["entropy"] == alone["trained/entropy"]
+    assert not {"entropy", "kl_old/k3", "kl_ref/k3"} & skipping.keys()  # of all tokens: unknown
     assert skipping["ratio/std"] == pytest.approx(alone["ratio/std"], rel=1e-9)
     everything = accumulate(model, batch, PolicyLoss(kl="k3", kl_coef=0.1), 40)
     assert everything["trained_tokens"] == int(batch.mask.sum())
+
+
+@pytest.mark.parametrize("level", ["token", "seq_mean"])
+def test_means_over_all_tokens_hold_those_of_rows_without_a_gradient(level):
+    model, batch = tiny_model().double(), random_batch(torch.float64)
+    o = PolicyLoss(ratio_level=level, eps_low=0.05, eps_high=0.05)
+    here, m = score(model, batch.rows, 1000), batch.mask.bool()
+    lr, trained = here - batch.old_logp, m & (batch.advantages != 0)[:, None]
+    k3 = lr.exp() - 1 - lr
+    assert k3[trained].mean() != pytest.approx(k3[m].mean().item(), rel=1e-2)
+    for budget in (17, 1000):
+        found = accumulate(model, batch, o, budget, measure_all=True)
+        assert found["kl_old/k3"] == pytest.approx(k3[m].mean().item(), rel=1e-9)
+        assert found["trained/kl_old/k3"] == pytest.approx(k3[trained].mean().item(), rel=1e-9)
+        entropy = score_with_entropy(model, batch.rows, 1000)[1]
+        assert found["entropy"] == pytest.approx(entropy[m].mean().item(), rel=1e-9)
+        assert found["clip/frac"] > 0
+        share = int(trained.sum()) / int(m.sum())
+        assert found["clip/frac"] == pytest.approx(found["trained/clip/frac"] * share, rel=1e-9)
+        gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+        without = accumulate(model, batch, o, budget)
+        assert without == pytest.approx({name: found[name] for name in without}, rel=1e-9)
+        assert all(torch.equal(p.grad, gradient[name]) for name, p in model.named_parameters())
+        model.zero_grad()
 
 
 def test_metrics_are_the_same_for_every_budget():
@@ -225,7 +256,8 @@ def test_fine_tuning_learns_its_demonstrations(dtype, checkpoint, tmp_path):
     tokenizer, trained = Tokenizer.from_pretrained(model), Transformer.from_pretrained(model)
     assert full_logits(trained, tokenizer.encode("3+1="))[-1].argmax() == tokenizer.encode("4")[0]
     assert full_logits(trained, tokenizer.encode("3+1=4"))[-1].argmax() == tokenizer.eos_id
-    assert display.bars == [("sft", done, 40) for done in range(41)]
+    rendering = [("examples", done, 4) for done in (0, 4)]
+    assert display.bars == [*rendering, *(("sft", done, 40) for done in range(41))]
     assert sorted(folder.name for folder in (out / "checkpoints").iterdir()) == ["step-000030", "step-000040"]
     assert {"entropy", "grad_norm", "lr", "tokens_per_s/train", "memory/peak_gb", "time/step"} <= records(out)[0].keys()
 
@@ -317,6 +349,27 @@ def test_the_first_update_is_the_reinforce_gradient(loss, make):
     check_close(taken_by(trainer, batch), wanted, 1e-5)
 
 
+def test_rows_that_pad_the_vocabulary_have_no_part_in_a_step(make, tmp_path):
+    """A model of 40 ids and a tokenizer of 19: truth is softmax over the first 19 logits, for the reference too."""
+    padded = tiny_checkpoint(tmp_path / "padded", seed=5, vocab_size=40)
+    trainer = make(model=str(padded), loss=PolicyLoss(aggregation="seq_mean", kl="k3", kl_coef=0.1))
+    size = trainer.tokenizer.vocab_size
+    assert trainer.model.active_vocab == size == 19
+    rollout = trainer.collect(0)
+    assert max(t for completion in rollout.completions for t in completion.tokens) < size
+    batch, logps = trainer.batch(rollout), []
+    for row, ref in zip(batch.rows, batch.ref_logp, strict=True):
+        logits = full_logits(trainer.model, [*row.prompt, *row.response])[len(row.prompt) - 1 : -1, :size]
+        logps.append(logits.log_softmax(-1).gather(1, torch.tensor(row.response)[:, None]).squeeze(1))
+        torch.testing.assert_close(ref[: len(row.response)], logps[-1].detach(), rtol=0, atol=1e-5)
+    # KL has no slope where policy and reference are the same.
+    rows = zip(batch.advantages.tolist(), logps, strict=True)
+    wanted = gradient_of(trainer, -sum(A * logp.mean() for A, logp in rows) / len(logps))
+    got = taken_by(trainer, batch)
+    check_close(got, wanted, 1e-5)
+    assert not got["lm_head.weight"][size:].any() and got["lm_head.weight"][:size].any(1).all()
+
+
 def test_a_group_without_variance_gives_no_gradient(make):
     trainer = make()
     rollout = trainer.collect(0)
@@ -337,18 +390,22 @@ def test_a_step_in_which_all_agree_changes_nothing_and_says_so(make):
     assert metrics["skip_step"] == 1
     assert metrics["group/signal_frac"] == 0
     line = step_line(1, 2, metrics)
-    assert "kl –  entropy –  signal 0.00  clip –  mismatch –  len " in line
+    assert f"kl –  entropy {metrics['entropy']:.3f}  signal 0.00  clip –  mismatch –  len " in line
     assert "+– tok/s" in line
     assert "nan" not in line
 
 
-def test_a_completion_that_cannot_be_scored_is_in_no_mean(make):
-    trainer = make(prompts=1, group=4)
+@pytest.mark.parametrize("loss", [PolicyLoss(aggregation="seq_mean"), PolicyLoss(kl="k3", kl_coef=0.1)])
+def test_a_completion_that_cannot_be_scored_is_in_no_mean(loss, make):
+    trainer = make(prompts=1, group=4, loss=loss)
     rollout = trainer.collect(0)
     rollout.rewards = torch.tensor([1.0, math.nan, 0.0, 0.5], dtype=torch.float64)
     batch = trainer.batch(rollout)
     assert batch.advantages[1] == 0
     assert batch.advantages[[0, 2, 3]].tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, 0], abs=1e-6)
+    assert batch.mask.any(1).tolist() == [True, False, True, True]  # nor in a denominator, nor in the KL
+    got, alone = taken_by(trainer, batch), taken_by(trainer, batch.select([0, 2, 3]))
+    assert all(torch.allclose(got[p], alone[p], rtol=1e-4, atol=1e-7) for p in alone)
 
 
 # Completions by hand: a text, and whether it was cut off.
@@ -637,7 +694,7 @@ def test_a_preset_is_its_row_of_the_table():
 
 @pytest.mark.parametrize("baseline", ["none", "batch_mean", "group_mean"])
 def test_reinforce_is_the_return_to_go_less_a_baseline(baseline, make, monkeypatch):
-    """A_t = score − β·Σ_{k≥t} (ℓ_k − ℓr_k) − b, with b a mean over the tokens of the batch or of the group."""
+    """A_t = score − β·Σ_{k≥t} (ℓ_k − ℓr_k) − b, with b a mean over the batch's tokens, or over the group's returns."""
     trainer = make(prompts=2, **preset_defaults("reinforce", 6) | {"kl_in_reward": 0.5}, baseline=baseline)
     with torch.no_grad():
         for p in trainer.model.parameters():
@@ -648,7 +705,8 @@ def test_reinforce_is_the_return_to_go_less_a_baseline(baseline, make, monkeypat
         [rollout.rewards[i].item() - 0.5 * d[i, t:n].sum().item() for t in range(n)] for i, n in enumerate(LENGTHS * 2)
     ]
     for i, row in enumerate(R):
-        over = {"none": [[0.0]], "batch_mean": R, "group_mean": R[:6] if i < 6 else R[6:]}[baseline]
+        returns = [[other[0]] for other in (R[:6] if i < 6 else R[6:])]
+        over = {"none": [[0.0]], "batch_mean": R, "group_mean": returns}[baseline]
         wanted = np.array(row) - np.mean([x for other in over for x in other])
         assert batch.advantages[i, : len(row)].tolist() == pytest.approx(wanted, abs=1e-4)
         assert not batch.advantages[i, len(row) :].any()
@@ -946,6 +1004,99 @@ def test_zieglers_controller_moves_the_weight_of_the_kl(where, make):
     used = trainer.kl.in_reward if where == "reward" else trainer.kl.loss.kl_coef
     assert used == trainer.kl.beta
     assert (trainer.kl.loss == loss) == (where == "reward")
+
+
+@pytest.mark.parametrize("in_trainer", [False, True])
+def test_a_controller_measures_the_kl_of_all_completions_whatever_counts_in_the_loss(in_trainer):
+    """8 nats a row, half of the rows cut and masked, target 6: KL/target − 1 = 1/3, so β grows by the largest step."""
+    config = GRPOConfig("m", kl_in_reward=0.1, adaptive_kl="ziegler", kl_horizon=8)
+    rows = [Row([1], [2] * 4, 0)] * 8
+    mask = torch.ones(8, 4, dtype=torch.bool)
+    cut = mask & (torch.arange(8) < 4)[:, None]
+    old, ref = torch.full((8, 4), -1.0), torch.full((8, 4), -3.0)
+    sampled = mask if in_trainer else None  # a batch made by hand knows no other rows than those that count
+    kl = KLWeight(config, {})
+    found = kl.adapt(Batch(rows, torch.ones(8), cut, old, ref, sampled=sampled), True, lambda: old)
+    assert found == {"beta": 0.1, "beta/kl": 8.0}
+    assert kl.beta == pytest.approx(0.1 * (1 + (8 if in_trainer else 4) / 8 * 0.2))
+    penalty = GRPOConfig("m", loss=PolicyLoss(kl_old_coef=1.0), adaptive_kl="ppo_penalty", kl_target=0.4)
+    kl, new = KLWeight(penalty, {}), old + math.log(2)  # 2 − 1 − log 2 nats a token
+    found = kl.adapt(Batch(rows, torch.ones(8), cut, old, ref, sampled=sampled), True, lambda: new)
+    assert found["beta/kl"] == pytest.approx(1 - math.log(2), abs=1e-6)
+    assert kl.beta == 1.0
+
+
+@pytest.mark.parametrize("advantage", ["reinforce", "reinforce_pp", "grpo_batch_std", "reinforce_pp_baseline"])
+def test_completions_that_leave_the_loss_are_in_no_statistic_of_the_batch(advantage, make, monkeypatch):
+    trainer = make(truncation="mask", advantage=advantage, prompts=2)
+    batch = trainer.batch(rollout := written(monkeypatch, trainer))
+    cut, R = rollout.truncated, rollout.rewards.double()
+    assert batch.mask.any(1).tolist() == (~cut).tolist()
+    centred = R - R.view(2, 6).mean(1).repeat_interleave(6)  # a group keeps its rows that are cut
+    A = batch.advantages.double()
+    if advantage == "grpo_batch_std":
+        assert torch.allclose(A[~cut], centred[~cut] / (R[~cut].std() + 1e-4), atol=1e-5)
+    elif advantage == "reinforce_pp_baseline":
+        kept = centred[~cut]
+        assert torch.allclose(A[~cut], (kept - kept.mean()) / (kept.std() + 1e-4), atol=1e-5)
+    else:  # of tokens
+        kept = A[batch.mask]
+        assert abs(kept.mean()) < 1e-6
+        assert advantage == "reinforce" or kept.std().item() == pytest.approx(1, abs=1e-5)
+        assert abs(A[batch.sampled].mean()) > 1e-3 or advantage == "reinforce_pp"
+
+
+def seven_after_even(prompts, completions, **columns) -> list[float]:
+    """Groups of prompts with an odd second number agree."""
+    return [float("7" in c and int(p[-2]) % 2 == 0) for p, c in zip(prompts, completions, strict=True)]
+
+
+SOME_AGREE = replace(TASK, rewards={"seven": (1.0, seven_after_even)})
+
+
+def test_the_entropy_of_a_step_is_that_of_all_that_was_sampled(make):
+    """Of groups without a signal too; estimated from the sampler, or exact where the policy was scored beforehand."""
+    trainer = make(task=SOME_AGREE, shown=0)
+    rollout = trainer.collect(0)
+    signal = [bool(group.std() > 0) for group in rollout.rewards.view(4, 6)]
+    assert any(signal) and not all(signal)
+    metrics = trainer.step(0)
+    drawn = [lp for c in rollout.completions for lp in c.logprobs]
+    assert metrics["entropy"] == pytest.approx(-np.mean(drawn), abs=1e-5)
+    before = make(task=SOME_AGREE, mini_batches=2, shown=0)
+    exact = [entropies(before.model, row) for row in trainer.batch(rollout).rows]
+    trained = [e for i, row in enumerate(exact) if signal[i // 6] for e in row]
+    assert metrics["trained/entropy"] == pytest.approx(np.mean(trained), abs=1e-4)
+    metrics = before.step(0)
+    assert metrics["entropy"] == pytest.approx(np.mean([e for row in exact for e in row]), abs=1e-4)
+    assert metrics["entropy"] != pytest.approx(metrics["trained/entropy"], abs=1e-4)
+
+
+@torch.no_grad()
+def entropies(model: Transformer, row: Row) -> list[float]:
+    logits = full_logits(model, [*row.prompt, *row.response])[len(row.prompt) - 1 : -1]
+    return torch.distributions.Categorical(logits=logits.double()).entropy().tolist()
+
+
+def test_the_kl_to_the_reference_of_a_step_is_that_of_all_that_was_sampled(make):
+    trainer = make(kl_in_reward=0.1, mini_batches=2)
+    trainer.step(0)
+    rollout = trainer.collect(1)
+    batch = trainer.batch(rollout)
+    d = (batch.old_logp - batch.ref_logp)[batch.sampled].double()
+    metrics = trainer.step(1)
+    assert metrics["kl_ref/k3"] == pytest.approx(((-d).exp() + d - 1).mean().item(), rel=1e-4) and d.abs().max() > 0.01
+    assert metrics["kl_ref/seq_k1"] == pytest.approx(d.sum().item() / 24, rel=1e-3)
+
+
+def test_the_updates_of_a_step_end_by_the_kl_of_all_tokens(make):
+    """Rows without a gradient move less: between their mean with the others and that of the others lies the target."""
+    settings = {"task": SOME_AGREE, "epochs": 2, "shown": 0}
+    found = make(**settings, target_kl=100.0).step(0)
+    of_all, of_trained = 2 * found["kl_old/k3"], 2 * found["trained/kl_old/k3"]  # means over two updates, the first 0
+    assert found["updates"] == 2 and of_all != pytest.approx(of_trained, rel=0.01)
+    for target in (of_all * 0.99, of_all * 1.01):
+        assert make(**settings, target_kl=target).step(0)["updates"] == (1 if target < of_all else 2)
 
 
 def test_the_weight_is_the_one_that_is_trained_with(make):

@@ -45,6 +45,23 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two models hold the same bits. Their logits need not be compared so: a processor may add in another order
+    where the weights lie at another address."""
+    theirs = other.state_dict()
+    return one.state_dict().keys() == theirs.keys() and all(
+        torch.equal(p, theirs[name]) for name, p in one.state_dict().items()
+    )
+
+
+def fp32_tolerance(in_fp32: dict[str, torch.Tensor], in_fp64: dict[str, torch.Tensor]) -> float:
+    """What a second fp32 computation may be off from the one in float64, relative to the largest entry of all: four
+    times the error of a first, and at least four roundings."""
+    largest = max(x.abs().max().item() for x in in_fp64.values())
+    error = max((in_fp32[name].double() - x).abs().max().item() for name, x in in_fp64.items())
+    return 4 * max(error / largest, torch.finfo(torch.float32).eps)
+
+
 def random_ids(count: int, vocab: int = CONFIG.vocab_size, seed: int = 0) -> list[int]:
     return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 

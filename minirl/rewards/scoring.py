@@ -29,12 +29,12 @@ class Unusable(Exception):
 
 
 class Unscored(Unusable):
-    kind, advice, strict = "unscored", "it has no score and is left out", "on_bad=strict stops at that"
+    kind, advice, strict = "unscored", "it has no score and is left out", "strict scoring stops at that"
 
 
 class Late(Unusable):
     kind, value, advice = "late", 0.0, "it counts as 0; is the timeout long enough?"
-    strict = "on_bad=strict stops at that; is the timeout long enough?"
+    strict = "strict scoring stops at that; is the timeout long enough?"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minirl.errors import InputError
+from minirl.files import Placed
 from minirl.sandbox import Job, shared
 from minirl.tasks.program import code_block, program_of
 from minirl.tasks.rows import read_rows, text_of, text_or_none, texts_of, value_of
@@ -43,7 +44,7 @@ def humaneval(
     if not 0 <= heldout_fraction <= 1:
         raise InputError(f"humaneval: heldout_fraction must lie in [0, 1], not {heldout_fraction}.")
     rows = read_rows(_packaged() if path is None else Path(path))
-    examples = [_completion_problem(row, where, style) for row, where in rows]
+    examples = [Placed(_completion_problem(row, where, style), where) for row, where in rows]
     if heldout_fraction in (0, 1):
         train, heldout = (examples, []) if heldout_fraction == 0 else ([], examples)
     else:
@@ -65,7 +66,7 @@ def mbpp(*, path: str, shown_tests: int = 0, seconds: float = SECONDS, style: st
         raise InputError(f"mbpp: shown_tests must be 0 or more, not {shown_tests}.")
     train, heldout = [], []
     for row, where in read_rows(Path(path)):
-        example = _worded_problem(row, where, shown_tests, style)
+        example = Placed(_worded_problem(row, where, shown_tests, style), where)
         if row["task_id"] > 10:  # the first ten are examples for prompts
             (heldout if row["task_id"] <= 510 else train).append(example)
     if not train and not heldout:

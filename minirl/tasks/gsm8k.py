@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from minirl.errors import InputError
+from minirl.files import Placed
 from minirl.rewards.numbers import reference_number
 from minirl.rewards.rules import last_number
 from minirl.tasks.arithmetic import last_number_text
@@ -30,7 +31,7 @@ def gsm8k(
     check_style("gsm8k", style)
 
     def read(place: Path, most: int | None) -> list[dict]:
-        return [_example(row, where, style) for row, where in islice(read_rows(place), most)]
+        return [Placed(_example(row, where, style), where) for row, where in islice(read_rows(place), most)]
 
     train, heldout = two_sides("gsm8k", read, path, heldout_path, heldout_fraction, limit, seed)
     return with_style(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minirl.conversation import messages_of, tools_of, with_system
 from minirl.errors import InputError
-from minirl.files import kind_of
+from minirl.files import Placed, kind_of
 from minirl.rewards.math import math_answer, math_match
 from minirl.rewards.numbers import reference_number
 from minirl.rewards.registry import load_reward
@@ -80,7 +80,7 @@ def read_examples(
     `check_answer(answer, its column, where)` raises an InputError for what cannot be one."""
     examples = []
     for row, where in islice(read_rows(path), limit):
-        examples.append(_example(row, where, columns, style))
+        examples.append(Placed(_example(row, where, columns, style), where))
         if check_answer and "answer" in examples[-1]:
             check_answer(examples[-1]["answer"], columns["answer"], where)
     if columns["answer"] != "answer" and not any("answer" in example for example in examples):

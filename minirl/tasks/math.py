@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from minirl.errors import InputError
-from minirl.files import is_number
+from minirl.files import Placed, is_number
 from minirl.rewards.boxed import last_box
 from minirl.rewards.math import answer_text, math_answer, math_match
 from minirl.rewards.registry import did_you_mean
@@ -38,7 +38,7 @@ def math_problems(
     check_style("math", style)
 
     def read(place: Path, most: int | None) -> list[dict]:
-        examples = [_example(row, where, style) for row, where in read_rows(place)]
+        examples = [Placed(_example(row, where, style), where) for row, where in read_rows(place)]
         chosen = _chosen(_chosen(examples, "subject", subject, place), "level", level, place)
         return list(islice(chosen, most))
 

@@ -93,7 +93,9 @@ class MicroBatch:
         """Log-prob of every response token and entropy of its distribution, [B, T] each; with gradients where they are
         on."""
         hidden = self.hidden(model)
-        logp, entropy = linear_token_logprobs(hidden, model.head_weight, self.targets, temperature, self.kept)
+        logp, entropy = linear_token_logprobs(
+            hidden, model.head_weight, self.targets, temperature, self.kept, active=model.active_vocab
+        )
         return self.unflatten(logp), self.unflatten(entropy)
 
 
@@ -106,13 +108,19 @@ def _kept(rows: Sequence[Row], device) -> Kept | None:
     return Kept(torch.from_numpy(ids).to(device), torch.from_numpy(offsets).to(device))
 
 
-@torch.no_grad()
 def score(model: Transformer, rows: Sequence[Row], budget: int, temperature: float = 1.0) -> torch.Tensor:
     """Log-probs of all rows without gradient, [B, T] with T the longest response, 0 where there is no token."""
-    width = max((len(row.response) for row in rows), default=0)
-    out = torch.zeros(len(rows), width, device=model.device)
+    return score_with_entropy(model, rows, budget, temperature)[0]
+
+
+@torch.no_grad()
+def score_with_entropy(
+    model: Transformer, rows: Sequence[Row], budget: int, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score`, and the entropies of the distributions that its tokens are drawn from; float64 from such a model."""
+    width, dtype = max((len(row.response) for row in rows), default=0), torch.promote_types(model.dtype, torch.float32)
+    out = torch.zeros(2, len(rows), width, dtype=dtype, device=model.device)
     for indices in micro_batches(rows, range(len(rows)), budget):
-        batch = MicroBatch([rows[i] for i in indices], model.device)
-        logp, _ = batch.logprobs(model, temperature)
-        out[torch.tensor(indices, device=model.device), : logp.shape[1]] = logp
-    return out
+        found = torch.stack(MicroBatch([rows[i] for i in indices], model.device).logprobs(model, temperature))
+        out[:, torch.tensor(indices, device=model.device), : found.shape[2]] = found
+    return out[0], out[1]

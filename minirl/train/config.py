@@ -24,6 +24,20 @@ class PolicyConfig:
     preset: str | None = None
     """A row of the table of algorithms: on the command line it sets the options of the algorithm; in Python pass
     `**preset_defaults(name, max_tokens, prompts)`."""
+    steps: int = 100
+    """Rollouts."""
+    prompts: int = 16
+    """Prompts a step."""
+    group: int = 8
+    """Completions a prompt."""
+    max_tokens: int = 256
+    """Longest completion."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    rewards: tuple[str, ...] = ()
+    """Further rewards: name=weight, file.py:function=weight, or model:FOLDER=weight for a trained reward model;
+    guarded is 0.7 correct + 0.2 format - 0.5 repetitive - 0.3 too_short. The name of one of the task's own gives that
+    another weight: correct=0 only logs it."""
     loss: PolicyLoss = field(default_factory=PolicyLoss)
     """The policy loss."""
     kl_in_reward: float = 0.0
@@ -52,34 +66,26 @@ class PolicyConfig:
     """overlong_cache: what a completion of max_tokens loses, as a share of what being right pays (the weight of the
     task's rule; 1 where it has none, or rewards are stored). Half, as in DAPO, where rewards are ±1 and it is 1: what
     is right and too long stays above what is wrong."""
-    rewards: tuple[str, ...] = ()
-    """Further rewards: name=weight, file.py:function=weight, or model:FOLDER=weight for a trained reward model;
-    guarded is 0.7 correct + 0.2 format - 0.5 repetitive - 0.3 too_short. The name of one of the task's own gives that
-    another weight: correct=0 only logs it."""
     refresh: Refresh = field(default_factory=Refresh)
     """Online reward model: the model: among the rewards learns on."""
     data: str | None = None
     """JSONL file of stored completions with their rewards (prompt, completion, reward; minirl outcomes writes one) to
     train on in place of sampled ones: offline RL. The task is for evaluation only."""
+    overlong_prompts: Literal["stop", "drop"] = "stop"
+    """A prompt, held-out ones too, that leaves no room for a completion in the model's context: stop before the first
+    step, or leave it out."""
     reward_timeout: float = 10.0
     """Seconds a completion that a reward function of a file may take; one that takes longer gets 0 from it."""
     on_bad_reward: Literal["stop", "skip", "strict"] = "stop"
     """A reward that raises, or returns infinity, a text or a list of another length: stop the run (what is trained is
     saved), or skip: that completion has no score. strict also stops at None, NaN and what takes too long."""
-    steps: int = 100
-    """Rollouts."""
-    prompts: int = 16
-    """Prompts a step."""
-    group: int = 8
-    """Completions a prompt."""
     epochs: int = 1
     """Passes of the optimizer over a rollout (μ)."""
     mini_batches: int = 1
     """Optimizer steps a pass."""
     target_kl: float | None = None
-    """End a step's updates once the policy is this far from the one that sampled (kl_old/k3, nats a token)."""
-    max_tokens: int = 256
-    """Longest completion."""
+    """End a step's updates once the policy is this far from the one that sampled (kl_old/k3, nats a token), over all
+    completions: those without a gradient are scored for it."""
     temperature: float = 1.0
     """Of sampling, and of the log-probs in training."""
     top_k: int = 0
@@ -98,8 +104,6 @@ class PolicyConfig:
     """Completions sampled at a time: a memory knob that changes no completion."""
     micro_batch_tokens: int = 4096
     """Tokens in one training forward: a memory knob that changes no gradient."""
-    lr: float = 1e-6
-    """Peak learning rate."""
     warmup: int = 0
     """Steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from minirl.advantages import OUTCOME, grpo_process, kl_in_sequence_reward, reinforce, reinforce_pp
+from minirl.advantages import OF_BATCH, OUTCOME, grpo_process, kl_in_sequence_reward, reinforce, reinforce_pp
 from minirl.errors import InputError
 from minirl.losses import PRESETS, PolicyLoss
 from minirl.rollout import Rollout
@@ -46,7 +46,8 @@ class GRPOConfig(PolicyConfig):
     token), or of steps (grpo_process: a reward may return for a completion a list with a number for each of its lines,
     or (end, reward) pairs, end = characters up to the end of the step; any other reward is one of the last step)."""
     baseline: Literal["none", "batch_mean", "group_mean"] = "batch_mean"
-    """advantage=reinforce: what is subtracted from the return."""
+    """advantage=reinforce: what is subtracted from the return: the mean of the rewards-to-go over the tokens of the
+    step, or of the whole returns over the completions of the prompt."""
     drop_zero_advantage: bool = False
     """Completions with advantage 0 leave the loss, and so its denominators."""
     dynamic_sampling: bool = False
@@ -138,8 +139,10 @@ class GRPO(PolicyTrainer):
             if c.advantage == "correct_only":
                 rewards = self.right(rollout).to(rewards).masked_fill(rewards.isnan(), torch.nan)
             if c.kl_in_reward:
-                rewards = kl_in_sequence_reward(rewards, batch.old_logp, batch.ref_logp, batch.mask, self.kl.in_reward)
-            advantages = OUTCOME[c.advantage](rewards, groups)
+                logp = (batch.old_logp, batch.ref_logp, batch.sampled)
+                rewards = kl_in_sequence_reward(rewards, *logp, self.kl.in_reward)
+            mask = {"mask": batch.mask} if c.advantage in OF_BATCH else {}
+            advantages = OUTCOME[c.advantage](rewards, groups, **mask)
         elif c.advantage == "grpo_process":
             steps, ends = rollout.step_rewards(self.rewards, self.tokenizer)
             ends = ends.to(rewards.device) & ~rewards.isnan()[:, None]
@@ -147,7 +150,8 @@ class GRPO(PolicyTrainer):
         else:
             tokens = self.token_rewards(batch, rewards)
             if c.advantage == "reinforce":
-                advantages = reinforce(tokens, batch.mask, gamma=c.gamma, baseline=c.baseline, group_ids=groups)
+                b = {"baseline": c.baseline, "group_ids": groups, "counted": batch.mask}
+                advantages = reinforce(tokens, batch.sampled, gamma=c.gamma, **b)
             else:
                 advantages = reinforce_pp(tokens, batch.mask, gamma=c.gamma)
         batch.advantages = advantages.float()

@@ -40,7 +40,9 @@ class KLWeight:
     def adapt(self, batch: Batch, moved: bool, score: Callable[[], torch.Tensor]) -> dict[str, float]:
         """Show the controller the KL of a step; one that has not moved the policy tells it nothing.
 
-        `score` gives the log-probs [B, T] of the policy after the updates.
+        The KL is that of everything that was sampled: a completion that does not count in the loss is a sample of the
+        policy all the same, and to leave it in the denominator alone would make the KL look small. `score` gives the
+        log-probs [B, T] of the policy after the updates.
         """
         c, used = self.config, self.beta
         if not self.moves:
@@ -48,11 +50,12 @@ class KLWeight:
         target = c.kl_target or TARGETS[c.adaptive_kl]
         if c.adaptive_kl == "ziegler":
             logp = batch.rollout_logp if batch.old_logp is None else batch.old_logp
-            kl = torch.where(batch.mask, logp - batch.ref_logp, 0).sum(1).mean().item()
-            new = adaptive_kl_ziegler(used, kl, episodes=len(batch.rows), target=target, horizon=c.kl_horizon)
+            rows = batch.sampled.any(1)
+            kl = torch.where(batch.sampled, logp - batch.ref_logp, 0).sum(1)[rows].mean().item()
+            new = adaptive_kl_ziegler(used, kl, episodes=int(rows.sum()), target=target, horizon=c.kl_horizon)
         else:  # KL(π_old‖π_θ) from samples of π_old
             tokens = k3(batch.old_logp - score())[0]
-            kl = (torch.where(batch.mask, tokens, 0).sum() / batch.mask.sum().clamp(min=1)).item()
+            kl = tokens[batch.sampled].mean().item()
             new = adaptive_kl_ppo(used, kl, target=target)
         self.beta = new if moved else used
         return {"beta": used, "beta/kl": kl}

@@ -122,9 +122,9 @@ class OnlineReward:
             prompt = self.reward.tokenizer.prompt_ids(example["prompt"], example.get("tools"))  # as it was scored
             if self.reward.model.head.kind == "pairwise":
                 pairs = tuple(weighted_pairs(truth))
-                if pairs:  # weighted so that a prompt counts once
+                if pairs:
                     tree = Tree(tuple(prompt), responses, ((LAST,),) * len(responses))
-                    lines.append(Line(tree, (1 / len(pairs),) * len(pairs), pairs))
+                    lines.append(Line(tree, tuple(pair[2] for pair in pairs), pairs))
             else:
                 trees = [Tree(tuple(prompt), (response,), ((LAST,),)) for response in responses]
                 lines += [Line(tree, (1.0,), labels=(y,)) for tree, y in zip(trees, truth, strict=True)]

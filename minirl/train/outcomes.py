@@ -10,7 +10,6 @@ with the rule's verdict: a reward model meets such ones too.
 """
 
 import json
-import os
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
 from minirl.tokenizer import Tokenizer
+from minirl.train.prompts import measure
 from minirl.train.run import (
     Display,
     interruptible,
@@ -33,6 +33,7 @@ from minirl.train.run import (
     refuse_negative,
     refuse_not_positive,
     refuse_unknown_choices,
+    refuse_unwritable,
 )
 
 CHUNK = 64  # prompts sampled at a time; draws are keyed by chunk, so another number gives other completions
@@ -50,6 +51,8 @@ class SampleConfig:
     task: str = "arithmetic"
     """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
     arithmetic:op=product,digits=2"""
+    out: str = "runs/samples"
+    """Folder of what is written."""
     prompts: int | None = None
     """Training prompts, the first so many; None: all."""
     samples: int = 16
@@ -66,6 +69,9 @@ class SampleConfig:
     """Keep the most likely tokens up to this mass."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion, beside the checkpoint's stop tokens; what is checked and kept ends before them."""
+    overlong_prompts: Literal["stop", "drop"] = "stop"
+    """A prompt that leaves no room for a completion in the model's context: stop before the first step, or leave it
+    out."""
     reward_timeout: float = 10.0
     """Seconds a completion that a checker from a file may take; longer is wrong."""
     template: dict[str, bool | int | float | str] = field(default_factory=dict)
@@ -129,9 +135,9 @@ def sample_and_check(
 ) -> tuple[list[Group], bool]:
     """config.samples completions of each training prompt, judged by task.correct; and whether Ctrl-C came, after which
     the CHUNK of prompts under way is finished. `done` are the groups of an earlier call that it stopped."""
-    examples = task.train[: config.prompts]
-    if not examples:
+    if not task.train:
         raise InputError(f"task {config.task!r} has no training examples: ask for some")
+    examples = measure(task, "train", tokenizer, model.config, config, display, config.prompts).examples
     sampler = Sampler(model, config.slots, tokenizer=tokenizer)
     params = replace(config.sampling, stop_ids=tokenizer.stop_ids)
     groups, stopped, named = list(done), False, set()
@@ -252,20 +258,18 @@ def pairs_of(group: Group, most: int, distinct: str = "text", match_length: bool
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_unwritable(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
     """Said before the work, not after it."""
     for name in FILES:
         if (out / name).exists():
             raise InputError(f"{out / name} exists: choose another --out, or remove it")
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"{place} is no folder that can be written to: choose another --out")
+    refuse_unwritable(out)
 
 
 def write_outcomes(config: OutcomesConfig, display: Display | None = None) -> list[Path]:
     """Run the whole of `minirl outcomes`; returns its FILES. Ctrl-C writes those of the prompts that are done."""
     display, out = display or Display(), Path(config.out)
-    _refuse_unwritable(out)
+    refuse_existing(out)
     task = parse_task(config.task)
     for note in task.notes:
         display.line(note)

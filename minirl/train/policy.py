@@ -19,6 +19,7 @@ from minirl.alarms import Alarms
 from minirl.errors import InputError
 from minirl.evaluate import evaluate
 from minirl.files import contents
+from minirl.kernels.per_token import k3
 from minirl.model import Transformer
 from minirl.rewards import RewardError, load_reward
 from minirl.rewards.model import RewardModel
@@ -26,14 +27,17 @@ from minirl.rewards.rules import Reward, overlong_penalty
 from minirl.rollout import Rollout, sample, task_guarded, task_rewards
 from minirl.sampler import Sampler
 from minirl.tasks import Task, parse_task
-from minirl.train.batch import Row, score
+from minirl.train.batch import Row, score, score_with_entropy
 from minirl.train.config import PolicyConfig
 from minirl.train.kl import KLWeight
 from minirl.train.no_effect import without_effect
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.preview import Disk, disk_of, marked_prompt, marked_row, show_disk
+from minirl.train.prompts import Prompts, measure, rendered
 from minirl.train.run import (
     Display,
+    Part,
     Run,
     due,
     identity,
@@ -63,6 +67,7 @@ class PolicyTrainer:
             raise InputError(f"task {config.task!r} has no training examples: ask for some")
         source = run.checkpoint or config.model
         self.model, self.tokenizer = load(source, config.dtype, config.device, config=config, run=run)
+        self.prompts, self.task = self._measured(task, bool(stored))
         self.stored = Stored(stored, self.tokenizer, self.model.config, config, display) if stored else None
         self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
         self.judges = [self._judge(*item) for item in self.rewards.items() if isinstance(item[1][1], RewardModel)]
@@ -75,6 +80,28 @@ class PolicyTrainer:
         self.cursor = int(run.state.get("cursor", run.start))  # batches of prompts drawn so far
         self.sampler = Sampler(self.model, config.slots, tokenizer=self.tokenizer)
         self.params = replace(config.sampling, stop_ids=self.tokenizer.stop_ids)
+
+    def _measured(self, task: Task, offline: bool) -> tuple[Prompts | None, Task]:
+        """The training prompts that are sampled, and the task with what can be completed of both sides."""
+        about = self.tokenizer, self.model.config, self.config, self.display
+        train = None if offline else measure(task, "train", *about)
+        heldout = measure(task, "heldout", *about, most=self.config.eval_prompts)
+        return train, replace(task, train=train.examples if train else [], heldout=heldout.examples)
+
+    @property
+    def saved(self) -> list[torch.nn.Module | AdamW]:
+        """The models and optimizers that a checkpoint holds."""
+        reset, refreshed = self.config.ref_reset_every > 0, self.config.refresh.every > 0
+        judge = [self.judges[0].reward.model, self.judges[0].optimizer] if refreshed else []
+        return [self.model, self.optimizer, *([self.reference] if reset else []), *judge]
+
+    def example(self) -> list[Part]:
+        """The first prompt that is trained on, with the completion that it is given or stands for one to be sampled."""
+        if self.stored:
+            prompt, lines = self.stored.groups[0]
+            return marked_row(self.tokenizer, Row(prompt, lines[0][1].tokens, 0))
+        prompt = rendered(self.task.train[0], self.tokenizer, "the first prompt")
+        return marked_prompt(self.tokenizer, prompt, self.config.max_tokens)
 
     def _load_rewards(self) -> dict[str, tuple[float, Reward]]:
         """The task's rewards and those of the config, which may give one of the task's another weight."""
@@ -101,6 +128,7 @@ class PolicyTrainer:
         """A reward model beside the policy."""
         weight, model = reward
         model.model.to(self.model.device)
+        self._refuse_short(name, model)
         for of_prompts in ("template_variables", "system", "now"):  # it reads the conversation that the policy answered
             setattr(model.tokenizer, of_prompts, getattr(self.tokenizer, of_prompts))
         judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
@@ -108,12 +136,24 @@ class PolicyTrainer:
             judge.restore(self.run, REWARD_MODEL)
         return judge
 
+    def _refuse_short(self, name: str, judge: RewardModel) -> None:
+        """A reward model must be able to read the longest prompt with the longest completion."""
+        most, limit = self.model.config.max_positions, judge.model.config.max_positions
+        longest = int(self.prompts.lengths.max(initial=0)) if self.prompts else 0
+        if min(longest + self.config.max_tokens, most) > limit:
+            raise InputError(
+                f"reward {name!r} was made for {limit} tokens, and a prompt of {longest} tokens with a completion of "
+                f"max_tokens = {self.config.max_tokens} has more: lower --max-tokens, or take another model"
+            )
+
     def _load_reference(self) -> Transformer:
         """The checkpoint that the run started from, or the policy of the last reset."""
         c, saved = self.config, self.run.checkpoint
         device = pick_device(c.device)
         source = saved / "reference" if saved and c.ref_reset_every else c.model
-        return Transformer.from_pretrained(source, pick_dtype(c.dtype, device), device).requires_grad_(False)
+        reference = Transformer.from_pretrained(source, pick_dtype(c.dtype, device), device).requires_grad_(False)
+        reference.active_vocab = self.model.active_vocab
+        return reference
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -263,38 +303,50 @@ class PolicyTrainer:
             for i, (prompt, completion) in enumerate(zip(prompts, rollout.completions, strict=True))
         ]
         present = response_mask(rows, device)
-        old = ref = sampled = None
+        old = entropy = ref = reported = None
         if self.stored is None or self.stored.logprobs:
-            sampled = torch.zeros(present.shape, device=device)
-            sampled[present] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
-        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl == "ppo_penalty" or sampled is None:
-            old = self.score(self.model, rows)
+            reported = torch.zeros(present.shape, device=device)
+            reported[present] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
+        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl == "ppo_penalty" or reported is None:
+            old, entropy = score_with_entropy(self.model, rows, c.micro_batch_tokens, c.temperature)
         if self.reference is not None:
             ref = self.score(self.reference, rows)
-        batch = Batch(rows, torch.zeros(len(rows), device=device), present, old, ref, sampled)
-        rewards, cut = rollout.rewards.to(device), rollout.truncated.to(device)
+        mask = present & self.counted(rollout).to(device)[:, None]  # final before `credit` whitens over it
+        zeros, more = torch.zeros(len(rows), device=device), {"sampled": present, "entropy": entropy}
+        batch = Batch(rows, zeros, mask, old, ref, reported, **more)
+        rewards = rollout.rewards.to(device)
         if c.exclude_from_baseline:
-            rewards = rewards.masked_fill(cut, math.nan)
+            rewards = rewards.masked_fill(rollout.truncated.to(device), math.nan)
         self.credit(rollout, batch, rewards)
         A = batch.advantages
         rollout.advantages = A if A.dim() == 1 else A.sum(1) / present.sum(1).clamp(min=1)
-        if c.truncation == "mask":
-            batch.mask = batch.mask & ~cut[:, None]
         if rollout.idle:  # neither KL nor entropy alone shall move the policy
             batch.mask = torch.zeros_like(batch.mask)
         return batch
 
+    def counted(self, rollout: Rollout) -> torch.Tensor:
+        """bool [B]: the completions in the loss, hence in its denominators and in statistics of the batch.
+
+        One without a score is not: it teaches nothing, so that neither KL nor entropy nor value learns from it either,
+        in GRPO as in PPO. Nor is one that truncation=mask takes out.
+        """
+        scored = ~rollout.rewards.isnan()
+        return scored & ~rollout.truncated if self.config.truncation == "mask" else scored
+
     def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
-        """Turn the rewards [B], NaN where there is none, into `batch.advantages`; batch.mask holds every token so
-        far."""
+        """Turn the rewards [B], NaN where there is none, into `batch.advantages`.
+
+        batch.mask holds the tokens that count in statistics of the batch, batch.sampled every token: a completion that
+        truncation=mask takes out stays in the mean of its group, unless exclude_from_baseline gave it the reward NaN.
+        """
         raise NotImplementedError
 
     def token_rewards(self, batch: Batch, rewards: torch.Tensor) -> torch.Tensor:
         """The reward of a completion [B] at its last token, less the KL to the reference of each, [B, T]."""
         if self.config.kl_in_reward:
-            return kl_in_reward(rewards, batch.old_logp, batch.ref_logp, batch.mask, self.kl.in_reward)
+            return kl_in_reward(rewards, batch.old_logp, batch.ref_logp, batch.sampled, self.kl.in_reward)
         nothing = torch.zeros(batch.mask.shape, device=rewards.device)
-        return kl_in_reward(rewards, nothing, nothing, batch.mask, 0.0)
+        return kl_in_reward(rewards, nothing, nothing, batch.sampled, 0.0)
 
     def score(self, model: Transformer, rows: list[Row]) -> torch.Tensor:
         return score(model, rows, self.config.micro_batch_tokens, self.config.temperature)
@@ -316,17 +368,34 @@ class PolicyTrainer:
         names = dict.fromkeys(name for metrics in updates for name in metrics)
         means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
         means["trained_tokens"] = sum(m["trained_tokens"] for m in updates)
-        adv = batch.advantages if batch.advantages.dim() == 1 else batch.advantages[response_mask(batch.rows)]
-        return means | {
-            "lr": self.rate(step, c.lr),
-            "updates": len(updates),
-            "skip_step": skipped,
-            "adv/mean": adv.mean().item(),
-            "adv/std": adv.std(correction=0).item(),
-            "adv/min": adv.min().item(),
-            "adv/max": adv.max().item(),
-            **self.kl.adapt(batch, self.optimizer.steps > before, lambda: self.score(self.model, batch.rows)),
-        }
+        means |= self.sampled_metrics(batch) | self.advantage_metrics(rollout, batch)
+        means |= {"lr": self.rate(step, c.lr), "updates": len(updates), "skip_step": skipped}
+        return means | self.kl.adapt(batch, self.optimizer.steps > before, lambda: self.score(self.model, batch.rows))
+
+    def advantage_metrics(self, rollout: Rollout, batch: Batch) -> dict[str, float]:
+        """The spread of the advantages of the completions that count, or of their tokens; of all where none counts."""
+        counted = self.counted(rollout).to(batch.mask.device)
+        rows = counted if counted.any() else torch.ones_like(counted)
+        A = batch.advantages[rows if batch.advantages.dim() == 1 else batch.sampled & rows[:, None]]
+        spread = {"mean": A.mean(), "std": A.std(correction=0), "min": A.min(), "max": A.max()}
+        return {f"adv/{name}": value.item() for name, value in spread.items()}
+
+    def sampled_metrics(self, batch: Batch) -> dict[str, float]:
+        """Entropy and KL to the reference over every token that was sampled, with a gradient or without.
+
+        The entropy is exact where the policy was scored before the update; else it is E[−log π], the mean of −log π of
+        the tokens drawn. Of stored completions, which another policy drew, only scores tell anything.
+        """
+        drawn = batch.rollout_logp if self.stored is None else None
+        logp = drawn if batch.old_logp is None else batch.old_logp
+        if logp is None:
+            return {}
+        at = batch.sampled
+        found = {"entropy": (-logp if batch.entropy is None else batch.entropy)[at].double().mean()}
+        if batch.ref_logp is not None:
+            d = torch.where(at, logp - batch.ref_logp, 0).double()
+            found |= {"kl_ref/k1": d[at].mean(), "kl_ref/k3": k3(d[at])[0].mean(), "kl_ref/seq_k1": d.sum(1).mean()}
+        return {name: value.item() for name, value in found.items()}
 
     def mini_batches(self, step: int, groups: int) -> Iterator[list[int]]:
         """The rows of each update."""
@@ -338,7 +407,8 @@ class PolicyTrainer:
 
     def gradient(self, batch: Batch, step: int) -> dict[str, float]:
         """Accumulate the gradient of one optimizer step; its metrics, none where nothing has a gradient."""
-        return accumulate(self.model, batch, self.kl.loss, self.config.micro_batch_tokens, self.config.temperature)
+        c, known = self.config, self.config.target_kl is not None
+        return accumulate(self.model, batch, self.kl.loss, c.micro_batch_tokens, c.temperature, None, known)
 
     def apply(self, step: int) -> dict[str, float]:
         return {"grad_norm": self.optimizer.step(self.rate(step, self.config.lr), self.config.clip_norm)}
@@ -352,6 +422,12 @@ class PolicyTrainer:
         return learning_rate(step, peak, c.warmup, c.steps, c.schedule)
 
     # --- the run ----------------------------------------------------------------------------------------------------
+
+    def disk(self) -> Disk:
+        """What the run will write."""
+        c = self.config
+        finished = [self.model, *([self.judges[0].reward.model] if c.refresh.every else [])]
+        return disk_of(self.run, self.saved, finished, -(-c.steps // c.save_every))
 
     def evaluate(self, first: bool = False) -> dict[str, float]:
         """`first`: before anything is trained, so that what is wrong may end the run."""
@@ -420,7 +496,7 @@ def step_line(step: int, steps: int, m: dict) -> str:
         if "eval/mean" in m
         else ""
     )
-    kl = "kl_ref/k3" if "kl_ref/k3" in m else "kl_old/k3"
+    kl = next((name for name in ("kl_ref/k3", "kl_old/k3") if name in m), "trained/kl_old/k3")
     critic = f"critic {shown(m, 'value/explained_var', '.2f')}" if "value/mean" in m else ""
     judge = f"judge {shown(m, 'reward_model/accuracy', '.2f')}  " if "reward_model/accuracy" in m else ""
     return (
@@ -433,21 +509,34 @@ def step_line(step: int, steps: int, m: dict) -> str:
     )
 
 
-def train_policy(
-    kind: type[PolicyTrainer], config: PolicyConfig, display: Display | None = None, task: Task | None = None
-) -> Path:
-    """A whole run, from its config or from its last checkpoint; returns the folder of the trained model."""
-    display = display or Display()
-    task = task or parse_task(config.task)
+def prepare_policy(
+    kind: type[PolicyTrainer], config: PolicyConfig, display: Display, task: Task | None = None
+) -> PolicyTrainer:
+    """All that comes before the first step."""
+    given, task = task is not None, task or parse_task(config.task)
     stored = read_triples(config.data) if config.data else []
     data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
     run = Run(config.out, identity(config, data), config.resume)
+    run.resumable = not given
     for note in task.notes:
         display.line(note)
     trainer = kind(config, run, display, task, stored)
     drift = trainer.stored.logprobs if trainer.stored else trainer.model.dtype != torch.float32
     if said := without_effect(config, drift):
         display.line(f"without effect in this run: {'; '.join(said)}")
+    return trainer
+
+
+def train_policy(
+    kind: type[PolicyTrainer], config: PolicyConfig, display: Display | None = None, task: Task | None = None
+) -> Path:
+    """A whole run, from its config or from its last checkpoint; returns the folder of the trained model."""
+    display = display or Display()
+    trainer = prepare_policy(kind, config, display, task)
+    run = trainer.run
+    show_disk(trainer.disk(), display)
+    if run.start == 0:
+        display.example(trainer.example())
     alarms = Alarms(run.logged())  # a resumed run knows what it knew
     if run.start == 0:
         before = trainer.evaluate(first=True)

@@ -21,6 +21,7 @@ from minirl.rollout import Rollout
 from minirl.tasks import Task
 from minirl.train.config import PolicyConfig, common_defaults, presets, refuse_preset
 from minirl.train.critic import Critic
+from minirl.train.optimizer import AdamW
 from minirl.train.policy import PolicyTrainer, train_policy
 from minirl.train.run import Display, Run, refuse_negative, refuse_not_positive
 from minirl.train.step import Batch, accumulate
@@ -112,12 +113,16 @@ class PPO(PolicyTrainer):
                 self.critic.restore_head(saved)
             run.restore(self.critic.optimizer, "critic")
 
+    @property
+    def saved(self) -> list[torch.nn.Module | AdamW]:
+        own = self.config.critic == "own"
+        return [*super().saved, self.critic.trunk if own else self.critic.head, self.critic.optimizer]
+
     def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
         c = self.config
         V, after = self.critic.score(batch.rows, c.micro_batch_tokens)
         bootstrap = torch.where(rollout.truncated.to(V.device), after, 0) if c.bootstrap_truncated else None
         tokens = self.token_rewards(batch, rewards)
-        batch.mask = batch.mask & ~rewards.isnan()[:, None]  # what has no score teaches neither of the two
         A, returns = gae(tokens, V, batch.mask, gamma=c.gamma, lam=c.lam, bootstrap=bootstrap)
         if c.whiten:
             A = whiten(A, batch.mask)
@@ -128,7 +133,8 @@ class PPO(PolicyTrainer):
         if step < c.critic_warmup:
             return self.critic.accumulate(batch, c.micro_batch_tokens)
         also = None if self.critic.own else self.critic.loss
-        metrics = accumulate(self.model, batch, self.kl.loss, c.micro_batch_tokens, c.temperature, also)
+        known = c.target_kl is not None
+        metrics = accumulate(self.model, batch, self.kl.loss, c.micro_batch_tokens, c.temperature, also, known)
         return self.critic.accumulate(batch, c.micro_batch_tokens) | metrics if self.critic.own else metrics
 
     def apply(self, step: int) -> dict[str, float]:

@@ -19,12 +19,14 @@ from minirl.errors import InputError
 from minirl.files import contents
 from minirl.losses import combine_metrics
 from minirl.model import Transformer
-from minirl.preferences import PreferenceLoss, Totals, preference_loss, rrhf_loss, sequence_logp
+from minirl.preferences import PreferenceLoss, Totals, even_weights, preference_loss, rrhf_loss, sequence_logp
 from minirl.train.batch import MicroBatch
 from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.preview import disk_of, marked_row, show_disk
 from minirl.train.ranked import Ranked, description, held_out, ranked_lists, read_preferences, whole_lists
 from minirl.train.run import (
     Display,
+    Part,
     Run,
     due,
     identity,
@@ -48,11 +50,18 @@ class PreferConfig:
     """Checkpoint: a Hugging Face directory or hub id. It is the reference too."""
     data: str
     """File (JSONL, a .json list, Parquet), folder or name of a data set; each row has "chosen" and "rejected", or
-    "responses" with their "scores" (numbers, higher is better), every pair of which is compared: texts below a
-    "prompt", chat messages, or whole conversations. Tokens beside a text ("chosen_tokens", "rejected_tokens",
-    "responses_tokens") are taken as they are."""
+    "responses" with their "scores" (numbers, higher is better), every pair of which is compared; a list counts once,
+    however many pairs it has (rrhf: each of its pairs). The texts stand below a "prompt", or are chat messages or whole
+    conversations. Tokens beside a text ("chosen_tokens", "rejected_tokens", "responses_tokens") are taken as they
+    are."""
     out: str = "runs/prefer"
     """Folder of the run."""
+    steps: int = 100
+    """Optimizer steps."""
+    batch: int = 32
+    """Lines of the file a step."""
+    lr: float = 1e-6
+    """Peak learning rate."""
     loss: PreferenceLoss = field(default_factory=PreferenceLoss)
     """The preference loss."""
     max_length: int | None = None
@@ -60,12 +69,6 @@ class PreferConfig:
     many as the model has positions."""
     eval_share: float = 0.1
     """Share of the prompts that is held out, to measure how many pairs come in the right order; 0 = none."""
-    steps: int = 100
-    """Optimizer steps."""
-    batch: int = 32
-    """Lines of the file a step."""
-    lr: float = 1e-6
-    """Peak learning rate."""
     warmup: int = 10
     """Steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -127,7 +130,8 @@ def loss_of(logp, lengths, lists: Sequence[Ranked], options: PreferenceLoss, tot
     pairs = torch.tensor([(at + i, at + j) for at, item in placed for i, j in item.pairs], device=logp.device)
     if options.has_reference:
         ref = torch.cat([item.ref_logp for item in lists]).to(logp.device)
-        return preference_loss(logp, ref, lengths, pairs, options, totals)
+        weights = torch.tensor([w for item in lists for w in even_weights(item.pairs)], dtype=torch.float64)
+        return preference_loss(logp, ref, lengths, pairs, options, totals, weights.to(logp.device))
     best = torch.tensor([at + item.best for at, item in placed], device=logp.device)
     return rrhf_loss(logp, lengths, pairs, best, options, totals)
 
@@ -187,15 +191,22 @@ class Prefer:
         self.config, self.display = config, display
         self.model, self.tokenizer = load(config.model, config.dtype, config.device, config=config, run=run)
         most = self.model.config.max_positions
+        display.progress("examples", 0, len(examples))
         lists = ranked_lists(self.tokenizer, examples, min(config.max_length or most, most))
+        display.progress("examples", len(examples), len(examples))
         if not lists:
             raise InputError(
                 f"{config.data}: in none of its {len(examples)} examples does one response rank above another"
             )
-        refuse_unknown_tokens([row for item in lists for row in item.rows], self.model.config.vocab_size)
+        refuse_unknown_tokens([row for item in lists for row in item.rows], self.model.active_vocab)
         self.train, self.held = held_out(lists, config.eval_share, config.seed)
         self.display.line(description(examples))
         self._describe(len(examples) - len(lists))
+        self.run = run
+
+    def start(self) -> None:
+        """Compute the log-probs of the reference, and load the policy to go on with."""
+        config, run = self.config, self.run
         if config.loss.has_reference and run.start < config.steps:
             self._compute_reference(self.train + self.held)
         if run.checkpoint:
@@ -212,6 +223,12 @@ class Prefer:
         cut = sum(item.cut for item in self.train + self.held)
         line += f"; responses that are too long and cut: {cut}" if cut else ""
         self.display.line(line + (f"; examples that are dropped, all equal or tied: {dropped}" if dropped else ""))
+
+    def example(self) -> list[Part]:
+        """The best response of the first line."""
+        first = self.train[0]
+        row = first.rows[first.best]
+        return marked_row(self.tokenizer, row, loss_mask([row])[0].tolist())
 
     def _compute_reference(self, lists: Sequence[Ranked]) -> None:
         for item, sums in zip(lists, self.table(lists, "reference"), strict=True):
@@ -259,6 +276,11 @@ def train_prefer(config: PreferConfig, display: Display | None = None) -> Path:
     examples = read_preferences(config.data)
     run = Run(config.out, identity(config, contents(examples)), config.resume)
     trainer = Prefer(config, run, display, examples)
+    trainer.start()
+    saved, saves = [trainer.model, trainer.optimizer], -(-config.steps // config.save_every)
+    show_disk(disk_of(run, saved, [trainer.model], saves), display)
+    if run.start == 0:
+        display.example(trainer.example())
     if run.start == 0 and (before := trainer.evaluate(before=True)):
         display.line(f"before: held-out loss {before['eval/loss']:.4f}, likelier {before['eval/likelier']:.3f}")
         run.log(0, before)

@@ -52,15 +52,21 @@ def response_tokens(
 ) -> list[Sequence[int]]:
     """Of each text below the example's prompt the tokens that stand beside it, or else its own and the stop token: it
     ended by itself."""
-    prompt, tools, where = example["prompt"], example.get("tools"), example["where"]
+    where = example["where"]
     if tokens is None:
         tokens = [None] * len(texts)
     if not isinstance(tokens, list) or len(tokens) != len(texts):
         raise InputError(f"{where}: 'responses_tokens' must be a list with the tokens of each response")
     return [
-        tokenizer.response_ids(prompt, text, tools) if ids is None else spelled_tokens(tokenizer, text, ids, where)
+        _ended(tokenizer, example, text) if ids is None else spelled_tokens(tokenizer, text, ids, where)
         for text, ids in zip(texts, tokens, strict=True)
     ]
+
+
+def _ended(tokenizer: Tokenizer, example: dict, text: str) -> list[int]:
+    """The tokens of a text below the example's prompt that ended by itself."""
+    with named(example["where"]):
+        return tokenizer.response_ids(example["prompt"], text, example.get("tools"))
 
 
 def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
@@ -70,7 +76,8 @@ def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
         example = as_text(example)
     prompt, responses, tools = example["prompt"], example["responses"], example.get("tools")
     if all(isinstance(response, str) for response in responses):
-        ids = tokenizer.prompt_ids(prompt, tools)
+        with named(example["where"]):
+            ids = tokenizer.prompt_ids(prompt, tools)
         rows = response_tokens(tokenizer, example, responses, example["tokens"])
         return [Turns(ids, row, [True] * len(row)) for row in rows]
     with named(example["where"]):

@@ -33,10 +33,12 @@ from minirl.reward_losses import (
 from minirl.rewards.model import LAST, Tree, micro_batches, read, read_all
 from minirl.tokenizer import Tokenizer
 from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.preview import disk_of, marked, show_disk
 from minirl.train.ranked import description
 from minirl.train.reward_data import Line, balanced, encode, read_examples, split_by_prompt
 from minirl.train.run import (
     Display,
+    Part,
     Run,
     due,
     identity,
@@ -65,10 +67,16 @@ class RewardConfig:
     "completion" and "label" (pointwise, bce); "steps" and "labels" (process)."""
     kind: Literal["pairwise", "pointwise", "bce", "process"] = "pairwise"
     """Bradley-Terry on pairs, squared error to ±1, a logit for each completion, or one for each step."""
-    head: Literal["linear", "mlp"] = "linear"
-    """Linear, or Linear-ReLU-Linear; in fp32."""
     out: str = "runs/reward"
     """Folder of the run."""
+    steps: int | None = None
+    """Optimizer steps; None: one pass over the data."""
+    batch: int = 32
+    """Lines a step."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Linear, or Linear-ReLU-Linear; in fp32."""
     heldout: float = 0.1
     """Share of the prompts that are held out with all their lines."""
     heldout_data: str | None = None
@@ -82,15 +90,9 @@ class RewardConfig:
     """Weight right and wrong completions by inverse frequency (pointwise, bce)."""
     separator: str = "\n"
     """What ends a step (process)."""
-    steps: int | None = None
-    """Optimizer steps; None: one pass over the data."""
-    batch: int = 32
-    """Lines a step."""
     share: int = 1
     """Lines of one prompt that come together and compute it once: more save time where prompts are long, but a step is
     less diverse and learns less."""
-    lr: float = 1e-5
-    """Peak learning rate."""
     warmup: int = 10
     """Steps of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -138,9 +140,27 @@ class RewardConfig:
             raise InputError(f"kind {self.kind} learns the level of its scores: leave center and reference away")
 
 
-def train_reward(config: RewardConfig, display: Display | None = None) -> Path:
-    """Run the whole of `minirl reward`; returns the folder of the trained model."""
-    display = display or Display()
+@dataclass(frozen=True)
+class Prepared:
+    """All that comes before the first step."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    train: list[Line]
+    heldout: list[Line]
+    reference: list[Tree]
+    run: Run
+
+    def example(self) -> list[Part]:
+        """The first response of the first line: the score is read at, and so trained through, the marked tokens."""
+        tree = self.train[0].tree
+        places = {len(tree.responses[0]) - 1 if place == LAST else place for place in tree.places[0]}
+        trained = [False] * len(tree.prompt) + [i in places for i in range(len(tree.responses[0]))]
+        return marked(self.tokenizer, [*tree.prompt, *tree.responses[0]], trained)
+
+
+def prepare_reward(config: RewardConfig, display: Display) -> Prepared:
+    """Read and encode the data, and load the model."""
     examples = read_examples(config.data, config.kind)
     if config.heldout_data:
         sides = examples, read_examples(config.heldout_data, config.kind)
@@ -161,6 +181,17 @@ def train_reward(config: RewardConfig, display: Display | None = None) -> Path:
     heldout = heldout[: config.eval_lines]
     rows = demonstration_rows(tokenizer, demonstrations, model.config.max_positions)
     reference = [Tree(tuple(row.prompt), (tuple(row.response),), ((LAST,),)) for row in rows]
+    return Prepared(model, tokenizer, train, heldout, reference, run)
+
+
+def train_reward(config: RewardConfig, display: Display | None = None) -> Path:
+    """Run the whole of `minirl reward`; returns the folder of the trained model."""
+    display = display or Display()
+    prepared = prepare_reward(config, display)
+    model, tokenizer, train, heldout = prepared.model, prepared.tokenizer, prepared.train, prepared.heldout
+    reference, run = prepared.reference, prepared.run
+    if run.start == 0:
+        display.example(prepared.example())
     fit(model, tokenizer, train, heldout, config, run, display)
     if config.kind == "pairwise":
         set_bias(model, reference or [line.tree for line in heldout or train[: config.eval_lines]], config, display)
@@ -181,7 +212,9 @@ def start(config: RewardConfig, run: Run) -> tuple[Transformer, Tokenizer]:
 
 
 def _lines(examples: list[dict], path: str, config: RewardConfig, tokenizer, model, display: Display) -> list[Line]:
+    display.progress("examples", 0, len(examples))
     found = encode(examples, config.kind, tokenizer, model.config, config.separator)
+    display.progress("examples", len(examples), len(examples))
     if complaint := found.complaint(path, model.config.max_positions):
         display.line(complaint)
     return found.lines
@@ -296,6 +329,7 @@ def fit(model, tokenizer, train: list[Line], heldout: list[Line], config: Reward
     optimizer, prompts = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95)), np.array(prompts_of(train))
     if run.checkpoint:
         run.restore(optimizer)
+    show_disk(disk_of(run, [model, optimizer], [model], -(-steps // config.save_every)), display)
     if run.start == 0:
         before = evaluate(model, heldout, config) if heldout else {}
         display.line(f"before: {len(train)} lines to train on, {len(heldout)} held out{heldout_line(before)}")

@@ -127,7 +127,7 @@ def balanced(lines: Sequence[Line]) -> list[Line]:
 def _ranked(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     found = encoded(tokenizer, example)
     rows = tuple(tuple(turns.response) for turns in found)
-    pairs = tuple(pair for pair in weighted_pairs(example["scores"]) if rows[pair[0]] != rows[pair[1]])
+    pairs = tuple(weighted_pairs(example["scores"], rows))
     tree = Tree(tuple(found[0].prompt), rows, ((LAST,),) * len(rows))
     return Line(tree, tuple(pair[2] for pair in pairs), pairs, example.get("margin", 0.0))
 

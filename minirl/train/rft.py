@@ -113,5 +113,5 @@ def train_rft(config: RFTConfig, display: Display | None = None) -> Path:
         (run.out / SAMPLED).unlink(missing_ok=True)
     model.checkpointing = config.recompute
     rows = demonstration_rows(tokenizer, kept, model.config.max_positions)
-    refuse_unknown_tokens(rows, model.config.vocab_size)
+    refuse_unknown_tokens(rows, model.active_vocab)
     return fit(model, tokenizer, rows, config.sft, run, display)

@@ -17,7 +17,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minirl import __version__
 from minirl.errors import InputError
 from minirl.files import atomic_folder, read_json, read_jsonl, write_atomic, write_json
 from minirl.model import ScalarHead, Transformer
@@ -37,6 +38,7 @@ from minirl.train.optimizer import AdamW
 LOGS = ("metrics.jsonl", "completions.jsonl", "faults.jsonl")
 KNOBS = ("slots", "micro_batch_tokens", "recompute", "device", "save_every", "shown", "on_bad_reward")  # on resume
 WRITTEN = ("config.json", *LOGS, "model", "reward_model", "checkpoints/step")  # atomically, from beside the place
+FORMAT = 2  # of a run's folder: raised where this code could not take an older run up again to the same bits
 TIMED = (
     "time/",
     "memory/",
@@ -51,8 +53,16 @@ def identity(config, examples: list) -> dict:
     return {k: v for k, v in asdict(config).items() if k not in ("out", "resume")} | {"data_hash": digest}
 
 
+Part = tuple[str, bool]  # a piece of an example's text, and whether its tokens are trained
+
+
 class Display:
     """What a person sees of a run; this one prints lines only, the command line brings a livelier one."""
+
+    def example(self, parts: Sequence[Part]) -> None:
+        """Show an example as the model reads it, with what is trained between brackets."""
+        text = "".join(f"⟦{text}⟧" if trained else text for text, trained in parts)
+        self.line(f"one example, what is trained in ⟦ ⟧:\n{text}")
 
     def line(self, text: str) -> None:
         print(text, flush=True)
@@ -66,11 +76,12 @@ class Run:
 
     def __init__(self, out: str | Path, config: dict, resume: bool = False, keep: int = 2):
         self.out, self.keep = Path(out), keep
-        self.config = json.loads(json.dumps(config))  # as it will be read back
+        self.config = {"format": FORMAT, **json.loads(json.dumps(config))}  # as it will be read back
         self.checkpoint: Path | None = None
         self.start = 0
         self.state: dict = {}  # what `save` was given beside the tensors
         self.begun = False
+        self.resumable = True  # by the options of a command, which a demo or a script may not have
         refuse_unwritable(self.out)
         if resume:
             self._resume()
@@ -83,6 +94,7 @@ class Run:
         if not file.exists():
             raise InputError(f"{self.out} holds no run to resume: check --out, or leave --resume away")
         old = read_json(file)
+        refuse_format(old, self.out)
         if "date" in old:
             self.config["date"] = old["date"]
         _refuse_changes(old, self.config, file)
@@ -186,6 +198,16 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         raise InputError(
             f"{path} could not be written ({error}): free some space; earlier checkpoints are intact"
         ) from None
+
+
+def refuse_format(config: dict, out: Path) -> None:
+    """An InputError for a run of another version, whose config, checkpoints or draws may mean something else."""
+    found = config.get("format", 1)  # 0.1.0 wrote none
+    if found != FORMAT:
+        raise InputError(
+            f"the run in {out} has format {found!r:.20}, and minirl {__version__} goes on with format {FORMAT} alone: "
+            "resume it with the version that began it, or begin a new one with another --out"
+        )
 
 
 def refuse_unwritable(out: Path) -> None:
@@ -309,7 +331,8 @@ def loop(
             if stopping or due(done, steps, save_every):
                 save(done)
             if stopping and done < steps:
-                display.line(f"stopped after step {done}; continue with --resume --out {run.out}")
+                go_on = f"continue with --resume --out {run.out}" if run.resumable else f"saved in {run.checkpoint}"
+                display.line(f"stopped after step {done}; {go_on}")
                 raise KeyboardInterrupt
 
 
@@ -356,11 +379,12 @@ def load(
         tokenizer.prompt_with(config.template, config.system)
     if run is not None:
         run.keep_date(tokenizer)
+    model.active_vocab = min(tokenizer.vocab_size, model.config.vocab_size)
     for stop in tokenizer.stop_ids:
-        if stop >= model.config.vocab_size:
+        if stop >= model.active_vocab:
             raise InputError(
                 f"{source}: stop token {stop} (eos_token_id) is outside the model's vocabulary of "
-                f"{model.config.vocab_size}, so nothing would ever stop: correct generation_config.json or config.json"
+                f"{model.active_vocab}, so nothing would ever stop: correct generation_config.json or config.json"
             )
     return model, tokenizer
 

@@ -24,6 +24,7 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.formats import demonstration, read_rows, trained_turns
 from minirl.train.optimizer import AdamW, learning_rate
+from minirl.train.preview import disk_of, marked_row, show_disk
 from minirl.train.run import (
     Display,
     Run,
@@ -225,17 +226,26 @@ def sft_step(model: Transformer, optimizer: AdamW, rows: Sequence[Row], lr: floa
     return {"loss": metrics["loss/total"], "entropy": metrics["entropy"], "grad_norm": norm, "lr": lr, "tokens": tokens}
 
 
-def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
-    """Run the whole of `minirl sft`; returns the folder of the trained model."""
-    examples, display = read_demonstrations(config.data), display or Display()
+def prepare_sft(config: SFTConfig, display: Display) -> tuple[Transformer, Tokenizer, list[Row], Run]:
+    """All that comes before the first step."""
+    examples = read_demonstrations(config.data)
     run = Run(config.out, identity(config, contents(examples)), config.resume)
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device, config=config, run=run)
     model.checkpointing = config.recompute
+    display.progress("examples", 0, len(examples))
     rows = demonstration_rows(tokenizer, examples, model.config.max_positions, config.loss_on)
-    refuse_unknown_tokens(rows, model.config.vocab_size)
+    display.progress("examples", len(examples), len(examples))
+    refuse_unknown_tokens(rows, model.active_vocab)
     cut = sum(row.lost > 0 for row in rows)
     too_long = f"; cut at {model.config.max_positions} tokens: {cut:,}" if cut else ""
     display.line(description(examples, config.loss_on) + too_long)
+    return model, tokenizer, rows, run
+
+
+def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
+    """Run the whole of `minirl sft`; returns the folder of the trained model."""
+    display = display or Display()
+    model, tokenizer, rows, run = prepare_sft(config, display)
     return fit(model, tokenizer, rows, config, run, display)
 
 
@@ -244,6 +254,9 @@ def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, disp
     optimizer = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95))
     if run.checkpoint:
         run.restore(optimizer)
+    show_disk(disk_of(run, [model, optimizer], [model], -(-config.steps // config.save_every)), display)
+    if run.start == 0:
+        display.example(marked_row(tokenizer, rows[0], loss_mask(rows[:1])[0].tolist()))
 
     def step(number: int) -> dict[str, float]:
         started = time.perf_counter()

@@ -1,13 +1,16 @@
 """The shared step: any number of rows, one gradient, whatever the micro-batches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from minirl.losses import PolicyLoss, Totals, combine_metrics, head_policy_loss, with_gradient
+from minirl.losses import PolicyLoss, Totals, combine_metrics, head_policy_loss, policy_loss, with_gradient
 from minirl.model import Transformer
-from minirl.train.batch import MicroBatch, Row, micro_batches
+from minirl.train.batch import MicroBatch, Row, micro_batches, score_with_entropy
+
+CLIPS = ("clip/high", "clip/low", "clip/dual", "clip/frac")
+MEASURED = ("entropy", "kl_old/k1", "kl_old/k3", "kl_ref/k1", "kl_ref/k3", "kl_ref/seq_k1")  # of any token
 
 
 @dataclass
@@ -22,6 +25,11 @@ class Batch:
     rollout_logp: torch.Tensor | None = None  # [B, T], what the sampler reported
     old_values: torch.Tensor | None = None  # [B, T], the critic's before the update
     returns: torch.Tensor | None = None  # [B, T], what its values should be
+    sampled: torch.Tensor | None = None  # [B, T], every token that was drawn, also one that does not count; None = mask
+    entropy: torch.Tensor | None = None  # [B, T], of the policy before the update
+
+    def __post_init__(self):
+        self.sampled = (self.mask if self.sampled is None else self.sampled).bool()
 
     def select(self, indices: Sequence[int]) -> "Batch":
         """Some of the rows, tensors cut to the longest of them."""
@@ -31,8 +39,8 @@ class Batch:
         def take(x: torch.Tensor | None):
             return None if x is None else x[index] if x.dim() == 1 else x[index, :width]
 
-        policy = (self.advantages, self.mask, self.old_logp, self.ref_logp, self.rollout_logp)
-        return Batch([self.rows[i] for i in indices], *map(take, (*policy, self.old_values, self.returns)))
+        tensors = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "rows"}
+        return Batch([self.rows[i] for i in indices], **tensors)
 
 
 def response_mask(rows: Sequence[Row], device=None) -> torch.Tensor:
@@ -52,15 +60,19 @@ def accumulate(
     budget: int,
     temperature: float = 1.0,
     also: HiddenLoss | None = None,
+    measure_all: bool = False,
 ) -> dict[str, float]:
     """Add the gradient of the policy loss over all rows, in micro-batches of `budget` tokens; metrics of the whole.
 
     Rows whose gradient is exactly zero (no advantage, and neither KL nor entropy in the loss) are not computed; they
-    count in the denominators of the loss, not in those of the metrics. `also` is a further loss on the same hidden
-    states; with it every row that counts is computed.
+    count in the denominators of the loss. Metrics are means over the tokens with a gradient, but for those that
+    `_of_all` makes means over all tokens that count; `measure_all` scores, without gradient, what it needs for that.
+    `also` is a further loss on the same hidden states; with it every row that counts is computed.
     """
     groups = torch.tensor([row.group for row in batch.rows], device=batch.mask.device)
-    entropy = _entropies(model, batch, budget, temperature) if options.entropy_quantile is not None else None
+    entropy = None
+    if options.entropy_quantile is not None:
+        entropy = score_with_entropy(model, batch.rows, budget, temperature)[1]
     totals = Totals.of(batch.mask, groups, entropy, options.entropy_quantile)
     trained = with_gradient(batch.mask, batch.advantages, options)
     totals = totals.scoring(int(trained.sum()))
@@ -85,20 +97,43 @@ def accumulate(
             totals=totals,
             temperature=temperature,
             kept=micro.kept,
+            active=model.active_vocab,
         )
         if also is not None:
             further, its = also(hidden, micro, part, totals)
             loss, metrics = loss + further, metrics | its
         loss.backward()
         parts.append(metrics)
-    return combine_metrics(parts) | ({"trained_tokens": int(computed.sum())} if parts else {})
+    if not parts:
+        return {}
+    rest = replace(batch, mask=batch.mask.bool() & ~trained)
+    others = _without_gradient(model, rest, totals, budget, temperature) if measure_all else {}
+    return _of_all(combine_metrics(parts), others, totals) | {"trained_tokens": int(computed.sum())}
+
+
+def _of_all(trained: dict[str, float], others: dict[str, float], totals: Totals) -> dict[str, float]:
+    """Give clips, entropy and KLs as means over all tokens that count, and as trained/... over those with a gradient.
+
+    A token without a gradient is not clipped. Its entropy and KLs are among `others`, if they were measured; else the
+    means over all are known only where all tokens have a gradient, and are left out elsewhere.
+    """
+    share, found = totals.scored / max(totals.tokens, 1), dict(trained)
+    for name in (name for name in (*CLIPS, *MEASURED) if name in trained):
+        found["trained/" + name] = trained[name]
+        if name in CLIPS or name in others:
+            found[name] = share * trained[name] + (1 - share) * others.get(name, 0.0)
+        elif share < 1:
+            del found[name]
+    return found
 
 
 @torch.no_grad()
-def _entropies(model: Transformer, batch: Batch, budget: int, temperature: float) -> torch.Tensor:
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    out = torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device)
-    for indices in micro_batches(batch.rows, range(len(batch.rows)), budget):
-        _, entropy = MicroBatch([batch.rows[i] for i in indices], model.device).logprobs(model, temperature)
-        out[torch.tensor(indices, device=out.device), : entropy.shape[1]] = entropy
-    return out
+def _without_gradient(model: Transformer, batch: Batch, totals: Totals, budget: int, temperature: float) -> dict:
+    """Entropy and KLs of the tokens that the mask holds, scored without gradient; nothing where there are none."""
+    totals, parts = totals.scoring(int(batch.mask.sum())), []
+    for indices in micro_batches(batch.rows, batch.mask.any(1).nonzero().squeeze(1).tolist(), budget):
+        part = batch.select(indices)
+        logp, entropy = MicroBatch(part.rows, model.device).logprobs(model, temperature)
+        given = (part.old_logp, part.ref_logp, torch.zeros_like(part.advantages), part.mask, PolicyLoss())
+        parts.append(policy_loss(logp, *given, entropy=entropy, totals=totals)[1])
+    return {name: value for name, value in combine_metrics(parts).items() if name in MEASURED}

@@ -25,8 +25,9 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.config import PolicyConfig
 from minirl.train.formats import demonstration, read_rows, text_answer
+from minirl.train.prompts import rendered
 from minirl.train.run import Display
-from minirl.train.sft import named, order, refuse_unknown_tokens, take
+from minirl.train.sft import order, refuse_unknown_tokens, take
 
 REWARD = "stored"  # the name of the stored reward among the rewards
 
@@ -78,17 +79,15 @@ class Stored:
                 f"temperature = {config.temperature:g}: the logprobs in {config.data} are those at "
                 f"{triples[0]['temperature']:g}; give that temperature, or take the logprobs out"
             )
+        vocab = min(tokenizer.vocab_size, model.vocab_size)
         by_prompt: dict[str, list[dict]] = {}
         for line in triples:
             by_prompt.setdefault(prompt_key(line), []).append(line)
         for lines in by_prompt.values():
-            with named(lines[0]["where"]):
-                prompt = tokenizer.prompt_ids(lines[0]["prompt"], lines[0].get("tools"))
-            if not prompt:
-                raise InputError(f"{lines[0]['where']}: its prompt has no token: write something to answer")
+            prompt = rendered(lines[0], tokenizer, lines[0]["where"])
             found = [(line, _completion(line, tokenizer)) for line in lines]
             for line, completion in found:
-                refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], model.vocab_size, line["where"])
+                refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], vocab, line["where"])
             fitting = [(line, c) for line, c in found if len(prompt) + len(c.tokens) <= longest]
             self.too_long += len(found) - len(fitting)
             if len(fitting) >= group:
@@ -139,14 +138,14 @@ class Stored:
 
 
 def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
-    """The tokens as they were sampled where they are known, else those of a text that ended by itself.
+    """The tokens as they were sampled where they are known, else those of a text that ended by itself or was cut.
 
     Tokens that go on after their text were ended by a stop text, which was cut from it.
     """
     tokens = line.get("completion_tokens")
     if tokens is None:
-        ended = line.get("finish_reason") != "length"
-        tokens = tokenizer.response_ids(line["prompt"], line["completion"], line.get("tools"), ended)
+        cut = line.get("finish_reason") == "length"
+        tokens = tokenizer.response_ids(line["prompt"], line["completion"], line.get("tools"), ended=not cut)
     else:
         tokens = list(spelled_tokens(tokenizer, line["completion"], tokens, line["where"]))
     if not tokens:

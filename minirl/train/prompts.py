@@ -1,0 +1,113 @@
+"""Prompts are known before the first step: each is rendered and measured, so that none ends a run in its middle.
+
+Only the lengths are kept: the tokens of a prompt are made anew whenever it is sampled. Measuring depends on nothing but
+the data, the tokenizer and the model's positions, so a resumed run drops the prompts that it dropped before.
+"""
+
+import time
+from array import array
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from minirl.errors import InputError
+from minirl.files import place_of
+from minirl.model import ModelConfig
+from minirl.tasks import Task
+from minirl.tokenizer import Tokenizer
+from minirl.train.run import Display
+from minirl.train.sft import named
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The examples that can be completed, and what was measured of their prompts."""
+
+    examples: list[dict]
+    lengths: np.ndarray  # int32, tokens of each example's prompt
+    room: int  # positions of the model, for a prompt and its completion
+    dropped: int
+    seconds: float  # for rendering and measuring
+
+    def remarks(self, side: str, max_tokens: int) -> list[str]:
+        """Sentences about what was dropped, and about completions that end before `max_tokens`."""
+        count, lines = len(self.examples), []
+        if self.dropped:
+            total = count + self.dropped
+            lines.append(f"{self.dropped} of {total} {side} prompts leave no room for a completion and are dropped")
+        left = self.room - self.lengths
+        if short := int((left < max_tokens).sum()):
+            which = f"{short} of {count} {side} prompts leave room for fewer than max_tokens = {max_tokens}"
+            lines.append(f"{which}: a completion of theirs is cut after {left.min()} tokens at the earliest")
+        return lines
+
+
+def measure(
+    task: Task,
+    side: Literal["train", "heldout"],
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    config,
+    display: Display,
+    most: int | None = None,
+) -> Prompts:
+    """Measure the prompts of one side of a task, up to the first `most` that can be completed, and say what a person
+    should know of them.
+
+    A prompt must leave room for one token at least; `config.overlong_prompts` "stop" names the first that does not,
+    "drop" leaves them out. One that the chat template or the tokenizer refuses, that has no token, or that has one
+    which the model does not know, is named in any case.
+    """
+    examples = getattr(task, side)
+    name = f"{'held-out ' * (side == 'heldout')}prompt {{}} of task {task.name}"
+    started, kept, lengths = time.perf_counter(), [], array("i")
+    total = min(most or len(examples), len(examples))
+    for i, example in enumerate(examples):
+        if len(kept) == total:
+            break
+        if i % 256 == 0:  # a bar costs as much as a short prompt
+            display.progress("prompts", len(kept), total)
+        place = place_of(example, name.format(i))
+        length = _length(example, tokenizer, model, place)
+        if length < model.max_positions:
+            kept.append(example)
+            lengths.append(length)
+        elif config.overlong_prompts == "stop":
+            raise InputError(
+                f"{place}: its prompt has {length} tokens and the context holds {model.max_positions}, so there is no "
+                "room for a completion: shorten it, or give --overlong-prompts drop"
+            )
+    else:
+        i = len(examples)
+    display.progress("prompts", total, total)
+    if examples and not kept:
+        raise InputError(
+            f"none of {len(examples)} prompts leaves room for a completion in a context of {model.max_positions} "
+            f"tokens (the first: {place_of(examples[0], name.format(0))}): shorten them, or take another model"
+        )
+    found = np.frombuffer(lengths, dtype=np.int32) if kept else np.empty(0, np.int32)
+    prompts = Prompts(kept, found, model.max_positions, i - len(kept), time.perf_counter() - started)
+    for line in prompts.remarks("training" if side == "train" else "held-out", config.max_tokens):
+        display.line(line)
+    return prompts
+
+
+def rendered(example: dict, tokenizer: Tokenizer, place: str) -> list[int]:
+    """Token ids of an example's prompt; an InputError names the place of one that cannot be rendered, or is empty."""
+    with named(place):
+        ids = tokenizer.prompt_ids(example["prompt"], example.get("tools"))
+    if not ids:
+        raise InputError(f"{place}: its prompt has no token: write something to answer")
+    return ids
+
+
+def _length(example: dict, tokenizer: Tokenizer, model: ModelConfig, place: str) -> int:
+    """Tokens of a prompt; an InputError for one that cannot be sampled whatever its length."""
+    ids = rendered(example, tokenizer, place)
+    if max(ids) >= model.vocab_size:
+        raise InputError(
+            f"{place}: its prompt holds token {max(ids)}, outside the model's vocabulary of {model.vocab_size}: "
+            "is this its tokenizer?"
+        )
+    return len(ids)

@@ -1,0 +1,228 @@
+"""See before you train: `minirl check`, the first lines of a run, the disk, and the format of a run's folder."""
+
+import io
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import ALPHABET, tiny_checkpoint
+
+from minirl import cli, commands
+from minirl.check import CHECKS
+from minirl.display import RichDisplay
+from minirl.files import write_json
+from minirl.report import report
+from minirl.tokenizer import Tokenizer
+from minirl.train.batch import Row
+from minirl.train.grpo import GRPO, GRPOConfig
+from minirl.train.policy import prepare_policy
+from minirl.train.ppo import PPO, PPOConfig
+from minirl.train.preview import marked, marked_prompt, marked_row
+from minirl.train.run import FORMAT, Display
+
+TASK = "arithmetic:op=sum,digits=1,style=plain"
+POLICY = f"--model model --task {TASK} --steps 2 --prompts 2 --group 2 --max-tokens 4 --eval-prompts 2 --device cpu"
+COMMANDS = {
+    "grpo": POLICY,
+    "ppo": POLICY,
+    "outcomes": f"--model model --task {TASK} --max-tokens 4 --device cpu",
+    "rft": f"--model model --task {TASK} --max-tokens 4 --device cpu",
+    "sft": "--model model --data sft.jsonl --device cpu",
+    "prefer": "--model model --data pairs.jsonl --device cpu",
+    "reward": "--model model --data pairs.jsonl --device cpu",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "draw", lambda config: None)  # the plots of a run take longer than the run
+    tiny_checkpoint("model")
+    sides = {"sft": {"completion": "12"}, "pairs": {"chosen": "12", "rejected": "7"}}
+    for name, more in sides.items():
+        lines = [json.dumps({"prompt": prompt, **more}) for prompt in ("3+9=", "4+8=", "5+7=")]
+        Path(f"{name}.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def files() -> list[Path]:
+    return sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts)
+
+
+def checked(capsys, command: str, *more: str) -> str:
+    """What `minirl check` prints; it must write nothing."""
+    before = files()
+    cli.main(["check", command, *COMMANDS[command].split(), *more])
+    assert files() == before
+    return capsys.readouterr().out
+
+
+def refused(capsys, *args: str) -> str:
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(args))
+    assert stop.value.code == 2 and files() == before
+    return capsys.readouterr().err
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_that_trains_or_samples_for_training_can_be_checked():
+    assert set(CHECKS) == set(COMMANDS) == set(cli.COMMANDS) - {"demo", "eval", "generate", "report"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_check_says_what_is_known_before_the_first_step(command, capsys):
+    said = checked(capsys, command)
+    assert "one example, what is trained in ⟦ ⟧:" in said
+    assert ("rendering: 3 examples in" if command in ("sft", "prefer", "reward") else " prompts in ") in said
+    assert ("disk: " in said) == (command != "outcomes")
+    assert ("reward correct, weight 1: " in said) == (command in ("grpo", "ppo", "rft", "outcomes"))
+    assert said.endswith("nothing was written\n")
+
+
+@pytest.mark.parametrize("command", ["sft", "prefer"])
+def test_the_response_is_marked_with_its_stop_token(command, capsys):
+    assert "=⟦12<eos>⟧\n" in checked(capsys, command)
+
+
+def test_of_a_reward_model_the_token_is_marked_at_which_the_score_is_read(capsys):
+    assert "=12⟦<eos>⟧\n" in checked(capsys, "reward")
+
+
+def test_rewards_are_called_and_what_they_do_is_said(capsys):
+    Path("rewards.py").write_text(
+        "def length(prompts, completions, **columns):\n    return [len(p) for p in prompts]\n"
+        "def none(prompts, completions, **columns):\n    return [None for p in prompts]\n"
+        "def broken(prompts, completions, **columns):\n    return [1 / 0]\n"
+    )
+    said = checked(capsys, "grpo", "--rewards", "rewards.py:length=0.5", "rewards.py:none=0.25")
+    assert "reward rewards.py:length, weight 0.5: 4\n" in said  # a prompt is 1+2=
+    assert "reward rewards.py:none, weight 0.25: no score\n" in said
+    args = ["check", "grpo", *POLICY.split(), "--rewards", "rewards.py:broken=1"]
+    assert "reward 'rewards.py:broken' failed with ZeroDivisionError" in refused(capsys, *args)
+
+
+def test_stored_completions_are_shown_and_nothing_is_sampled(capsys):
+    lines = [{"prompt": "1+1=", "completion": text, "reward": float(text == "2")} for text in ("2", "3")]
+    Path("stored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = checked(capsys, "grpo", "--data", "stored.jsonl", "--prompts", "1")
+    assert "1+1=⟦2<eos>⟧" in said and "2 stored completions of 1 prompts" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["check"], "needs a command to look at"),
+        (["check", "report", "--run", "x"], "needs a command to look at"),
+        (["check", "grpo", *POLICY.split(), "--rewards", "lenght=1"], "reward 'lenght' is unknown"),
+        (["check", "sft", "--model", "model", "--data", "nothing.jsonl"], "nothing.jsonl"),
+        (["check", "grpo", *POLICY.split(), "--stop", "x", "--slots", "0"], "slots = 0"),
+    ],
+)
+def test_a_check_fails_as_the_run_would(args, words, capsys):
+    assert words in refused(capsys, *args)
+
+
+def test_a_run_that_goes_on_is_not_checked(capsys):
+    cli.main(["sft", *COMMANDS["sft"].split(), "--steps", "1"])
+    capsys.readouterr()
+    assert "leave --resume away" in refused(capsys, "check", "sft", "--resume")
+    assert "already holds a run" in refused(capsys, "check", "sft", *COMMANDS["sft"].split())
+
+
+# --- one example -----------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_cut_where_training_begins_and_ends_and_spell_the_text():
+    tokenizer = Tokenizer.from_chars(ALPHABET)
+    tokens = tokenizer.encode("1+2=3~4")
+    parts = marked(tokenizer, tokens, [False, False, True, True, False, True, True])
+    assert parts == [("1+", False), ("2=", True), ("3", False), ("~4", True)]
+    row = Row(tokenizer.encode("1+2="), [*tokenizer.encode("3"), tokenizer.stop_id], 0)
+    assert marked_row(tokenizer, row) == [("1+2=", False), ("3<eos>", True)]
+    assert marked_prompt(tokenizer, row.prompt, 7) == [("1+2=", False), ("a completion of up to 7 tokens", True)]
+
+
+def test_a_long_part_is_cut_in_its_middle():
+    tokenizer = Tokenizer.from_chars(ALPHABET)
+    [(text, _)] = marked(tokenizer, tokenizer.encode("1" * 3000 + "2" * 3000), [False] * 6000)
+    assert text.startswith("1" * 1000 + " … (4,000 characters) … ") and text.endswith("2" * 1000)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_what_is_trained_is_underlined_and_markup_is_text():
+    file = Terminal()
+    display = RichDisplay(Console(file=file, force_terminal=True, color_system="standard", width=100))
+    display.example([("[bold]Q[/bold]\x1b[2J ", False), ("[red]A", True)])
+    written = file.getvalue()
+    assert "[bold]Q[/bold]␛[2J " in written and "\x1b[1;4m[red]A\x1b[0m" in written
+
+
+@pytest.mark.parametrize("command", ["grpo", "ppo", "sft", "prefer", "reward"])
+def test_the_first_lines_of_a_run_show_an_example_once(command, capsys):
+    cli.main([command, *COMMANDS[command].split(), "--steps", "1", "--out", "run"])
+    said = capsys.readouterr().out
+    assert said.count("one example, what is trained") == 1
+    if command in ("grpo", "ppo"):
+        assert "=⟦a completion of up to 4 tokens⟧" in said.split("before: ")[0]
+    cli.main([command, "--resume", "--out", "run"])
+    assert "one example" not in capsys.readouterr().out
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def written(folder: str) -> int:
+    return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("options", [{}, {"ref_reset_every": 1, "kl_in_reward": 0.1}])
+@pytest.mark.parametrize(("kind", "config"), [(GRPO, GRPOConfig), (PPO, PPOConfig)])
+def test_the_size_of_a_checkpoint_is_that_of_the_files_it_will_have(kind, config, options):
+    trainer = prepare_policy(kind, config("model", TASK, max_tokens=4, device="cpu", **options), Display())
+    trainer.save(1)
+    headers = 40_000  # names and shapes
+    assert 0 <= written(trainer.run.out / "checkpoints") - trainer.disk().checkpoint < headers
+    assert trainer.disk().model == sum(4 * p.numel() for p in trainer.model.parameters())
+
+
+def test_a_disk_that_holds_no_checkpoint_is_said_before_the_first_step(capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**6, 0, 10**4))
+    for command in ("grpo", "sft", "prefer", "reward"):
+        said = refused(capsys, command, *COMMANDS[command].split())
+        assert "not enough for one checkpoint: free some space" in said
+
+
+def test_a_disk_that_will_be_too_small_is_said(capsys, monkeypatch):
+    size = written("model")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**9, 0, int(4.5 * size)))  # 3 a checkpoint
+    args = [*COMMANDS["sft"].split(), "--steps", "4", "--save-every", "1"]
+    assert "disk: " in refused(capsys, "check", "sft", *args)
+    cli.main(["sft", *args, "--out", "run"])
+    assert "too few in the end: free some, or save less often" in capsys.readouterr().out
+
+
+# --- format ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [{}, {"format": FORMAT + 1, "a_newer_option": 1}, {"format": "x"}])
+def test_a_run_of_another_format_is_refused_in_a_sentence_and_still_drawn(old, capsys):
+    cli.main(["sft", *COMMANDS["sft"].split(), "--steps", "1", "--out", "run"])
+    content = json.loads(Path("run/config.json").read_text())
+    assert content.pop("format") == FORMAT
+    write_json("run/config.json", content | old)
+    capsys.readouterr()
+    said = refused(capsys, "sft", "--resume", "--out", "run")
+    assert f"the run in run has format {old.get('format', 1)!r}" in said and f"goes on with format {FORMAT}" in said
+    assert report(Path("run")).exists()
