@@ -1,13 +1,18 @@
-"""Tokens of responses: as they follow their prompt, with one token that ends them, on every way into training."""
+"""Tokens of responses: as they follow their prompt, with one token that ends them, on every way into training; and the
+tokens in which their steps end."""
 
 import random
 
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tokenizer import byte_level
 from tiny import tiny_config, tiny_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from minirl.rewards.model import RewardModel, spelled_tokens
+from minirl.rewards.model import LAST, RewardModel, spelled_tokens, step_ends
+from minirl.rollout import _token_at
 from minirl.tokenizer import Tokenizer
 from minirl.train.ranked import ranked_lists
 from minirl.train.reward_data import encode
@@ -164,3 +169,48 @@ def test_turns_and_documents_that_hold_their_end_are_given_no_second_one(end):
 def test_stored_tokens_may_stand_beside_a_text_that_shows_its_end():
     tokenizer = Tokenizer.from_chars("abc")
     assert spelled_tokens(tokenizer, "b<eos>", [4, 2], "line 1") == (4, 2)
+
+
+# ---- steps, and characters of several tokens -------------------------------------------------------------------------
+
+
+def steps_of(separator: str) -> str:
+    return f"1{separator}2{separator}"
+
+
+@pytest.mark.parametrize("separator", ["\n", "。", "ки", "🔷", "é", "aé"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_separator_may_be_several_tokens_and_part_of_one(separator, stopped):
+    """A token a byte: the separator has as many tokens as bytes."""
+    tokenizer, n = Tokenizer(byte_level("<eos>"), {"eos_token": "<eos>"}), len(separator.encode())
+    tokens = tokenizer.encode(steps_of(separator)) + [tokenizer.stop_id] * stopped
+    assert step_ends(tokenizer, tokens, separator) == [n, 2 * n + 1]
+    assert step_ends(tokenizer, tokens[: -n - stopped], separator) == [n, LAST]  # without the second one
+
+
+def test_bytes_that_are_no_character_hide_no_later_step():
+    tokenizer = Tokenizer(byte_level("<eos>"), {"eos_token": "<eos>"})
+    [broken, *_] = tokenizer.encode("。")
+    tokens = [*tokenizer.encode("1"), *[broken] * 40, *tokenizer.encode("。2")]
+    assert step_ends(tokenizer, tokens, "。") == [len(tokens) - 2, LAST]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_separator_may_begin_with_a_space(kind):
+    tokenizer = spaced(kind)
+    assert step_ends(tokenizer, tokenizer.encode("a yes b yes"), " yes") == [2, 5]  # ▁ a ▁yes ▁ b ▁yes
+
+
+def test_steps_in_any_letters_are_data():
+    tokenizer = Tokenizer(byte_level("<eos>"), {"eos_token": "<eos>"})
+    example = {"prompt": "p", "steps": ["1", "2"], "labels": [1, 0], "where": "line 1"}
+    (line,) = encode([example], "process", tokenizer, tiny_config(vocab_size=400), "。").lines
+    assert line.tree.places == ((3, LAST),)
+
+
+@given(st.text("aé二🔷", min_size=1, max_size=8))
+def test_the_token_of_a_character_is_that_of_its_last_byte(text):
+    tokenizer = Tokenizer(byte_level("<eos>"), {"eos_token": "<eos>"})
+    tokens = [*tokenizer.encode(text), tokenizer.stop_id]
+    found = [_token_at(tokenizer, tokens, text, end) for end in range(1, len(text))]
+    assert found == [len(text[:end].encode()) - 1 for end in range(1, len(text))]

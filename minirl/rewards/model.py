@@ -20,6 +20,7 @@ from minirl.rewards.thoughts import OPENING
 from minirl.tokenizer import Tokenizer
 
 LAST = -1  # as a place: the last token
+BROKEN = 16  # tokens that may end in half a character; more are bytes that will never be one
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,16 @@ def read_all(model: Transformer, trees: Sequence[Tree], budget: int) -> torch.Te
 
 def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], separator: str) -> list[int]:
     """Index of each step's last token: that in which the step's separator ends, for a last step without one the last
-    token of all. A step of white space alone is none; a text without any step has one, at its end."""
-    pieces, ends, step = [tokenizer.shown([token]) for token in tokens], [], ""
-    for i, piece in enumerate(pieces):
-        step += piece
+    token of all. A step of white space alone is none; a text without any step has one, at its end.
+
+    Tokens are read behind those before them, as a token alone may be part of a character, or lose its space."""
+    read, known, pending, ends, step = [], 0, [], [], ""
+    for i, token in enumerate(tokens):
+        pending.append(token)
+        piece = tokenizer.shown([*read, *pending])[known:]
+        if piece.endswith("\ufffd") and i + 1 < len(tokens) and len(pending) < BROKEN:
+            continue
+        read, known, pending, step = pending, len(tokenizer.shown(pending)), [], step + piece
         if separator in step:
             before, _, step = step.rpartition(separator)
             if before.strip():
