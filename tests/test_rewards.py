@@ -149,6 +149,14 @@ def test_fractions_and_decimals_are_equal_as_numbers():
     assert values_of("last_number", ["0.1"], 0.1) == [1]
 
 
+@pytest.mark.parametrize("name", ["answer", "exact_match"])
+def test_true_and_false_are_those_of_json_and_of_python(name):
+    said = ["true", "True", " TRUE\n", "<think>false</think>true", "false", "1", "yes", ""]
+    assert values_of(name, said, True) == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert values_of(name, ["false", "False", "true", "0", "no"], False) == [1, 1, 0, 0, 0]
+    assert values_of(name, ["True", "true"], "True") == [1, 0]  # a text is that text
+
+
 def test_exact_match_compares_the_stripped_text():
     assert values_of("exact_match", ["Paris", " Paris\n", "paris", "Paris.", ""], "Paris") == [1, 1, 0, 0, 0]
 
