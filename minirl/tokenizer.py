@@ -46,6 +46,7 @@ class Tokenizer:
             self.eos_id = stop_ids[0]
         self._ends = tuple(dict.fromkeys([*stop_ids, *([] if self.eos_id is None else [self.eos_id])]))
         self._turn_ends: dict[str | None, int | None] = {None: None}  # by template, which may be set by hand
+        self.generation: dict = {}  # generation_config.json: how other engines sample by default
         self.template_variables: dict[str, object] = {}
         self.system: str | None = None
         self.now = datetime.now()
@@ -59,7 +60,9 @@ class Tokenizer:
         config = _read_if_there(path / "special_tokens_map.json") | _read_if_there(path / "tokenizer_config.json")
         if (path / "chat_template.jinja").is_file():
             config["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        return cls(backend, config, _read_stop_ids(path), where=f" of {path}")
+        tokenizer = cls(backend, config, _read_stop_ids(path), where=f" of {path}")
+        tokenizer.generation = _read_if_there(path / "generation_config.json")
+        return tokenizer
 
     @classmethod
     def from_chars(cls, alphabet: str) -> "Tokenizer":
@@ -260,7 +263,8 @@ class Tokenizer:
             raise InputError("the chat template does not write tools: take them out, or use a model that was given any")
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Stop ids that the folder names already are kept: they came with the model that is saved there."""
+        """The tokenizer, and the generation_config.json that it was read with. Stop ids that the folder names already
+        are kept: they came with the model that is saved there."""
         path = Path(path)
         write_atomic(path / "tokenizer.json", lambda staging: self._backend.save(str(staging)))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self.special_tokens}
@@ -268,10 +272,11 @@ class Tokenizer:
             config["chat_template"] = self.chat_template
         write_json(path / "tokenizer_config.json", config)
         (path / "chat_template.jinja").unlink(missing_ok=True)  # it would win over the one just written
-        generation = _read_if_there(path / "generation_config.json")
-        if self.stop_ids and generation.get("eos_token_id") is None:
-            ids = list(self.stop_ids) if len(self.stop_ids) > 1 else self.stop_ids[0]
-            write_json(path / "generation_config.json", {**generation, "eos_token_id": ids})
+        there = _read_if_there(path / "generation_config.json")
+        generation = {**self.generation, "eos_token_id": None, **there}
+        if self.stop_ids and generation["eos_token_id"] is None:
+            generation["eos_token_id"] = list(self.stop_ids) if len(self.stop_ids) > 1 else self.stop_ids[0]
+            write_json(path / "generation_config.json", generation)
 
     def _mark_special(self, where: str) -> None:
         """A token that the configuration names, or lists as added, is matched whole; a special one is skipped on
