@@ -247,10 +247,11 @@ def completion_text(tokenizer: Tokenizer, completion: Completion, params: Sampli
 
 
 def _token_at(tokenizer: Tokenizer, tokens: Sequence[int], text: str, end: int) -> int:
-    """Index of the token that completes the first `end` characters of the text, for all of it the last token."""
+    """Index of the token that completes the first `end` characters of the text, for all of it the last token. Texts are
+    compared, not lengths: in the middle of a character there is one already, the replacement character."""
     if end >= len(text):
         return len(tokens) - 1
-    return bisect_left(range(len(tokens)), end, key=lambda t: len(tokenizer.shown(tokens[: t + 1])))
+    return bisect_left(range(len(tokens) - 1), True, key=lambda t: tokenizer.shown(tokens[: t + 1])[:end] == text[:end])
 
 
 def task_guarded(task: Task, weight: float) -> dict:

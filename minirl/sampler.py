@@ -27,6 +27,7 @@ from minirl.kernels import Draw, Floor, sample_tokens
 from minirl.kernels.truncation import row_parts
 from minirl.model import Transformer
 
+COLDEST = 1e-6  # least temperature above 0: a logit divided by less may overflow
 PREFILL_TOKENS = 512  # prompts are prefilled in batches of about this many tokens
 
 
@@ -66,7 +67,10 @@ class SamplingParams:
 
         limits = {
             "n": (whole(self.n, 1), "a whole number from 1"),
-            "temperature": (real(self.temperature) and 0 <= self.temperature < math.inf, "a finite number from 0"),
+            "temperature": (
+                real(self.temperature) and (self.temperature == 0 or COLDEST <= self.temperature < math.inf),
+                f"0, which takes the most likely token, or a finite number from {COLDEST:g}",
+            ),
             "top_k": (whole(self.top_k, 0), "a whole number from 0"),
             "top_p": (real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (real(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1"),

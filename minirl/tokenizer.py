@@ -22,6 +22,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token",
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
 PLACEHOLDER = "minirl puts the text here"  # plain words, which no template takes apart
 NO_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
+CONTEXT = 200  # characters before a text that can change its tokens: the whole prompt would cost as much again
 
 
 class Tokenizer:
@@ -45,6 +46,7 @@ class Tokenizer:
             self.eos_id = stop_ids[0]
         self._ends = tuple(dict.fromkeys([*stop_ids, *([] if self.eos_id is None else [self.eos_id])]))
         self._turn_ends: dict[str | None, int | None] = {None: None}  # by template, which may be set by hand
+        self.generation: dict = {}  # generation_config.json: how other engines sample by default
         self.template_variables: dict[str, object] = {}
         self.system: str | None = None
         self.now = datetime.now()
@@ -58,7 +60,9 @@ class Tokenizer:
         config = _read_if_there(path / "special_tokens_map.json") | _read_if_there(path / "tokenizer_config.json")
         if (path / "chat_template.jinja").is_file():
             config["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        return cls(backend, config, _read_stop_ids(path), where=f" of {path}")
+        tokenizer = cls(backend, config, _read_stop_ids(path), where=f" of {path}")
+        tokenizer.generation = _read_if_there(path / "generation_config.json")
+        return tokenizer
 
     @classmethod
     def from_chars(cls, alphabet: str) -> "Tokenizer":
@@ -121,6 +125,28 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library has no narrower class
             raise InputError(self._why_not_encoded(text, error)) from error
+
+    def encode_behind(self, before: str, text: str) -> list[int]:
+        """Tokens of a text as they follow another. Some tokenizers (Llama 2, byte levels with a prefix space) put a
+        space before all that they encode, and a completion that is encoded alone has a space that nobody wrote.
+
+        Where the two texts would share a token, the tokens are those behind a line end.
+        """
+        for context in (before[-CONTEXT:], "\n"):
+            known, joined = self.encode(context), self.encode(context + text)
+            if joined[: len(known)] == known:
+                return joined[len(known) :]
+        return self.encode(text)
+
+    def without_end(self, text: str) -> tuple[str, int | None]:
+        """A text without the stop token that it ends with, and this token; None where there is none. White space behind
+        the token is left out with it, as chat templates write a line end there."""
+        body = text.rstrip()
+        for index in self.stop_ids:
+            end = self.decode([index], skip_special_tokens=False)
+            if end and body.endswith(end) and self.encode(end) == [index]:
+                return body.removesuffix(end), index
+        return text, None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -207,6 +233,28 @@ class Tokenizer:
         starts_with_bos = self.bos_id is not None and self.encode("", add_special_tokens=True)[:1] == [self.bos_id]
         return [self.bos_id, *ids] if starts_with_bos and ids[:1] != [self.bos_id] else ids
 
+    def response_ids(
+        self, prompt: str | list[dict], text: str, tools: list[dict] | None = None, ended: bool = True
+    ) -> list[int]:
+        """Tokens of a text as they follow `prompt_ids(prompt, tools)`, and if it `ended` the token that ends it, once:
+        the text's own where it holds one already, else `stop_id`."""
+        text, end = self.without_end(text)
+        before = prompt if isinstance(prompt, str) else self.render(prompt, tools=tools)
+        if not ended:
+            return self.encode_behind(before, text)
+        if not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
+            text = self._spaced(prompt, before, text, tools)
+        return [*self.encode_behind(before, text), self.stop_id if end is None else end]
+
+    def _spaced(self, prompt: list[dict], before: str, text: str, tools: list[dict] | None) -> str:
+        """The text with the white space that the chat template writes around an answer; the text alone where the
+        template rewrites it, or puts more than white space there."""
+        answer = {"role": "assistant", "content": text}
+        whole = self.render([*prompt, answer], add_generation_prompt=False, tools=tools)
+        end = re.escape(self.decode([self.stop_id], skip_special_tokens=False))
+        found = re.compile(rf"\s*{re.escape(text)}\s*(?={end})").match(whole, len(before))
+        return found[0] if found and whole.startswith(before) else text
+
     def refuse_unread_tools(self, prompt: str | list[dict]) -> None:
         """InputError where tools beside a prompt would be dropped in silence."""
         if isinstance(prompt, str):
@@ -215,7 +263,8 @@ class Tokenizer:
             raise InputError("the chat template does not write tools: take them out, or use a model that was given any")
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Stop ids that the folder names already are kept: they came with the model that is saved there."""
+        """The tokenizer, and the generation_config.json that it was read with. Stop ids that the folder names already
+        are kept: they came with the model that is saved there."""
         path = Path(path)
         write_atomic(path / "tokenizer.json", lambda staging: self._backend.save(str(staging)))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self.special_tokens}
@@ -223,10 +272,11 @@ class Tokenizer:
             config["chat_template"] = self.chat_template
         write_json(path / "tokenizer_config.json", config)
         (path / "chat_template.jinja").unlink(missing_ok=True)  # it would win over the one just written
-        generation = _read_if_there(path / "generation_config.json")
-        if self.stop_ids and generation.get("eos_token_id") is None:
-            ids = list(self.stop_ids) if len(self.stop_ids) > 1 else self.stop_ids[0]
-            write_json(path / "generation_config.json", {**generation, "eos_token_id": ids})
+        there = _read_if_there(path / "generation_config.json")
+        generation = {**self.generation, "eos_token_id": None, **there}
+        if self.stop_ids and generation["eos_token_id"] is None:
+            generation["eos_token_id"] = list(self.stop_ids) if len(self.stop_ids) > 1 else self.stop_ids[0]
+            write_json(path / "generation_config.json", generation)
 
     def _mark_special(self, where: str) -> None:
         """A token that the configuration names, or lists as added, is matched whole; a special one is skipped on

@@ -13,7 +13,7 @@ import minirl.rewards.math as math_reward
 from minirl.rewards import REWARDS
 
 pytest.importorskip("math_verify")
-from minirl.rewards.equality import is_equal, reading
+from minirl.rewards.equality import is_equal, reading, simplest
 
 MATH = [  # a reference answer, and answers that are wrong: a part of it, or a near miss
     (r"2\sqrt{3}", ["2", r"2\sqrt{5}", r"3\sqrt{2}"]),
@@ -226,6 +226,29 @@ def test_equal_in_another_form(gold, completion, expected):
 def test_votes_are_of_the_whole_expression():
     texts = (r"2\sqrt{3}", "It is 2x + 1.", "so 2", r"\boxed{1}\boxed{2}")
     assert [reading(text) for text in texts] == ["2*sqrt(3)", "2*x + 1", "2", None]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\sqrt{8}", r"2\sqrt{2}"),
+        ("(x+1)^2", "x^2+2x+1"),
+        (r"\frac{\sqrt2}{2}", r"\frac1{\sqrt2}"),
+        ("3^{10}", "59049"),
+        (r"\log_2 8", "3"),
+        (r"50\%", r"\frac12"),
+        (r"\{\sqrt8,1\}", r"\{1,2\sqrt2\}"),
+        (r"[1,\sqrt8)", r"[1,2\sqrt2)"),
+        (r"x<\frac62", "x<3"),
+        (r"\begin{pmatrix}(x+1)^2\\1\end{pmatrix}", r"\begin{pmatrix}x^2+2x+1\\1\end{pmatrix}"),
+        ("x=7", "7"),
+    ],
+)
+def test_equal_answers_are_one_vote(one, other):
+    votes = {simplest(rf"\boxed{{{text}}}") for text in (one, other)}
+    assert len(votes) == 1
+    assert is_equal(one, rf"\boxed{{{other}}}")
+    assert votes.isdisjoint(simplest(rf"\boxed{{{text}}}") for text in ("2", r"\sqrt{3}", "[1,2)", "x", "x<4"))
 
 
 def test_a_float_of_the_reference_is_its_digits():

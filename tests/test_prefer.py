@@ -483,6 +483,9 @@ def test_rft_learns_another_spelling_of_a_text_as_it_was_sampled():
 
         shown = decode
 
+        def without_end(self, text):
+            return text, None
+
     line = {"prompt": "p", "completion": "ab", "correct": 1, "where": "kept.jsonl, line 1"}
     [row] = rft.demonstration_rows(Spelling(), [line | {"completion_tokens": [2, 3, 9]}], 10)
     assert (row.prompt, row.response) == ([7], [2, 3, 9])

@@ -18,11 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_checkpoint
+from tiny import tiny_checkpoint, tiny_model
 
 from minirl import cli, commands
 from minirl.checkpoint import load_model
 from minirl.model import ScalarHead
+from minirl.tokenizer import Tokenizer
+from minirl.train.optimizer import AdamW
 from minirl.train.run import FORMAT, TIMED, Run, _truncate
 
 GRPO = """grpo --task arithmetic:op=sum,digits=1,style=plain --steps 6 --prompts 4 --group 4 --mini-batches 2
@@ -343,6 +345,18 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(lab, tmp_path):
     assert lab.run(["sft", "--resume", "--out", str(out)])[0] == 0
     (out / ".notes").unlink()
     check_same(out, lab.reference("sft", "float32"))
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
+    """As texts, step-1000000 comes before step-999999."""
+    run, model = Run(tmp_path / "run", {"lr": 1.0}), tiny_model(width=12, layers=1, mlp_width=8)
+    for step in (999_998, 999_999, 1_000_000):
+        run.save(step, model, Tokenizer.from_chars("abc"), AdamW(model))
+    kept = {folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"step-999999", "step-1000000"}
+    (tmp_path / "run" / "checkpoints" / "step-999999 (copy)").mkdir()  # a person's own
+    again = Run(tmp_path / "run", {"lr": 1.0}, resume=True)
+    assert (again.start, again.checkpoint.name) == (1_000_000, "step-1000000")
 
 
 # --- the logs --------------------------------------------------------------------------------------------------------

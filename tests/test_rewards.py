@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirl.errors import InputError
+from minirl.metrics import majority_at_k
 from minirl.rewards import REWARDS, Outside, RewardError, guarded, load_reward, score
 from minirl.rewards import math as math_adapter
 from minirl.rewards.numbers import last_number, whole_number
@@ -147,6 +148,14 @@ def test_scientific_notation_is_not_the_number_it_stands_for():
 def test_fractions_and_decimals_are_equal_as_numbers():
     assert values_of("last_number", ["0.5", "1/2", "2/4", "1/3", "2"], "1/2") == [1, 1, 1, 0, 0]
     assert values_of("last_number", ["0.1"], 0.1) == [1]
+
+
+@pytest.mark.parametrize("name", ["answer", "exact_match"])
+def test_true_and_false_are_those_of_json_and_of_python(name):
+    said = ["true", "True", " TRUE\n", "<think>false</think>true", "false", "1", "yes", ""]
+    assert values_of(name, said, True) == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert values_of(name, ["false", "False", "true", "0", "no"], False) == [1, 1, 0, 0, 0]
+    assert values_of(name, ["True", "true"], "True") == [1, 0]  # a text is that text
 
 
 def test_exact_match_compares_the_stripped_text():
@@ -578,6 +587,25 @@ def test_a_tower_of_powers_does_not_hang_the_comparison(math_verify, monkeypatch
 def test_mathematical_votes_are_readings(math_verify):
     completions = [r"\boxed{0.50}", "so $x = 7$", r"\boxed{1} \boxed{2}", "none", ""]
     assert [math_adapter.math_answer(text) for text in completions] == ["1/2", "7", None, None, None]
+
+
+def test_equal_answers_vote_together(math_verify):
+    """Four of seven are right, in two spellings of two each; three agree on a wrong one."""
+    texts = [r"\boxed{\sqrt{8}}"] * 2 + [r"\boxed{2\sqrt{2}}"] * 2 + [r"\boxed{3}"] * 3
+    votes = [math_adapter.math_answer(text) for text in texts]
+    assert majority_at_k(votes, {votes[0]}, 7) == 1.0
+
+
+def test_a_vote_that_cannot_be_simplified_is_as_it_was_read(math_verify, monkeypatch):
+    calls = math_adapter._calls
+
+    def late(name, arguments):
+        return [TimeoutError()] * len(arguments) if name == "simplest" else calls(name, arguments)
+
+    monkeypatch.setattr(math_adapter, "_calls", late)
+    assert math_adapter.math_answer(r"\boxed{\sqrt{11} + \sqrt{44}}") == "sqrt(11) + sqrt(44)"
+    monkeypatch.setattr(math_adapter, "_calls", calls)  # the same reading later
+    assert math_adapter.math_answer(r"so \boxed{\sqrt{11} + \sqrt{44}}") == "sqrt(11) + sqrt(44)"
 
 
 def test_a_missing_math_verify_is_told_how_to_install(monkeypatch):

@@ -21,6 +21,7 @@ from minirl.model import Transformer
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import MicroBatch, Row
+from minirl.train.grpo import GRPOConfig
 
 V = 53
 PROMPTS = [random_ids(length, seed=length) for length in (7, 1, 19, 2, 40)]
@@ -284,6 +285,23 @@ def test_the_result_is_reported_as_it_grows(model):
     Sampler(model, slots=2).generate(PROMPTS, params, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (15, 15) and {total for _, total in seen} == {15}
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-7, -1.0, math.inf, math.nan])
+def test_a_temperature_that_no_logit_can_be_divided_by_is_named(temperature):
+    sentence = r"temperature = .*: it must be 0, .*or a finite number from 1e-06"
+    with pytest.raises(InputError, match=sentence):
+        SamplingParams(temperature=temperature)
+    with pytest.raises(InputError, match=r"temperature = "):
+        GRPOConfig(model="m", task="arithmetic", temperature=temperature)
+
+
+def test_the_least_temperature_is_as_good_as_greedy(model):
+    coldest, greedy = (
+        Sampler(model).generate(PROMPTS, SamplingParams(temperature=temperature, max_tokens=6))
+        for temperature in (1e-6, 0.0)
+    )
+    assert [c.tokens for group in coldest for c in group] == [c.tokens for group in greedy for c in group]
 
 
 def test_no_prompts_give_no_completions(model):

@@ -751,18 +751,26 @@ def test_the_default_reward_of_a_file_reads_such_answers(tmp_path, answer, right
     assert correct_of(task, rows[0], f"<think>{right}</think>{wrong}") == 0
 
 
+def test_true_and_false_are_right_and_vote_in_any_case(tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"prompt": "p", "answer": True}, {"prompt": "q", "answer": False}])
+    task = load_task(path, heldout_fraction=0.5)
+    assert [correct_of(task, {"prompt": "p", "answer": True}, text) for text in ("true", "True", "false")] == [1, 1, 0]
+    assert task.extract("True\n") == task.extract("true") != task.extract("false")
+
+
 @pytest.mark.parametrize(
     "answers, note",
     [
         ([7, "$18", r"\frac{1}{2}", None], None),
         (["7", r"\sqrt{2}", "x^2", None], r"2 of 3 answers are no numbers ('\\sqrt{2}' is the first)"),
         (["7", "Paris"], "1 of 2 answers are no numbers ('Paris' is the first)"),
+        ([True, "7"], "1 of 2 answers are no numbers ('true' is the first)"),
     ],
 )
 def test_a_file_says_how_many_answers_only_their_own_text_matches(tmp_path, answers, note):
     path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "answer": a} for i, a in enumerate(answers)])
     notes = load_task(path, heldout_fraction=0.3, style="think").notes
     assert [line.partition(", and")[0] for line in notes] == ([] if note is None else [note])
-    advice = "reward=FILE.py:FUNCTION" if "Paris" in answers else "reward=math"
+    advice = "reward=FILE.py:FUNCTION" if {"Paris", True} & set(answers) else "reward=math"
     assert all(advice in line for line in notes)
     assert load_task(path, heldout_fraction=0.3, reward="exact_match").notes == ()

@@ -237,6 +237,15 @@ def test_saving_keeps_stop_ids_and_settings_that_the_folder_has(tmp_path, chat_f
     assert saved == {**(there or {}), "eos_token_id": kept}
 
 
+@pytest.mark.parametrize("eos", [[258, 7], 258])
+def test_how_other_engines_sample_goes_where_the_tokenizer_goes(tmp_path, eos):
+    generation = {"eos_token_id": eos, "temperature": 0.6, "top_p": 0.95, "do_sample": True, "pad_token_id": 259}
+    folder = write_folder(tmp_path / "start", tokenizer_config={"eos_token": END}, generation_config=generation)
+    for i in range(2):  # a checkpoint, and one of a run that starts from there
+        Tokenizer.from_pretrained(folder).save_pretrained(folder := tmp_path / f"run{i}")
+    assert json.loads((folder / "generation_config.json").read_text()) == generation
+
+
 def test_a_template_set_by_hand_is_saved_over_one_in_a_file_of_its_own(tmp_path, chat_folder):
     (chat_folder / "chat_template.jinja").write_text("old {{ messages[0].content }}")
     tokenizer = Tokenizer.from_pretrained(chat_folder)

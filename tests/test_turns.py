@@ -104,8 +104,9 @@ def test_every_kind_of_training_data_ends_with_the_end_of_a_turn(tmp_path):
     tokenizer = chat_tokenizer(tmp_path, CHATML, [DOCUMENT, 3, TURN])
     (row,) = demonstration_rows(tokenizer, [{"prompt": [ASK], "completion": "7"}], 256)
     assert row.response == [*tokenizer.encode("7"), TURN]
-    assert response_tokens(tokenizer, ["7"], None, "line 1") == [[*tokenizer.encode("7"), TURN]]
-    assert _completion({"completion": "7", "where": "line 1"}, tokenizer).tokens == [*tokenizer.encode("7"), TURN]
+    line = {"prompt": [ASK], "completion": "7", "where": "line 1"}
+    assert response_tokens(tokenizer, line, ["7"], None) == [[*tokenizer.encode("7"), TURN]]
+    assert _completion(line, tokenizer).tokens == [*tokenizer.encode("7"), TURN]
     scored = []
     judge = RewardModel(tiny_model(vocab_size=260), tokenizer)
     judge.score = lambda prompts, completions: scored.extend(completions)

@@ -52,13 +52,35 @@ def is_equal(answer: str, completion: str) -> bool:
 
 
 def reading(text: str) -> str | None:
+    found = _last(text)
+    return None if found is None else _written(found)
+
+
+def simplest(text: str) -> str:
+    """The reading in a form that equal expressions share: √8 as 2√2."""
+    return _written(_simplest(_last(text)))
+
+
+def _written(expression) -> str:
+    number = whole_number(str(expression))
+    return str(expression) if number is None else str(number)
+
+
+def _last(text: str):
+    """The last expression of a text, None where there is none."""
     parsed = _parse(_marked(text))
-    if not parsed:
-        return None
-    is_equation = getattr(parsed[0], "rel_op", None) == "=="  # of x = 7 the 7 is compared, so it is the vote
-    found = str(parsed[0].rhs if is_equation else parsed[0])
-    number = whole_number(found)
-    return found if number is None else str(number)
+    is_equation = bool(parsed) and getattr(parsed[0], "rel_op", None) == "=="
+    return (parsed[0].rhs if is_equation else parsed[0]) if parsed else None  # of x = 7 the 7 is compared
+
+
+def _simplest(expression):
+    """The expression simplified and expanded; a matrix, a set, an interval or a tuple part by part."""
+    if hasattr(expression, "applyfunc"):
+        return expression.applyfunc(_simplest)
+    if hasattr(expression, "expand"):
+        return expression.simplify().expand()
+    parts = getattr(expression, "args", ())
+    return expression.func(*map(_simplest, parts)) if parts else expression
 
 
 def _parse_answer(answer: str) -> list:

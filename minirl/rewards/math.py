@@ -9,11 +9,13 @@ import importlib.util
 from decimal import Decimal
 
 from minirl.errors import InputError
+from minirl.rewards.numbers import whole_number
 from minirl.sandbox import call_each
 
 SECONDS = 5.0  # for one completion, and for reading one reference answer
 
 _readable: dict[str, bool] = {}  # the reference answers that were read, and whether they could be
+_votes: dict[str, str] = {}  # by reading: two of one reading never part, not even where the second takes too long
 
 
 def math_match(prompts, completions, answer, **columns) -> list[float | Exception | None]:
@@ -36,10 +38,16 @@ def math_match(prompts, completions, answer, **columns) -> list[float | Exceptio
 
 @functools.lru_cache(1 << 16)
 def math_answer(text: str) -> str | None:
-    r"""The text's answer as a vote: math-verify's reading of its last expression; None if there is none, or boxes
-    that differ."""
+    r"""The text's answer as a vote: math-verify's reading of its last expression, simplified, so that \sqrt{8} and
+    2\sqrt{2} vote together; as it was read where that fails or takes longer than `SECONDS`. None if there is none, or
+    boxes that differ."""
     (reading,) = _calls("reading", [(text,)])
-    return None if isinstance(reading, Exception) else reading
+    if reading is None or isinstance(reading, Exception):
+        return None
+    if reading not in _votes:
+        simplest = reading if whole_number(reading) is not None else _calls("simplest", [(text,)])[0]
+        _votes[reading] = simplest if isinstance(simplest, str) else reading
+    return _votes[reading]
 
 
 def answer_text(answer) -> str:

@@ -20,6 +20,7 @@ from minirl.rewards.thoughts import OPENING
 from minirl.tokenizer import Tokenizer
 
 LAST = -1  # as a place: the last token
+BROKEN = 16  # tokens that may end in half a character; more are bytes that will never be one
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,16 @@ def read_all(model: Transformer, trees: Sequence[Tree], budget: int) -> torch.Te
 
 def step_ends(tokenizer: Tokenizer, tokens: Sequence[int], separator: str) -> list[int]:
     """Index of each step's last token: that in which the step's separator ends, for a last step without one the last
-    token of all. A step of white space alone is none; a text without any step has one, at its end."""
-    pieces, ends, step = [tokenizer.shown([token]) for token in tokens], [], ""
-    for i, piece in enumerate(pieces):
-        step += piece
+    token of all. A step of white space alone is none; a text without any step has one, at its end.
+
+    Tokens are read behind those before them, as a token alone may be part of a character, or lose its space."""
+    read, known, pending, ends, step = [], 0, [], [], ""
+    for i, token in enumerate(tokens):
+        pending.append(token)
+        piece = tokenizer.shown([*read, *pending])[known:]
+        if piece.endswith("\ufffd") and i + 1 < len(tokens) and len(pending) < BROKEN:
+            continue
+        read, known, pending, step = pending, len(tokenizer.shown(pending)), [], step + piece
         if separator in step:
             before, _, step = step.rpartition(separator)
             if before.strip():
@@ -107,7 +114,7 @@ def spelled_tokens(tokenizer: Tokenizer, text: str, tokens: Sequence[int], where
     on, as a stop text is cut from what a reward sees."""
     if not isinstance(tokens, list | tuple) or any(type(token) is not int or token < 0 for token in tokens):
         raise InputError(f"{where}: its tokens are {tokens!r:.60}: they must be a list of token ids")
-    spelled = tokenizer.shown(tokens)
+    text, spelled = tokenizer.without_end(text)[0], tokenizer.shown(tokens)
     begun = text.removeprefix(OPENING)  # it may stand in the prompt
     if not spelled.startswith((text, begun)) and not tokenizer.decode(tokens).startswith(text):  # without special ones
         raise InputError(
@@ -155,15 +162,16 @@ class RewardModel:
     def __call__(self, prompts, completions, completion_ids=None, **columns) -> list[float]:
         """The reward function: `completion_ids` are the sampler's tokens; without them a completion is taken to have
         ended by itself."""
-        tokens = []
-        for i, text in enumerate(completions):
-            if completion_ids is None:
-                end = [self.tokenizer.stop_id] if self.tokenizer.stop_ids else []
-                tokens.append((*self.tokenizer.encode(text), *end))
-            else:
-                tokens.append(spelled_tokens(self.tokenizer, text, completion_ids[i], f"completion {i}"))
-        tools = columns.get("tools") or [None] * len(prompts)
-        return self.score([self.tokenizer.prompt_ids(*asked) for asked in zip(prompts, tools, strict=True)], tokens)
+        tokenizer, tools = self.tokenizer, columns.get("tools") or [None] * len(prompts)
+        asked = list(zip(prompts, tools, strict=True))
+        rows = zip(asked, completions, completion_ids or [None] * len(completions), strict=True)
+        tokens = [
+            tokenizer.response_ids(prompt, text, tool_list, bool(tokenizer.stop_ids))
+            if ids is None
+            else spelled_tokens(tokenizer, text, ids, f"completion {i}")
+            for i, ((prompt, tool_list), text, ids) in enumerate(rows)
+        ]
+        return self.score([tokenizer.prompt_ids(*each) for each in asked], tokens)
 
     def _places(self, completion: Sequence[int]) -> tuple[int, ...]:
         head = self.model.head

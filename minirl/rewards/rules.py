@@ -5,6 +5,7 @@ cannot be scored (its reference answer is missing). A function with parameters i
 Tokens are the sampler's ids where the caller passes a `completion_ids` column, words otherwise.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -20,9 +21,14 @@ Reward = Callable[..., list[float | None]]
 
 
 def exact_match(prompts, completions, answer, **columns) -> list[float | None]:
-    """1 if the completion behind its thoughts is the answer, white space around both aside; else 0."""
+    """1 if the completion behind its thoughts is the answer, white space around both aside; else 0. Of true and false
+    the case does not count: JSON and Python write them in different ways."""
     texts = [after_thoughts(completion).strip() for completion in completions]
-    return [None if a is None else float(c == str(a).strip()) for c, a in zip(texts, answer, strict=True)]
+    return [None if a is None else float(_spells(c, a)) for c, a in zip(texts, answer, strict=True)]
+
+
+def _spells(text: str, answer: object) -> bool:
+    return text.casefold() == json.dumps(answer) if isinstance(answer, bool) else text == str(answer).strip()
 
 
 def last_number(prompts, completions, answer, **columns) -> list[float | None]:

@@ -136,7 +136,8 @@ def _prompt(prompt, where: str, column: str) -> str | list[dict]:
 
 def _notes(correct: Reward, examples: list[dict]) -> tuple[str, ...]:
     """A line on the answers that the default reward compares as texts, and on what to use for them."""
-    answers = [str(example["answer"]) for example in examples if example.get("answer") is not None]
+    answers = [example["answer"] for example in examples if example.get("answer") is not None]
+    answers = [json.dumps(answer) if isinstance(answer, bool) else str(answer) for answer in answers]
     texts = [answer for answer in answers if reference_number(answer) is None]
     if correct is not answer_match or not texts:
         return ()
@@ -154,8 +155,13 @@ def _extractor(correct: Reward, examples: list[dict]) -> Callable[[str], str | N
     answers = [example["answer"] for example in examples if example.get("answer") is not None]
     if answers and all(reference_number(answer) is not None for answer in answers):
         return last_number_text
-    return _stripped
+    return _casefolded if answers and all(isinstance(answer, bool) for answer in answers) else _stripped
 
 
 def _stripped(completion: str) -> str | None:
     return after_thoughts(completion).strip() or None
+
+
+def _casefolded(completion: str) -> str | None:
+    """The vote where answers are true and false."""
+    return after_thoughts(completion).strip().casefold() or None

@@ -47,22 +47,26 @@ def description(examples: Sequence[dict]) -> str:
     return f"{line} ({form.get(name, f'format {name}')})"
 
 
-def response_tokens(tokenizer: Tokenizer, texts: Sequence[str], tokens: list | None, where: str) -> list[list[int]]:
-    """Of each text the tokens that stand beside it, or else its own and the stop token: it ended by itself."""
+def response_tokens(
+    tokenizer: Tokenizer, example: dict, texts: Sequence[str], tokens: list | None
+) -> list[Sequence[int]]:
+    """Of each text below the example's prompt the tokens that stand beside it, or else its own and the stop token: it
+    ended by itself."""
+    where = example["where"]
     if tokens is None:
         tokens = [None] * len(texts)
     if not isinstance(tokens, list) or len(tokens) != len(texts):
         raise InputError(f"{where}: 'responses_tokens' must be a list with the tokens of each response")
     return [
-        _ended(tokenizer, text, where) if ids is None else spelled_tokens(tokenizer, text, ids, where)
+        _ended(tokenizer, example, text) if ids is None else spelled_tokens(tokenizer, text, ids, where)
         for text, ids in zip(texts, tokens, strict=True)
     ]
 
 
-def _ended(tokenizer: Tokenizer, text: str, where: str) -> list[int]:
-    """The tokens of a text that ended by itself."""
-    with named(where):
-        return [*tokenizer.encode(text), tokenizer.stop_id]
+def _ended(tokenizer: Tokenizer, example: dict, text: str) -> list[int]:
+    """The tokens of a text below the example's prompt that ended by itself."""
+    with named(example["where"]):
+        return tokenizer.response_ids(example["prompt"], text, example.get("tools"))
 
 
 def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
@@ -74,7 +78,7 @@ def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
     if all(isinstance(response, str) for response in responses):
         with named(example["where"]):
             ids = tokenizer.prompt_ids(prompt, tools)
-        rows = response_tokens(tokenizer, responses, example["tokens"], example["where"])
+        rows = response_tokens(tokenizer, example, responses, example["tokens"])
         return [Turns(ids, row, [True] * len(row)) for row in rows]
     with named(example["where"]):
         found = [_messages(tokenizer, prompt, response, tools) for response in responses]

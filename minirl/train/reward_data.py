@@ -139,7 +139,7 @@ def _prompt(example: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _labelled(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     tokens = [example.get("completion_tokens")]
-    [row] = response_tokens(tokenizer, [example["completion"]], tokens, example["where"])
+    [row] = response_tokens(tokenizer, example, [example["completion"]], tokens)
     return Line(
         Tree(_prompt(example, tokenizer), (tuple(row),), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),)
     )
@@ -148,7 +148,7 @@ def _labelled(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
 def _steps(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     steps, labels = example["steps"], example["labels"]
     text = separator.join(step.removesuffix(separator) for step in steps)
-    [row] = response_tokens(tokenizer, [text], None, example["where"])
+    [row] = response_tokens(tokenizer, example, [text], None)
     places = tuple(step_ends(tokenizer, row, separator))
     if len(places) != len(steps):
         raise InputError(

@@ -101,7 +101,7 @@ class Run:
         for name in WRITTEN:
             _remove_half_written(self.out / name)
         self._drop_old()
-        self.checkpoint = max((self.out / "checkpoints").glob("step-*"), default=None)
+        self.checkpoint = next(reversed(self._checkpoints()), None)
         if self.checkpoint:
             self.state = read_json(self.checkpoint / "state.json")
             self.start = int(self.state["step"])
@@ -166,8 +166,13 @@ class Run:
         self.checkpoint = path
         return path
 
+    def _checkpoints(self) -> list[Path]:
+        """From the oldest. Steps are compared as numbers: as texts, step-1000000 comes before step-999999."""
+        steps = {path: path.name.removeprefix("step-") for path in (self.out / "checkpoints").glob("step-*")}
+        return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
     def _drop_old(self) -> None:
-        for old in sorted((self.out / "checkpoints").glob("step-*"))[: -self.keep]:
+        for old in self._checkpoints()[: -self.keep]:
             shutil.rmtree(old)
 
     def restore(self, optimizer: AdamW, folder: str = "") -> None:

@@ -151,19 +151,22 @@ def _pieces(tokenizer: Tokenizer, example: dict, loss_on: str, where: str) -> li
         if "text" in example:
             return [_document(tokenizer, example["text"])]
         piece, text = Turns(tokenizer.prompt_ids(example["prompt"], tools)), example["completion"]
-        tokens = [*tokenizer.encode(text), tokenizer.stop_id]
-    known = example.get("completion_tokens")  # as they were sampled: another spelling is not what was found
-    piece.add(tokens if known is None else spelled_tokens(tokenizer, text, known, where), True)
+        known = example.get("completion_tokens")  # as they were sampled: another spelling is not what was found
+        if known is None:
+            piece.add(tokenizer.response_ids(example["prompt"], text, tools), True)
+    if known is not None:
+        piece.add(spelled_tokens(tokenizer, text, known, where), True)
     return [piece]
 
 
 def _document(tokenizer: Tokenizer, text: str) -> Turns:
     """All of a text and the token that ends a document. Its first token has nothing to be predicted from, unless the
     tokenizer puts its bos token in front."""
-    ids = tokenizer.prompt_ids(text)
     end = tokenizer.stop_id if tokenizer.eos_id is None else tokenizer.eos_id
+    body, own = tokenizer.without_end(text)
+    ids = tokenizer.prompt_ids(body if own == end else text)
     piece = Turns(ids[:1])
-    piece.add(ids[1:] if ids[-1:] == [end] else [*ids[1:], end], True)
+    piece.add([*ids[1:], end], True)
     return piece
 
 

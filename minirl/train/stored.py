@@ -138,14 +138,14 @@ class Stored:
 
 
 def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
-    """The tokens as they were sampled where they are known, else those of a text that ended by itself.
+    """The tokens as they were sampled where they are known, else those of a text that ended by itself or was cut.
 
     Tokens that go on after their text were ended by a stop text, which was cut from it.
     """
     tokens = line.get("completion_tokens")
     if tokens is None:
         cut = line.get("finish_reason") == "length"
-        tokens = tokenizer.encode(line["completion"]) + ([] if cut else [tokenizer.stop_id])
+        tokens = tokenizer.response_ids(line["prompt"], line["completion"], line.get("tools"), ended=not cut)
     else:
         tokens = list(spelled_tokens(tokenizer, line["completion"], tokens, line["where"]))
     if not tokens:

@@ -30,7 +30,7 @@ class Turns:
 def conversation(tokenizer: Tokenizer, messages: Sequence[dict], turns: Sequence[int], tools=None) -> list[Turns]:
     """All `turns` (indices of messages) in one piece where the prompt of each turn begins with the pieces before it;
     else, for templates that write earlier turns in another way (without their thoughts), in as many as it takes."""
-    pieces: list[Turns] = []
+    messages, pieces = [_unended(tokenizer, message) for message in messages], []
     for i in turns:
         prompt, response = turn(tokenizer, messages[: i + 1], tools)
         before = [*pieces[-1].prompt, *pieces[-1].response] if pieces else []
@@ -66,7 +66,7 @@ def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[li
     if rewritten or _letters(_behind(opening, content)) not in _letters(answer):  # as where thoughts are cut out
         opening, answer = asked, _behind(asked, content)
     _refuse_unwritten(messages[-1], answer)
-    return tokenizer.encode(opening), _ended(tokenizer, tokenizer.encode(answer))
+    return tokenizer.encode(opening), _ended(tokenizer, tokenizer.encode_behind(opening, answer))
 
 
 def _asked(tokenizer: Tokenizer, before: list[dict], tools) -> str:
@@ -87,6 +87,13 @@ def _behind(opening: str, content: str) -> str:
     """The content without a first tag, such as "<think>", that stands at the end of the opening already."""
     tag = OPENING_TAG.match(content)
     return content[tag.end() :] if tag and opening.rstrip().endswith(tag[1]) else content
+
+
+def _unended(tokenizer: Tokenizer, message: dict) -> dict:
+    """The assistant's message without a stop token at its end, which the template writes."""
+    if message["role"] != "assistant":
+        return message
+    return {**message, "content": tokenizer.without_end(message["content"])[0]}
 
 
 def _refuse_unwritten(message: dict, answer: str) -> None:
