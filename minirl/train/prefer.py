@@ -38,6 +38,7 @@ from minirl.train.run import (
     refuse_not_positive,
     refuse_unknown_choices,
     tenth,
+    tracked,
 )
 from minirl.train.sft import loss_mask, refuse_unknown_tokens, take
 
@@ -191,9 +192,8 @@ class Prefer:
         self.config, self.display = config, display
         self.model, self.tokenizer = load(config.model, config.dtype, config.device, config=config, run=run)
         most = self.model.config.max_positions
-        display.progress("examples", 0, len(examples))
-        lists = ranked_lists(self.tokenizer, examples, min(config.max_length or most, most))
-        display.progress("examples", len(examples), len(examples))
+        taken = tracked(display, "examples", examples)
+        lists = ranked_lists(self.tokenizer, taken, min(config.max_length or most, most))
         if not lists:
             raise InputError(
                 f"{config.data}: in none of its {len(examples)} examples does one response rank above another"

@@ -1,6 +1,6 @@
 """Ranked responses: lines of a file, token rows, and micro-batches that never part the responses of a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def _messages(tokenizer: Tokenizer, prompt: list[dict], response: list[dict], to
     return pieces[0]
 
 
-def ranked_lists(tokenizer: Tokenizer, examples: Sequence[dict], max_length: int) -> list[Ranked]:
+def ranked_lists(tokenizer: Tokenizer, examples: Iterable[dict], max_length: int) -> list[Ranked]:
     """Token rows, each with its stop token (or as its tokens stand in the file) unless it had to be cut at `max_length`
     tokens in all.
 

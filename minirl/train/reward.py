@@ -51,6 +51,7 @@ from minirl.train.run import (
     refuse_unknown_choices,
     shown,
     tenth,
+    tracked,
 )
 from minirl.train.sft import demonstration_rows, read_demonstrations
 
@@ -212,9 +213,8 @@ def start(config: RewardConfig, run: Run) -> tuple[Transformer, Tokenizer]:
 
 
 def _lines(examples: list[dict], path: str, config: RewardConfig, tokenizer, model, display: Display) -> list[Line]:
-    display.progress("examples", 0, len(examples))
-    found = encode(examples, config.kind, tokenizer, model.config, config.separator)
-    display.progress("examples", len(examples), len(examples))
+    taken = tracked(display, "examples", examples)
+    found = encode(taken, config.kind, tokenizer, model.config, config.separator)
     if complaint := found.complaint(path, model.config.max_positions):
         display.line(complaint)
     return found.lines

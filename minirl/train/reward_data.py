@@ -9,7 +9,7 @@ A prompt is a text or chat messages. A completion is taken to have ended by itse
 tokens stand beside it ("completion_tokens", "chosen_tokens", "rejected_tokens", "responses_tokens"), it has these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def split_by_prompt(examples: Sequence[dict], share: float, seed: int) -> tuple[
 
 
 def encode(
-    examples: Sequence[dict], kind: str, tokenizer: Tokenizer, config: ModelConfig, separator: str = "\n"
+    examples: Iterable[dict], kind: str, tokenizer: Tokenizer, config: ModelConfig, separator: str = "\n"
 ) -> Lines:
     """Token trees with their pairs or labels."""
     found = Lines()

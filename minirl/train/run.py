@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, TypeVar, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -56,6 +56,9 @@ def identity(config, examples: list) -> dict:
 Part = tuple[str, bool]  # a piece of an example's text, and whether its tokens are trained
 
 
+Item = TypeVar("Item")
+
+
 class Display:
     """What a person sees of a run; this one prints lines only, the command line brings a livelier one."""
 
@@ -69,6 +72,15 @@ class Display:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """`stage` is at done of total; called often."""
+
+
+def tracked(display: Display, stage: str, items: Sequence[Item]) -> Iterator[Item]:
+    """Yield the items, and show how many of them have been taken."""
+    for i, item in enumerate(items):
+        if i % 256 == 0:  # a bar costs as much as a short text
+            display.progress(stage, i, len(items))
+        yield item
+    display.progress(stage, len(items), len(items))
 
 
 class Run:

@@ -6,7 +6,7 @@ It is the policy loss with advantage 1, no ratio, and a mean over tokens.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from minirl.train.run import (
     refuse_not_positive,
     refuse_unknown_choices,
     tenth,
+    tracked,
 )
 from minirl.train.step import Batch, accumulate, response_mask
 from minirl.train.turns import Turns, conversation
@@ -123,7 +124,7 @@ def description(examples: Sequence[dict], loss_on: str) -> str:
 
 
 def demonstration_rows(
-    tokenizer: Tokenizer, examples: Sequence[dict], max_length: int, loss_on: str = "all"
+    tokenizer: Tokenizer, examples: Iterable[dict], max_length: int, loss_on: str = "all"
 ) -> list[Demonstration]:
     """Token rows of records; each ends with its stop token unless it had to be cut at `max_length` tokens in all. A
     conversation has one row, or more where the template writes earlier turns in another way; its later rows are left
@@ -232,9 +233,8 @@ def prepare_sft(config: SFTConfig, display: Display) -> tuple[Transformer, Token
     run = Run(config.out, identity(config, contents(examples)), config.resume)
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device, config=config, run=run)
     model.checkpointing = config.recompute
-    display.progress("examples", 0, len(examples))
-    rows = demonstration_rows(tokenizer, examples, model.config.max_positions, config.loss_on)
-    display.progress("examples", len(examples), len(examples))
+    taken = tracked(display, "examples", examples)
+    rows = demonstration_rows(tokenizer, taken, model.config.max_positions, config.loss_on)
     refuse_unknown_tokens(rows, model.active_vocab)
     cut = sum(row.lost > 0 for row in rows)
     too_long = f"; cut at {model.config.max_positions} tokens: {cut:,}" if cut else ""
