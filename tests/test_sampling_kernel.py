@@ -61,16 +61,13 @@ def uniform_by_hand(seed: int, sample: int, position: int) -> float:
 
 
 def kept_by_hand(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
-    """The ids that top-k, then top-p of what is left, then min-p leave, of equal logits those of smaller ids first; one
-    sort, one loop."""
-    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
+    """The ids that top-k, then top-p of what is left, then min-p leave, of equal logits those of smaller ids first; by
+    one sort."""
+    order = np.lexsort((np.arange(len(logits)), -logits))[: top_k or None]
     weights = np.exp(logits[order] - logits.max())
-    kept, before = [], 0.0
-    for i, weight in zip(order, weights, strict=True):
-        if before < top_p * weights.sum() and weight >= min_p:
-            kept.append(i)
-        before += weight
-    return np.array(sorted(kept))
+    before = np.cumsum(weights) - weights
+    inside = (before < top_p * weights.sum()) | (top_p == 1)
+    return np.sort(order[inside & (weights >= min_p)])
 
 
 def assert_drawn_from(
