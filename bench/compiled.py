@@ -128,12 +128,16 @@ def _inspect(launch: Launch, target: int, compiled) -> Compiled:
     return Compiled(name, launch.use, target, registers, compiled.metadata.shared, stack, spills, widest, loads)
 
 
-def compile_all(launches: list[Launch], targets=TARGETS, progress: Callable[[str], None] = lambda text: None):
-    """Every different kernel among the launches, for every target; [Compiled]. Disassembly runs beside compilation."""
+def compile_all(
+    launches: list[Launch], in_all_forms=TARGETS, progress: Callable[[str], None] = lambda text: None
+) -> list[Compiled]:
+    """Every kernel among the launches for every target: in all different forms for some targets, for the others in the
+    form of its first launch. Disassembly runs beside compilation."""
     seen, jobs = set(), []
+    first = {launch.kernel: launch for launch in reversed(launches)}
     with ThreadPoolExecutor(2) as pool:
         for launch in launches:
-            for target in targets:
+            for target in TARGETS if launch is first[launch.kernel] else in_all_forms:
                 compiled = compile_launch(launch, target)
                 if (target, compiled.hash) not in seen:
                     seen.add((target, compiled.hash))
@@ -263,8 +267,7 @@ def failures(rows: list[Compiled]) -> list[str]:
 def suite(args) -> dict:
     """Compile, print the table, return it for the JSON."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9 warns where it is not set
-    targets = TARGETS[1:2] if args.quick else TARGETS
-    rows = compile_all(record(uses()), targets, common.progress)
+    rows = compile_all(record(uses()), TARGETS[1:2] if args.quick else TARGETS, common.progress)
     print(show(rows))
     bad = failures(rows)
     print("\n".join(bad) or f"No spills, and 16-byte loads in every sweep over a row; {len(rows)} kernels.")
