@@ -4,8 +4,9 @@ completions.
 A prompt but for its last token is prefilled once and copied into the slot of each of its n completions; every sampled
 token, the first too, then comes from the same decode step. A slot that finishes is given to the next sample in the
 queue at once, or dropped from the batch, so nothing is computed for a completion that has ended. Random numbers are
-keyed by (seed, sample, position): a completion depends neither on the slots nor on the order of admission. The cache
-lives only during `generate`: weights that training changes are seen by the next call, and nothing stale can be.
+keyed by (seed, sample, position): a completion depends neither on the slots nor on the order of admission, but for the
+rounding of its log-probs, as a matrix library adds in another order for another number of rows. The cache lives only
+during `generate`: weights that training changes are seen by the next call, and nothing stale can be.
 
 Left out on purpose: prefix sharing inside the decode step (the copy costs less than gathering in PyTorch), speculative
 decoding, paging.

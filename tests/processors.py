@@ -23,12 +23,12 @@ NUMERIC = [
     *("kl", "reward_losses", "preferences", "prefer", "reward_model", "online_reward", "tabular", "kernels"),
     *("policy_loss_kernel", "sampling_kernel", "scan"),
 ]
-QUICK = ["exact"]
+QUICK, FEW = ["exact"], "windows or head"
 
 
-def command(names: list[str], *options: str) -> list[str]:
+def command(names: list[str], *options: str, chosen: str = "not triton") -> list[str]:
     files = [str(TESTS / f"test_{name}.py") for name in names]
-    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not triton", *options, *files]
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-n2", "-k", chosen, *options, *files]
 
 
 def run(name: str, setting: str, commands: list[list[str]]) -> bool:
@@ -49,9 +49,9 @@ def run(name: str, setting: str, commands: list[list[str]]) -> bool:
 def main() -> int:
     if "--quick" in sys.argv:
         chosen = {name: setting for name, setting in SETTINGS.items() if name != "default"}  # `make test` runs that
-        return not all([run(*setting, [command(QUICK, "-v", "-n2", "-k", "windows")]) for setting in chosen.items()])
-    passed = [run(*setting, [command(NUMERIC, "-v", "-n2", "--dist=worksteal")]) for setting in SETTINGS.items()]
-    halves = [command(NUMERIC[part::2], "-v", "-n2", "--dist=worksteal") for part in (0, 1)]
+        return not all([run(*setting, [command(QUICK, chosen=FEW)]) for setting in chosen.items()])
+    passed = [run(*setting, [command(NUMERIC, "--dist=worksteal")]) for setting in SETTINGS.items()]
+    halves = [command(NUMERIC[part::2], "--dist=worksteal") for part in (0, 1)]
     return not all([*passed, run("shared cores", "", halves)])
 
 

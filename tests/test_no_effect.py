@@ -62,6 +62,19 @@ IDLE = {
         "loss.surrogate is is_pg",
     ),
     "no kl": ({"kl_coef": 0.3, "kl_clamp": 0.1}, {}, ["loss.kl_coef", "loss.kl_clamp"], "loss.kl is none"),
+    "kl of weight 0": ({"kl": "k3"}, {}, ["loss.kl"], "loss.kl_coef is 0"),
+    "no wrong ones": (
+        {"opsm_delta": 0.0, "eps_low": 0.0},
+        {"advantage": "correct_only", "mini_batches": 2},
+        ["loss.opsm_delta", "loss.eps_low"],
+        "no advantage of correct_only is negative",
+    ),
+    "no group": (
+        {},
+        {"advantage": "reinforce", "baseline": "none", "truncation": "mask", "exclude_from_baseline": True},
+        ["exclude_from_baseline"],
+        "no completion is compared with the mean of its group",
+    ),
     "one model": ({"importance": "seq_mask"}, {}, ["loss.importance"], "its weights are 1"),
     "no weights": ({"importance_cap": 1.0}, {}, ["loss.importance_cap"], "loss.importance is none"),
     "no constant": ({"const_length": 9.0}, {}, ["loss.const_length"], "loss.aggregation is token_mean"),
@@ -108,6 +121,11 @@ def test_options_of_ppo_are_named_too():
     set_all = {"value_coef": 1.0, "gamma": 0.9, "mini_batches": 2}
     assert without_effect(PPOConfig("model", **set_all)) == ["value_coef (critic is own)"]
     assert without_effect(PPOConfig("model", **set_all, critic="shared")) == []
+    assert "value_clip" in " ".join(without_effect(PPOConfig("model", epochs=1, value_clip=0.05)))
+
+
+def test_how_to_sample_has_no_effect_on_what_is_stored():
+    assert "top_p, stop (stored" in " ".join(without_effect(config(data="stored.jsonl", top_p=0.5, stop=("x",))))
 
 
 def test_what_corrects_for_another_policy_acts_where_there_is_one():

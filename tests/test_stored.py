@@ -222,6 +222,9 @@ def test_log_probs_are_compared_at_their_own_temperature_only(stored, write, che
         for text, ids in tokens.items()
     ]
     assert stored(write(lines)).logprobs
+    unknown = write([{name: x for name, x in line.items() if name != "logprobs"} for line in lines])
+    with pytest.raises(InputError, match=r"loss.importance = token_mask: the lines of .* have no 'logprobs'"):
+        stored(unknown, loss=PolicyLoss(importance="token_mask"))
     cooler = write([line | {"temperature": 0.5} for line in lines])
     with pytest.raises(InputError, match=r"temperature = 1: the logprobs in .* are those at 0.5"):
         stored(cooler)

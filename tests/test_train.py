@@ -1055,7 +1055,8 @@ SOME_AGREE = replace(TASK, rewards={"seven": (1.0, seven_after_even)})
 
 
 def test_the_entropy_of_a_step_is_that_of_all_that_was_sampled(make):
-    """Of groups without a signal too; estimated from the sampler, or exact where the policy was scored beforehand."""
+    """Of groups without a signal too, and of those that dynamic sampling does not train on; estimated from the sampler,
+    or exact where the policy was scored beforehand."""
     trainer = make(task=SOME_AGREE, shown=0)
     rollout = trainer.collect(0)
     signal = [bool(group.std() > 0) for group in rollout.rewards.view(4, 6)]
@@ -1070,6 +1071,8 @@ def test_the_entropy_of_a_step_is_that_of_all_that_was_sampled(make):
     metrics = before.step(0)
     assert metrics["entropy"] == pytest.approx(np.mean([e for row in exact for e in row]), abs=1e-4)
     assert metrics["entropy"] != pytest.approx(metrics["trained/entropy"], abs=1e-4)
+    dynamic = make(task=SOME_AGREE, mini_batches=2, shown=0, dynamic_sampling=True, max_gen_batches=1)
+    assert dynamic.step(0)["entropy"] == pytest.approx(-np.mean(drawn), abs=1e-5)
 
 
 @torch.no_grad()
@@ -1087,6 +1090,31 @@ def test_the_kl_to_the_reference_of_a_step_is_that_of_all_that_was_sampled(make)
     metrics = trainer.step(1)
     assert metrics["kl_ref/k3"] == pytest.approx(((-d).exp() + d - 1).mean().item(), rel=1e-4) and d.abs().max() > 0.01
     assert metrics["kl_ref/seq_k1"] == pytest.approx(d.sum().item() / 24, rel=1e-3)
+
+
+@pytest.mark.parametrize("adaptive", ["none", "ziegler"])
+def test_in_bf16_a_policy_that_is_its_reference_has_no_kl_to_it(adaptive, make):
+    """The sampler's log-probs differ from the trainer's by rounding, which is no KL."""
+    loss = PolicyLoss(kl="k3", kl_coef=0.1, aggregation="seq_mean")
+    metrics = make(loss=loss, dtype="bfloat16", adaptive_kl=adaptive).step(0)
+    assert metrics["kl_ref/k3"] == metrics["kl_ref/k1"] == 0.0
+    assert metrics.get("beta/kl", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("settings", [{"exclude_from_baseline": True}, {}])
+def test_a_group_that_can_train_nothing_is_not_mixed(settings, make, monkeypatch):
+    """Completions 2, 3 and 5 of the written group are cut; with them excluded, or all cut, no difference is left."""
+    trainer = make(prompts=1, truncation="mask", **settings)
+    rollout = written(monkeypatch, trainer)
+    assert rollout.truncated.any() and not rollout.truncated.all()
+    verdicts = torch.zeros(6)
+    verdicts[rollout.truncated] = 1.0
+    monkeypatch.setattr(trainer, "verdicts", lambda rollout: verdicts.tolist())
+    assert trainer.mixed_groups(rollout) == ([] if settings else [0])
+    for completion in rollout.completions:
+        completion.finish_reason = "length"
+    verdicts[0] = 1 - verdicts[1]
+    assert trainer.mixed_groups(rollout) == []
 
 
 def test_the_updates_of_a_step_end_by_the_kl_of_all_tokens(make):

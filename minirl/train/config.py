@@ -56,8 +56,8 @@ class PolicyConfig:
     truncation: Literal["keep", "mask", "penalty"] = "keep"
     """A completion cut at max_tokens keeps its reward, leaves the loss, or pays `truncation_penalty`."""
     truncation_penalty: float = 0.5
-    """What truncation=penalty subtracts from the reward: half of what a rule of 0 and 1 pays, so that what is right and
-    cut stays above what is wrong."""
+    """What truncation=penalty subtracts from the reward, as a share of what being right pays: half of it,
+    so that what is right and cut stays above what is wrong."""
     exclude_from_baseline: bool = False
     """truncation=mask: completions that leave the loss leave the means and deviations of the rewards too."""
     overlong_cache: int = 0
@@ -101,7 +101,7 @@ class PolicyConfig:
     system: str | None = None
     """System message of the prompts whose messages have none."""
     slots: int = 64
-    """Completions sampled at a time: a memory knob that changes no completion."""
+    """Completions sampled at a time: a memory knob that changes no token, and log-probs by rounding at most."""
     micro_batch_tokens: int = 4096
     """Tokens in one training forward: a memory knob that changes no gradient."""
     warmup: int = 0

@@ -123,10 +123,15 @@ class GRPO(PolicyTrainer):
         return rollout
 
     def mixed_groups(self, rollout: Rollout) -> list[int]:
-        """The groups with different accuracies."""
-        groups = torch.tensor(self.verdicts(rollout)).view(-1, rollout.group_size)
+        """The groups with different accuracies among the completions that are compared, and one at least that counts in
+        the loss."""
+        compared = ~rollout.rewards.isnan()
+        if self.config.exclude_from_baseline:
+            compared &= ~rollout.truncated
+        groups = torch.tensor(self.verdicts(rollout)).masked_fill(~compared, torch.nan).view(-1, rollout.group_size)
         spread = groups.nan_to_num(-torch.inf).amax(1) - groups.nan_to_num(torch.inf).amin(1)
-        return (spread > 1e-8).nonzero().flatten().tolist()
+        counted = self.counted(rollout).view(-1, rollout.group_size).any(1)
+        return ((spread > 1e-8) & counted).nonzero().flatten().tolist()
 
     def right(self, rollout: Rollout) -> torch.Tensor:
         """1 where the task's rule says so, whatever else is paid, else 0 [B]; of stored completions their reward."""

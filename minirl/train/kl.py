@@ -49,9 +49,8 @@ class KLWeight:
             return {}
         target = c.kl_target or TARGETS[c.adaptive_kl]
         if c.adaptive_kl == "ziegler":
-            logp = batch.rollout_logp if batch.old_logp is None else batch.old_logp
             rows = batch.sampled.any(1)
-            kl = torch.where(batch.sampled, logp - batch.ref_logp, 0).sum(1)[rows].mean().item()
+            kl = torch.where(batch.sampled, batch.old_logp - batch.ref_logp, 0).sum(1)[rows].mean().item()
             new = adaptive_kl_ziegler(used, kl, episodes=int(rows.sum()), target=target, horizon=c.kl_horizon)
         else:  # KL(π_old‖π_θ) from samples of π_old
             tokens = k3(batch.old_logp - score())[0]

@@ -45,6 +45,19 @@ def _same_policy(c: PolicyConfig, drift: bool) -> str:
     return "" if drift else "sampler and trainer are one model, so that its weights are 1"
 
 
+def _no_group_mean(c: PolicyConfig, drift: bool) -> str:
+    """Say that no completion is compared with the mean of its group, so that none can be left out of it."""
+    advantage, baseline = _value(c, "advantage"), _value(c, "baseline")
+    grouped = advantage not in (None, "reinforce", "reinforce_pp", "correct_only")  # None: PPO has no such choice
+    grouped |= advantage == "reinforce" and baseline == "group_mean"
+    return "" if grouped else "no completion is compared with the mean of its group"
+
+
+def _never_negative(c: PolicyConfig, drift: bool) -> str:
+    """Say that what concerns negative advantages alone has none to act on."""
+    return "no advantage of correct_only is negative" if _value(c, "advantage") == "correct_only" else ""
+
+
 NO_EFFECT = (  # options, and why they change nothing by the config and `drift` (see below); empty where they act
     ("loss.ratio_level", lambda c, drift: "" if c.loss.ratio_level == "none" else _one_ratio(c)),
     ("loss.surrogate loss.w_min loss.w_max", _weights),
@@ -60,6 +73,7 @@ NO_EFFECT = (  # options, and why they change nothing by the config and `drift` 
         _unless("loss.importance", "token_truncate", "seq_truncate", "token_mask", "seq_mask", "geo_mask"),
     ),
     ("loss.importance_floor", _unless("loss.importance", "token_mask", "seq_mask", "geo_mask")),
+    ("loss.kl loss.kl_clamp", lambda c, drift: "" if c.loss.kl_coef else "loss.kl_coef is 0"),
     ("loss.kl_coef loss.kl_clamp", _unless("loss.kl", "k2", "k3", "k3_is")),
     ("loss.const_length", _unless("loss.aggregation", "seq_sum_const")),
     ("kl_target", _unless("adaptive_kl", "ziegler", "ppo_penalty")),
@@ -68,6 +82,10 @@ NO_EFFECT = (  # options, and why they change nothing by the config and `drift` 
     ("overlong_penalty", lambda c, drift: "" if c.overlong_cache else "overlong_cache is 0"),
     ("max_gen_batches", _unless("dynamic_sampling", True)),
     ("value_coef", _unless("critic", "shared")),
+    ("value_clip", lambda c, drift: "the critic stands where it stood in a single update" if _single(c) else ""),
+    ("exclude_from_baseline", _no_group_mean),
+    ("loss.eps_low loss.dual_clip loss.opsm_delta", _never_negative),
+    ("top_k top_p min_p stop", lambda c, drift: "stored completions are not sampled, evaluation is" if c.data else ""),
     ("baseline", _unless("advantage", "reinforce")),
     ("gamma", _unless("advantage", "reinforce", "reinforce_pp", None)),  # None: PPO has no such choice
     (

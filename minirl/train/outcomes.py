@@ -79,7 +79,7 @@ class SampleConfig:
     system: str | None = None
     """System message of the prompts whose messages have none."""
     slots: int = 64
-    """Completions sampled at a time: a memory knob that changes no completion."""
+    """Completions sampled at a time: a memory knob that changes no token, and log-probs by rounding at most."""
     seed: int = 0
     """Same seed, same completions."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

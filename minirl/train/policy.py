@@ -219,6 +219,8 @@ class PolicyTrainer:
         """Of everything that was sampled for a step, also how far reward models agree with the rule."""
         labels, stats = torch.tensor(self.verdicts(rollout), dtype=torch.float64), rollout.metrics()
         stats |= verdict_metrics(labels, rollout)
+        if not self.stored:  # E[−log π]; of stored completions it would be that of another policy
+            stats["entropy"] = float(np.mean([-logp for c in rollout.completions for logp in c.logprobs]))
         for i, judge in enumerate(self.judges):
             found = agreement(torch.tensor(rollout.parts[judge.name]), labels, rollout.group_ids)
             stats |= {f"reward_model{i or ''}/{name}": value for name, value in found.items()}
@@ -251,7 +253,7 @@ class PolicyTrainer:
             penalty = torch.from_numpy(overlong_penalty(rollout.lengths, c.max_tokens, c.overlong_cache))
             rollout.rewards += c.overlong_penalty * self.pay * penalty
         if c.truncation == "penalty":
-            rollout.rewards -= c.truncation_penalty * rollout.truncated
+            rollout.rewards -= c.truncation_penalty * self.pay * rollout.truncated
         return rollout
 
     def sample(self, number: int, steps: bool) -> Rollout:
@@ -307,7 +309,7 @@ class PolicyTrainer:
         if self.stored is None or self.stored.logprobs:
             reported = torch.zeros(present.shape, device=device)
             reported[present] = torch.tensor([lp for x in rollout.completions for lp in x.logprobs], device=device)
-        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl == "ppo_penalty" or reported is None:
+        if c.epochs * c.mini_batches > 1 or c.kl_in_reward or c.adaptive_kl != "none" or reported is None:
             old, entropy = score_with_entropy(self.model, rows, c.micro_batch_tokens, c.temperature)
         if self.reference is not None:
             ref = self.score(self.reference, rows)
@@ -368,7 +370,7 @@ class PolicyTrainer:
         names = dict.fromkeys(name for metrics in updates for name in metrics)
         means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
         means["trained_tokens"] = sum(m["trained_tokens"] for m in updates)
-        means |= self.sampled_metrics(batch) | self.advantage_metrics(rollout, batch)
+        means |= self.sampled_metrics(rollout, batch) | self.advantage_metrics(rollout, batch)
         means |= {"lr": self.rate(step, c.lr), "updates": len(updates), "skip_step": skipped}
         return means | self.kl.adapt(batch, self.optimizer.steps > before, lambda: self.score(self.model, batch.rows))
 
@@ -380,22 +382,24 @@ class PolicyTrainer:
         spread = {"mean": A.mean(), "std": A.std(correction=0), "min": A.min(), "max": A.max()}
         return {f"adv/{name}": value.item() for name, value in spread.items()}
 
-    def sampled_metrics(self, batch: Batch) -> dict[str, float]:
-        """Entropy and KL to the reference over every token that was sampled, with a gradient or without.
+    def sampled_metrics(self, rollout: Rollout, batch: Batch) -> dict[str, float]:
+        """Entropy and KL to the reference over every token of the batch, with a gradient or without, as far as the
+        policy was scored before the update.
 
-        The entropy is exact where the policy was scored before the update; else it is E[−log π], the mean of −log π of
-        the tokens drawn. Of stored completions, which another policy drew, only scores tell anything.
+        Where it was not, the entropy is the estimate of `statistics`, and the KL is in the loss, which measures it: the
+        sampler's log-probs differ from the trainer's by rounding, in bf16 by more than a small KL. Dynamic sampling
+        trains on a part of what it samples, so there the estimate stands in any case.
         """
-        drawn = batch.rollout_logp if self.stored is None else None
-        logp = drawn if batch.old_logp is None else batch.old_logp
-        if logp is None:
-            return {}
-        at = batch.sampled
-        found = {"entropy": (-logp if batch.entropy is None else batch.entropy)[at].double().mean()}
+        estimate = {name: value for name, value in rollout.stats.items() if name == "entropy"}
+        if batch.old_logp is None:
+            return estimate
+        at, found = batch.sampled, {}
+        if not getattr(self.config, "dynamic_sampling", False):
+            found["entropy"] = batch.entropy[at].double().mean()
         if batch.ref_logp is not None:
-            d = torch.where(at, logp - batch.ref_logp, 0).double()
+            d = torch.where(at, batch.old_logp - batch.ref_logp, 0).double()
             found |= {"kl_ref/k1": d[at].mean(), "kl_ref/k3": k3(d[at])[0].mean(), "kl_ref/seq_k1": d.sum(1).mean()}
-        return {name: value.item() for name, value in found.items()}
+        return estimate | {name: value.item() for name, value in found.items()}
 
     def mini_batches(self, step: int, groups: int) -> Iterator[list[int]]:
         """The rows of each update."""

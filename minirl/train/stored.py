@@ -74,6 +74,11 @@ class Stored:
         """`triples` from `read_triples`; what is longer than the model's positions is left out."""
         self.config, self.groups, self.short, self.too_long = config, [], 0, 0
         self.logprobs, longest, group = "logprobs" in triples[0], model.max_positions, config.group
+        if config.loss.importance != "none" and not self.logprobs:
+            raise InputError(
+                f"loss.importance = {config.loss.importance}: the lines of {config.data} have no 'logprobs' of "
+                "the policy that sampled them: store them, or take none"
+            )
         if self.logprobs and triples[0]["temperature"] != config.temperature:
             raise InputError(
                 f"temperature = {config.temperature:g}: the logprobs in {config.data} are those at "
