@@ -21,7 +21,7 @@ from minirl.evaluate import evaluate
 from minirl.files import contents
 from minirl.kernels.per_token import k3
 from minirl.model import Transformer
-from minirl.rewards import RewardError, load_reward
+from minirl.rewards import load_reward
 from minirl.rewards.model import RewardModel
 from minirl.rewards.rules import Reward, overlong_penalty
 from minirl.rollout import Rollout, sample, task_guarded, task_rewards
@@ -34,7 +34,7 @@ from minirl.train.no_effect import without_effect
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.preview import Disk, disk_of, marked_prompt, marked_row, show_disk
-from minirl.train.prompts import Prompts, measure, rendered
+from minirl.train.prompts import Prompts, judged_lengths, measure, rendered, training_place
 from minirl.train.run import (
     Display,
     Part,
@@ -128,23 +128,41 @@ class PolicyTrainer:
         """A reward model beside the policy."""
         weight, model = reward
         model.model.to(self.model.device)
-        self._refuse_short(name, model)
-        for of_prompts in ("template_variables", "system", "now"):  # it reads the conversation that the policy answered
+        for of_prompts in ("template_variables", "system"):  # it reads the conversation that the policy answered
             setattr(model.tokenizer, of_prompts, getattr(self.tokenizer, of_prompts))
+        self.run.keep_date(model.tokenizer)  # also where the policy's template reads none
+        self._refuse_short(name, model)
         judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
         if self._learned:
             judge.restore(self.run, REWARD_MODEL)
         return judge
 
     def _refuse_short(self, name: str, judge: RewardModel) -> None:
-        """A reward model must be able to read the longest prompt with the longest completion."""
-        most, limit = self.model.config.max_positions, judge.model.config.max_positions
-        longest = int(self.prompts.lengths.max(initial=0)) if self.prompts else 0
-        if min(longest + self.config.max_tokens, most) > limit:
+        """A reward model must be able to read each prompt, as its own template writes it, with the longest completion
+        that the policy's context leaves room for."""
+        about = judge.tokenizer, judge.model.config, self.display
+        lengths, limit = judged_lengths(self.prompts, name, self.task, *about), judge.model.config.max_positions
+        whole = lengths + self.longest_completions
+        worst = int(whole.argmax())
+        if whole[worst] > limit:
+            place = training_place(self.prompts.examples[worst], worst, self.task)
             raise InputError(
-                f"reward {name!r} was made for {limit} tokens, and a prompt of {longest} tokens with a completion of "
-                f"max_tokens = {self.config.max_tokens} has more: lower --max-tokens, or take another model"
+                f"{place}: reward {name!r} was made for {limit} tokens, and a prompt of {lengths[worst]} tokens with a "
+                f"completion of max_tokens = {self.config.max_tokens} has more: lower --max-tokens, or take another "
+                "model"
             )
+
+    @property
+    def longest_completions(self) -> np.ndarray:
+        """Tokens [N] that a completion of each training prompt may have."""
+        return np.minimum(self.config.max_tokens, self.prompts.room - self.prompts.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt with its completion may have, sampled or stored."""
+        if self.stored:
+            return max(len(prompt) + len(c.tokens) for prompt, lines in self.stored.groups for _, c in lines)
+        return int((self.prompts.lengths + self.longest_completions).max())
 
     def _load_reference(self) -> Transformer:
         """The checkpoint that the run started from, or the policy of the last reset."""
@@ -162,11 +180,11 @@ class PolicyTrainer:
         started = time.perf_counter()
         try:
             rollout = self.collect(step)
-        except RewardError as error:
+        except InputError as error:
             if step == self.run.start:
                 raise
             self.save(step)  # nothing of this step has reached the model
-            raise RewardError(
+            raise type(error)(
                 f"{error}; the {step} steps before it are saved: add --resume to go on from there"
             ) from None
         sampled = time.perf_counter()

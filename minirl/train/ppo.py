@@ -108,6 +108,7 @@ class PPO(PolicyTrainer):
         saved = run.checkpoint / "critic" if run.checkpoint else None
         source = (saved or config.critic_from or config.model) if config.critic == "own" else None
         self.critic = Critic(self.model, source, config.value_clip, config.value_coef, config.weight_decay)
+        self.critic.refuse_short(self.longest, source)
         if saved:
             if config.critic == "shared":
                 self.critic.restore_head(saved)

@@ -16,7 +16,7 @@ from minirl.files import place_of
 from minirl.model import ModelConfig
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
-from minirl.train.run import Display
+from minirl.train.run import Display, tracked
 from minirl.train.sft import named
 
 
@@ -91,6 +91,22 @@ def measure(
     for line in prompts.remarks("training" if side == "train" else "held-out", config.max_tokens):
         display.line(line)
     return prompts
+
+
+def judged_lengths(
+    prompts: Prompts, reward: str, task: Task, tokenizer: Tokenizer, model: ModelConfig, display: Display
+) -> np.ndarray:
+    """Tokens [N] of the training prompts as a reward model's own tokenizer and template write them; an InputError names
+    the reward and the place of one that it refuses."""
+    with named(f"reward {reward!r}"):
+        places = (training_place(example, i, task) for i, example in enumerate(prompts.examples))
+        taken = zip(tracked(display, "prompts", prompts.examples), places, strict=True)
+        return np.array([_length(example, tokenizer, model, place) for example, place in taken], dtype=np.int32)
+
+
+def training_place(example: dict, i: int, task: Task) -> str:
+    """Name the place of training prompt i for a sentence."""
+    return place_of(example, f"prompt {i} of task {task.name}")
 
 
 def rendered(example: dict, tokenizer: Tokenizer, place: str) -> list[int]:
