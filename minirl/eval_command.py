@@ -22,7 +22,7 @@ from minirl.rewards import load_reward
 from minirl.rollout import Rollout
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
-from minirl.train.prompts import measure
+from minirl.train.prompts import measure, show_notes
 from minirl.train.run import (
     identity,
     load,
@@ -113,8 +113,8 @@ def evaluation(c: EvalConfig) -> None:
     task, models = _evaluation_task(c), [c.model, c.compare] if c.compare else [c.model]
     records, results, folder = [], [], None
     with RichDisplay(Console(stderr=c.json)) as display:  # stdout is for the numbers
-        for note in () if c.scorer else task.notes:
-            display.line(note)
+        if not c.scorer:
+            show_notes(task, display)
         task, loaded = _completable(c, task, models, display)
         about = {"config": identity(c, contents(task.heldout)), "versions": _versions()}
         for i, model in enumerate(models, 1):

@@ -7,8 +7,9 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
-from tiny import ALPHABET, tiny_checkpoint
+from tiny import ALPHABET, tiny_checkpoint, tiny_model
 
 from minirl import cli, commands
 from minirl.check import CHECKS
@@ -16,10 +17,13 @@ from minirl.display import RichDisplay
 from minirl.files import write_json
 from minirl.report import report
 from minirl.tokenizer import Tokenizer
+from minirl.train import rft
 from minirl.train.batch import Row
 from minirl.train.grpo import GRPO, GRPOConfig
+from minirl.train.optimizer import AdamW, state_bytes
 from minirl.train.policy import prepare_policy
 from minirl.train.ppo import PPO, PPOConfig
+from minirl.train.prefer import Prefer
 from minirl.train.preview import marked, marked_prompt, marked_row
 from minirl.train.run import FORMAT, Display
 
@@ -198,19 +202,49 @@ def test_the_size_of_a_checkpoint_is_that_of_the_files_it_will_have(kind, config
 
 
 def test_a_disk_that_holds_no_checkpoint_is_said_before_the_first_step(capsys, monkeypatch):
+    """And before the long work that comes before it, in a run as in a check of one."""
+
+    def no_work(*args, **options):
+        raise AssertionError("the disk comes first")
+
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**6, 0, 10**4))
-    for command in ("grpo", "sft", "prefer", "reward"):
-        said = refused(capsys, command, *COMMANDS[command].split())
-        assert "not enough for one checkpoint: free some space" in said
+    for check in ([], ["check"]):
+        for command in ("grpo", "ppo", "sft", "prefer", "reward", "rft"):
+            if not check:
+                monkeypatch.setattr(Prefer, "start", no_work)
+                monkeypatch.setattr(rft, "sample_and_check", no_work)
+            said = refused(capsys, *check, command, *COMMANDS[command].split())
+            assert "not enough for one checkpoint: free some space" in said
 
 
 def test_a_disk_that_will_be_too_small_is_said(capsys, monkeypatch):
     size = written("model")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**9, 0, int(4.5 * size)))  # 3 a checkpoint
     args = [*COMMANDS["sft"].split(), "--steps", "4", "--save-every", "1"]
-    assert "disk: " in refused(capsys, "check", "sft", *args)
-    cli.main(["sft", *args, "--out", "run"])
-    assert "too few in the end: free some, or save less often" in capsys.readouterr().out
+    for words in (["check", "sft"], ["sft", "--out", "run"]):  # a check has no rule of its own
+        cli.main([*words, *args])
+        said = capsys.readouterr().out
+        assert "not enough for all of them in the end: free some space, or raise --save-every" in said
+        assert said.count("disk: ") == 1 and "(3 checkpoints of" in said
+    cli.main(["check", "sft", *args, "--save-every", "4", "--out", "other"])
+    said = capsys.readouterr().out
+    assert "(1 checkpoint of" in said and "in the end" not in said
+
+
+@pytest.mark.parametrize("command", ["outcomes", "rft", "grpo", "ppo"])
+def test_a_check_says_what_the_task_says(command, capsys):
+    lines = [{"prompt": f"{i}+1=", "answer": "x" if i else "1"} for i in range(9)]
+    Path("task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = checked(capsys, command, "--task", "task.jsonl:heldout_fraction=0.3")
+    assert said.count("8 of 9 answers are no numbers") == 1
+
+
+def test_the_state_of_an_optimizer_has_as_many_bytes_as_are_said():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model().to(dtype)
+        model.lm_head.requires_grad_(False)
+        held = AdamW(model).state_dict().values()
+        assert state_bytes(model) == sum(t.numel() * t.element_size() for t in held)
 
 
 # --- format ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
 from minirl.tokenizer import Tokenizer
-from minirl.train.prompts import measure
+from minirl.train.prompts import measure, show_notes
 from minirl.train.run import (
     Display,
     interruptible,
@@ -271,8 +271,7 @@ def write_outcomes(config: OutcomesConfig, display: Display | None = None) -> li
     display, out = display or Display(), Path(config.out)
     refuse_existing(out)
     task = parse_task(config.task)
-    for note in task.notes:
-        display.line(note)
+    show_notes(task, display)
     model, tokenizer = load(config.model, config.dtype, config.device, config=config)
     groups, stopped = sample_and_check(model, tokenizer, task, config, display)
     labels, pairs = [], []

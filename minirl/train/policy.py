@@ -34,7 +34,7 @@ from minirl.train.no_effect import without_effect
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.preview import Disk, disk_of, marked_prompt, marked_row, show_disk
-from minirl.train.prompts import Prompts, judged_lengths, measure, rendered, training_place
+from minirl.train.prompts import Prompts, judged_lengths, measure, rendered, show_notes, training_place
 from minirl.train.run import (
     Display,
     Part,
@@ -89,11 +89,11 @@ class PolicyTrainer:
         return train, replace(task, train=train.examples if train else [], heldout=heldout.examples)
 
     @property
-    def saved(self) -> list[torch.nn.Module | AdamW]:
-        """The models and optimizers that a checkpoint holds."""
+    def saved(self) -> list[torch.nn.Module]:
+        """The models that a checkpoint holds, with the optimizers of those that are trained."""
         reset, refreshed = self.config.ref_reset_every > 0, self.config.refresh.every > 0
-        judge = [self.judges[0].reward.model, self.judges[0].optimizer] if refreshed else []
-        return [self.model, self.optimizer, *([self.reference] if reset else []), *judge]
+        judge = [self.judges[0].reward.model] if refreshed else []
+        return [self.model, *([self.reference] if reset else []), *judge]
 
     def example(self) -> list[Part]:
         """The first prompt that is trained on, with the completion that it is given or stands for one to be sampled."""
@@ -445,7 +445,7 @@ class PolicyTrainer:
         """What the run will write."""
         c = self.config
         finished = [self.model, *([self.judges[0].reward.model] if c.refresh.every else [])]
-        return disk_of(self.run, self.saved, finished, -(-c.steps // c.save_every))
+        return disk_of(self.run, self.saved, c.steps, c.save_every, finished)
 
     def evaluate(self, first: bool = False) -> dict[str, float]:
         """`first`: before anything is trained, so that what is wrong may end the run."""
@@ -536,8 +536,7 @@ def prepare_policy(
     data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
     run = Run(config.out, identity(config, data), config.resume)
     run.resumable = not given
-    for note in task.notes:
-        display.line(note)
+    show_notes(task, display)
     trainer = kind(config, run, display, task, stored)
     drift = trainer.stored.logprobs if trainer.stored else trainer.model.dtype != torch.float32
     if said := without_effect(config, drift):

@@ -21,7 +21,6 @@ from minirl.rollout import Rollout
 from minirl.tasks import Task
 from minirl.train.config import PolicyConfig, common_defaults, presets, refuse_preset
 from minirl.train.critic import Critic
-from minirl.train.optimizer import AdamW
 from minirl.train.policy import PolicyTrainer, train_policy
 from minirl.train.run import Display, Run, refuse_negative, refuse_not_positive
 from minirl.train.step import Batch, accumulate
@@ -115,9 +114,8 @@ class PPO(PolicyTrainer):
             run.restore(self.critic.optimizer, "critic")
 
     @property
-    def saved(self) -> list[torch.nn.Module | AdamW]:
-        own = self.config.critic == "own"
-        return [*super().saved, self.critic.trunk if own else self.critic.head, self.critic.optimizer]
+    def saved(self) -> list[torch.nn.Module]:
+        return [*super().saved, self.critic.trunk if self.critic.own else self.critic.head]
 
     def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
         c = self.config

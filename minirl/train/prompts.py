@@ -93,6 +93,12 @@ def measure(
     return prompts
 
 
+def show_notes(task: Task, display: Display) -> None:
+    """Say what a person should know of a task."""
+    for note in task.notes:
+        display.line(note)
+
+
 def judged_lengths(
     prompts: Prompts, reward: str, task: Task, tokenizer: Tokenizer, model: ModelConfig, display: Display
 ) -> np.ndarray:

@@ -329,7 +329,7 @@ def fit(model, tokenizer, train: list[Line], heldout: list[Line], config: Reward
     optimizer, prompts = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95)), np.array(prompts_of(train))
     if run.checkpoint:
         run.restore(optimizer)
-    show_disk(disk_of(run, [model, optimizer], [model], -(-steps // config.save_every)), display)
+    show_disk(disk_of(run, [model], steps, config.save_every), display)
     if run.start == 0:
         before = evaluate(model, heldout, config) if heldout else {}
         display.line(f"before: {len(train)} lines to train on, {len(heldout)} held out{heldout_line(before)}")
