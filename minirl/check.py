@@ -28,7 +28,7 @@ from minirl.train.preview import disk_of, marked, marked_row, show_disk
 from minirl.train.prompts import measure, show_notes
 from minirl.train.reward import RewardConfig, prepare_reward
 from minirl.train.rft import RFTConfig
-from minirl.train.run import Run, identity, load
+from minirl.train.run import Run, holds_run, identity, load
 from minirl.train.sft import SFTConfig, loss_mask, prepare_sft
 
 TRIED = 64  # tokens of the completion that is tried, at most
@@ -55,8 +55,11 @@ def check(look: Callable) -> Callable:
     """The check of a command from the function that looks at its config."""
 
     def command(config) -> None:
-        if getattr(config, "resume", False):
-            raise InputError("check looks at a run before it begins: leave --resume away")
+        if hasattr(config, "resume") and holds_run(config.out):
+            raise InputError(
+                f"check looks at a run before it begins, and {config.out} already holds one: choose another --out, or "
+                "go on with that run by its own command and --resume"
+            )
         with Timed() as display:
             look(config, display)
             for stage, count in display.counts.items():

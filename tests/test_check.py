@@ -122,7 +122,8 @@ def test_stored_completions_are_shown_and_nothing_is_sampled(capsys):
     ("args", "words"),
     [
         (["check"], "needs a command to look at"),
-        (["check", "report", "--run", "x"], "needs a command to look at"),
+        (["check", "report", "--run", "x"], "minirl check does not look at 'report': choose from sft, rft,"),
+        (["check", "grp", *POLICY.split()], "minirl check knows no command 'grp' (did you mean 'grpo'?)"),
         (["check", "grpo", *POLICY.split(), "--rewards", "lenght=1"], "reward 'lenght' is unknown"),
         (["check", "sft", "--model", "model", "--data", "nothing.jsonl"], "nothing.jsonl"),
         (["check", "grpo", *POLICY.split(), "--stop", "x", "--slots", "0"], "slots = 0"),
@@ -135,8 +136,43 @@ def test_a_check_fails_as_the_run_would(args, words, capsys):
 def test_a_run_that_goes_on_is_not_checked(capsys):
     cli.main(["sft", *COMMANDS["sft"].split(), "--steps", "1"])
     capsys.readouterr()
-    assert "leave --resume away" in refused(capsys, "check", "sft", "--resume")
-    assert "already holds a run" in refused(capsys, "check", "sft", *COMMANDS["sft"].split())
+    said = {refused(capsys, "check", "sft", *more) for more in (["--resume"], COMMANDS["sft"].split())}
+    assert (
+        len(said) == 1 and "runs/sft already holds one: choose another --out" in said.pop()
+    )  # not from one to another
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_a_check_says_how_it_is_used(flag, capsys):
+    cli.main(["check", flag])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: minirl check COMMAND") and ", ".join(CHECKS) in said
+
+
+# --- before the first step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["grpo", "ppo"])
+def test_a_step_of_more_prompts_than_there_are_is_said(command, capsys):
+    lines = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+    Path("task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spec = ["--task", "task.jsonl:heldout_fraction=0.5"]
+    said = "there are only 2 training prompts, so a step samples some of them more than once"
+    assert f"prompts = 3: {said}" in checked(capsys, command, *spec, "--prompts", "3")
+    assert said not in checked(capsys, command, *spec, "--prompts", "2")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_before_the_first_step_says_that_nothing_was_written(command, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", interrupted)
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, *COMMANDS[command].split()])
+    assert stop.value.code == 130 and files() == before
+    assert capsys.readouterr().out.endswith("stopped before the first step; nothing was written\n")
 
 
 # --- one example -----------------------------------------------------------------------------------------------------

@@ -68,6 +68,9 @@ class PolicyTrainer:
         source = run.checkpoint or config.model
         self.model, self.tokenizer = load(source, config.dtype, config.device, config=config, run=run)
         self.prompts, self.task = self._measured(task, bool(stored))
+        if self.prompts and config.prompts > len(self.task.train):
+            count = f"prompts = {config.prompts}: there are only {len(self.task.train)} training prompts"
+            display.line(f"{count}, so a step samples some of them more than once")
         self.stored = Stored(stored, self.tokenizer, self.model.config, config, display) if stored else None
         self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
         self.judges = [self._judge(*item) for item in self.rewards.items() if isinstance(item[1][1], RewardModel)]
