@@ -74,10 +74,7 @@ def measure(
             kept.append(example)
             lengths.append(length)
         elif config.overlong_prompts == "stop":
-            raise InputError(
-                f"{place}: its prompt has {length} tokens and the context holds {model.max_positions}, so there is no "
-                "room for a completion: shorten it, or give --overlong-prompts drop"
-            )
+            raise no_room(length, model.max_positions, place)
     else:
         i = len(examples)
     display.progress("prompts", total, total)
@@ -113,6 +110,14 @@ def judged_lengths(
 def training_place(example: dict, i: int, task: Task) -> str:
     """Name the place of training prompt i for a sentence."""
     return place_of(example, f"prompt {i} of task {task.name}")
+
+
+def no_room(length: int, limit: int, place: str) -> InputError:
+    """Make the error for a prompt that leaves no room for a completion, where none shall be dropped."""
+    return InputError(
+        f"{place}: its prompt has {length} tokens and the context holds {limit}, so there is no room for a completion: "
+        "shorten it, or give --overlong-prompts drop"
+    )
 
 
 def rendered(example: dict, tokenizer: Tokenizer, place: str) -> list[int]:
