@@ -55,8 +55,8 @@ class EvalConfig:
     compare: str | None = None
     """A second checkpoint, on the same prompts with the same seeds: the differences have intervals of their own."""
     task: str = "arithmetic"
-    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
-    arithmetic:op=product,digits=2"""
+    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym, or a file (JSONL, Parquet), folder or name of
+    a data set, with options after a colon: arithmetic:op=product,digits=2"""
     scorer: str | None = None
     """Score by another rule than the task's, one that training never used: its name, or file.py:function. Votes of
     maj@k are the task's answers all the same."""

@@ -49,8 +49,8 @@ class SampleConfig:
     model: str
     """Checkpoint: a Hugging Face directory or hub id."""
     task: str = "arithmetic"
-    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
-    arithmetic:op=product,digits=2"""
+    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym, or a file (JSONL, Parquet), folder or name of
+    a data set, with options after a colon: arithmetic:op=product,digits=2"""
     out: str = "runs/samples"
     """Folder of what is written."""
     prompts: int | None = None

@@ -33,8 +33,8 @@ class PPOConfig(PolicyConfig):
     out: str = "runs/ppo"
     """Folder of the run."""
     preset: str | None = None
-    """ppo or ppo_penalty: on the command line it sets the loss and its KL; in Python pass
-    `**preset_defaults(name)`. None: ppo."""
+    """ppo or ppo_penalty: on the command line it sets the defaults of the loss, its KL, updates a rollout and
+    truncation; in Python pass `**preset_defaults(name, max_tokens, prompts)`. None: ppo."""
     loss: PolicyLoss = field(default_factory=PolicyLoss)
     """The policy loss."""
     kl_in_reward: float = 0.05
