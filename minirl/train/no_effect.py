@@ -45,6 +45,7 @@ def _same_policy(c: PolicyConfig, drift: bool) -> str:
     return "" if drift else "sampler and trainer are one model, so that its weights are 1"
 
 
+# The order is a part of the meaning: of two reasons for one option the later, narrower one is said.
 NO_EFFECT = (  # options, and why they change nothing by the config and `drift` (see below); empty where they act
     ("loss.ratio_level", lambda c, drift: "" if c.loss.ratio_level == "none" else _one_ratio(c)),
     ("loss.surrogate loss.w_min loss.w_max", _weights),

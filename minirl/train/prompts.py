@@ -4,7 +4,6 @@ Only the lengths are kept: the tokens of a prompt are made anew whenever it is s
 the data, the tokenizer and the model's positions, so a resumed run drops the prompts that it dropped before.
 """
 
-import time
 from array import array
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +27,6 @@ class Prompts:
     lengths: np.ndarray  # int32, tokens of each example's prompt
     room: int  # positions of the model, for a prompt and its completion
     dropped: int
-    seconds: float  # for rendering and measuring
 
     def remarks(self, side: str, max_tokens: int) -> list[str]:
         """Sentences about what was dropped, and about completions that end before `max_tokens`."""
@@ -61,7 +59,7 @@ def measure(
     """
     examples = getattr(task, side)
     name = f"{'held-out ' * (side == 'heldout')}prompt {{}} of task {task.name}"
-    started, kept, lengths = time.perf_counter(), [], array("i")
+    kept, lengths = [], array("i")
     total = min(most or len(examples), len(examples))
     for i, example in enumerate(examples):
         if len(kept) == total:
@@ -84,7 +82,7 @@ def measure(
             f"tokens (the first: {place_of(examples[0], name.format(0))}): shorten them, or take another model"
         )
     found = np.frombuffer(lengths, dtype=np.int32) if kept else np.empty(0, np.int32)
-    prompts = Prompts(kept, found, model.max_positions, i - len(kept), time.perf_counter() - started)
+    prompts = Prompts(kept, found, model.max_positions, i - len(kept))
     for line in prompts.remarks("training" if side == "train" else "held-out", config.max_tokens):
         display.line(line)
     return prompts
