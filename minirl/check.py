@@ -20,17 +20,15 @@ from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler
 from minirl.tasks import Task, parse_task
 from minirl.train.grpo import GRPO
-from minirl.train.optimizer import AdamW
 from minirl.train.outcomes import OutcomesConfig, SampleConfig, refuse_existing
 from minirl.train.policy import PolicyTrainer, prepare_policy
 from minirl.train.ppo import PPO
-from minirl.train.prefer import Prefer, PreferConfig
-from minirl.train.preview import Disk, disk_of, marked, marked_row
-from minirl.train.prompts import measure
-from minirl.train.ranked import read_preferences
+from minirl.train.prefer import PreferConfig, prepare_prefer
+from minirl.train.preview import disk_of, marked, marked_row, show_disk
+from minirl.train.prompts import measure, show_notes
 from minirl.train.reward import RewardConfig, prepare_reward
 from minirl.train.rft import RFTConfig
-from minirl.train.run import Run, identity, load
+from minirl.train.run import Run, holds_run, identity, load
 from minirl.train.sft import SFTConfig, loss_mask, prepare_sft
 
 TRIED = 64  # tokens of the completion that is tried, at most
@@ -57,8 +55,11 @@ def check(look: Callable) -> Callable:
     """The check of a command from the function that looks at its config."""
 
     def command(config) -> None:
-        if getattr(config, "resume", False):
-            raise InputError("check looks at a run before it begins: leave --resume away")
+        if hasattr(config, "resume") and holds_run(config.out):
+            raise InputError(
+                f"check looks at a run before it begins, and {config.out} already holds one: choose another --out, or "
+                "go on with that run by its own command and --resume"
+            )
         with Timed() as display:
             look(config, display)
             for stage, count in display.counts.items():
@@ -66,12 +67,6 @@ def check(look: Callable) -> Callable:
             display.line("nothing was written")
 
     return command
-
-
-def _show_disk(disk: Disk, display: Timed) -> None:
-    display.line(str(disk))
-    if disk.free < disk.needed:
-        raise InputError(f"{disk}: free some space, or choose another --out")
 
 
 # --- commands that sample --------------------------------------------------------------------------------------------
@@ -90,13 +85,14 @@ def _policy(kind: type[PolicyTrainer]) -> Callable:
             steps = getattr(config, "advantage", None) == "grpo_process"
             rollout.score(trainer.rewards, config.reward_timeout, steps, config.on_bad_reward)
             _show_rewards(rollout, {name: weight for name, (weight, _) in trainer.rewards.items()}, display)
-        _show_disk(trainer.disk(), display)
+        show_disk(trainer.disk(), display, always=True)
 
     return look
 
 
 def _sampling(config: SampleConfig, display: Timed, task: Task) -> torch.nn.Module:
     """Complete one prompt, judge it, and return the model."""
+    show_notes(task, display)
     if not task.train:
         raise InputError(f"task {config.task!r} has no training examples: ask for some")
     model, tokenizer = load(config.model, config.dtype, config.device, config=config)
@@ -119,8 +115,7 @@ def _rft(config: RFTConfig, display: Timed) -> None:
     task = parse_task(config.task)
     run = Run(config.out, identity(config, task.train))
     model = _sampling(config, display, task)
-    saves = -(-config.steps // config.save_every)
-    _show_disk(disk_of(run, [model, AdamW(model)], [model], saves), display)
+    show_disk(disk_of(run, [model], config.steps, config.save_every), display, always=True)
 
 
 def _tried(sampler: Sampler, task: Task, params, display: Timed) -> Rollout:
@@ -151,24 +146,21 @@ def _show_rewards(rollout: Rollout, weights: dict[str, float], display: Timed) -
 def _sft(config: SFTConfig, display: Timed) -> None:
     model, tokenizer, rows, run = prepare_sft(config, display)
     display.example(marked_row(tokenizer, rows[0], loss_mask(rows[:1])[0].tolist()))
-    _show_disk(disk_of(run, [model, AdamW(model)], [model], -(-config.steps // config.save_every)), display)
+    show_disk(disk_of(run, [model], config.steps, config.save_every), display, always=True)
 
 
 def _prefer(config: PreferConfig, display: Timed) -> None:
-    examples = read_preferences(config.data)
-    run = Run(config.out, identity(config, examples))
-    trainer = Prefer(config, run, display, examples)
+    trainer = prepare_prefer(config, display)
     display.example(trainer.example())
-    saved = [trainer.model, AdamW(trainer.model)]
-    _show_disk(disk_of(run, saved, [trainer.model], -(-config.steps // config.save_every)), display)
+    show_disk(disk_of(trainer.run, [trainer.model], config.steps, config.save_every), display, always=True)
 
 
 def _reward(config: RewardConfig, display: Timed) -> None:
     prepared = prepare_reward(config, display)
     display.line(f"data: {len(prepared.train):,} lines to train on, {len(prepared.heldout):,} held out")
     display.example(prepared.example())
-    steps, model = config.steps or -(-len(prepared.train) // config.batch), prepared.model
-    _show_disk(disk_of(prepared.run, [model, AdamW(model)], [model], -(-steps // config.save_every)), display)
+    steps = config.steps or -(-len(prepared.train) // config.batch)
+    show_disk(disk_of(prepared.run, [prepared.model], steps, config.save_every), display, always=True)
 
 
 CHECKS: dict[str, Callable] = {

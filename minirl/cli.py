@@ -33,6 +33,15 @@ def usage() -> str:
     return "usage: minirl [check] COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\n" + more
 
 
+def check_usage() -> str:
+    return (
+        "usage: minirl check COMMAND [OPTIONS]\n\n"
+        "Look before a run: read the data, render every prompt, complete and score one, compare the disk with what\n"
+        f"the run writes. Nothing is written. COMMAND is one of {', '.join(CHECKS)};\n"
+        "minirl COMMAND --help shows its options."
+    )
+
+
 def parse(name: str, args: Sequence[str]):
     """The config of a command from its arguments; an InputError names what does not fit."""
     kind, _ = COMMANDS[name]
@@ -182,8 +191,16 @@ def _dispatch(args: list[str]) -> None:
         return
     checked = args[0] == "check"
     args = args[1:] if checked else args
-    if checked and (not args or args[0] not in CHECKS):
+    if checked and args and args[0] in ("-h", "--help"):
+        print(check_usage())
+        return
+    if checked and not args:
         raise InputError(f"minirl check needs a command to look at: minirl check COMMAND, one of {', '.join(CHECKS)}")
+    if checked and args[0] not in CHECKS:
+        known = args[0] in COMMANDS
+        what = "does not look at" if known else "knows no command"
+        hint = "" if known else did_you_mean(args[0], list(CHECKS))
+        raise InputError(f"minirl check {what} {args[0]!r}{hint}: choose from {', '.join(CHECKS)}")
     if args[0] not in COMMANDS:
         names = [*COMMANDS, "check"]
         raise InputError(

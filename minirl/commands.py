@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,12 +16,12 @@ from minirl.report import plot, read_metrics, report
 from minirl.rollout import completion_text
 from minirl.sampler import Sampler, SamplingParams
 from minirl.train.grpo import GRPOConfig, train_grpo
-from minirl.train.outcomes import OutcomesConfig, write_outcomes
+from minirl.train.outcomes import FILES, OutcomesConfig, write_outcomes
 from minirl.train.ppo import PPOConfig, train_ppo
 from minirl.train.prefer import PreferConfig, train_prefer
 from minirl.train.reward import RewardConfig, train_reward
 from minirl.train.rft import RFTConfig, train_rft
-from minirl.train.run import load, refuse_below_one, refuse_unknown_choices
+from minirl.train.run import holds_run, load, refuse_below_one, refuse_unknown_choices
 from minirl.train.sft import SFTConfig, train_sft
 
 
@@ -99,11 +100,22 @@ def generate(c: GenerateConfig) -> None:
                 display.line(f"{prompt!r} [{len(completion.tokens)} tokens, {completion.finish_reason}]\n{text}\n")
 
 
+@contextmanager
+def said_if_nothing_is_left(display: RichDisplay, is_left: Callable[[], bool]) -> Iterator[None]:
+    """Say so where Ctrl-C comes while a model is loaded, or prompts are measured."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_left():
+            display.line("stopped before the first step; nothing was written")
+        raise
+
+
 def training(train: Callable) -> Callable:
     """The command of a run that trains: do it, then draw it."""
 
     def command(config) -> None:
-        with RichDisplay() as display:
+        with RichDisplay() as display, said_if_nothing_is_left(display, lambda: holds_run(config.out)):
             model = train(config, display)
         print(f"model:  {model}")
         draw(ReportConfig(config.out))
@@ -112,7 +124,8 @@ def training(train: Callable) -> Callable:
 
 
 def outcomes(config: OutcomesConfig) -> None:
-    with RichDisplay() as display:
+    written = [Path(config.out) / name for name in FILES]
+    with RichDisplay() as display, said_if_nothing_is_left(display, lambda: any(file.exists() for file in written)):
         files = write_outcomes(config, display)
     for file in files:
         print(f"{file.stem + ':':8} {file}")

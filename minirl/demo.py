@@ -15,6 +15,7 @@ from minirl.model import ModelConfig, Transformer
 from minirl.tasks import Task, parse_task
 from minirl.tokenizer import Tokenizer
 from minirl.train.grpo import GRPOConfig, train_grpo
+from minirl.train.preview import disk_of, show_disk
 from minirl.train.run import Display, Run, refuse_below_one
 from minirl.train.sft import SFTConfig, demonstration_rows, fit
 
@@ -86,6 +87,7 @@ def pretrain(task: Task, seed: int, steps: int, out: Path, display: Display) -> 
     )
     run = Run(out, {"demo": "sft", "seed": seed, "steps": steps})
     run.resumable = False
+    show_disk(disk_of(run, [model], config.steps, config.save_every), display)
     return fit(model, tokenizer, rows, config, run, display)
 
 

@@ -18,6 +18,8 @@ from rich.text import Text
 
 from minirl.train.run import Display, Part
 
+CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}  # the letters that picture them
+CONTROLS |= {0x7F: "␡"} | dict.fromkeys(range(0x80, 0xA0), "␛")  # each of the latter is an escape and a letter
 PATIENCE, PAUSE = 2.0, 10.0  # plain progress: a stage's age at its first line, and the seconds between two lines
 
 
@@ -103,8 +105,9 @@ def _is_terminal(console: Console) -> bool:
 
 
 def _harmless(text: str) -> str:
-    """A completion may hold escape codes; they are shown, not sent to the terminal."""
-    return text.replace("\x1b", "␛").replace("\x9b", "␛")
+    """A completion may hold codes that ring, move the cursor or begin a command; they are shown, not sent to the
+    terminal."""
+    return text.translate(CONTROLS)
 
 
 def _cell(value: object) -> str:

@@ -22,7 +22,7 @@ from minirl.rewards import load_reward
 from minirl.rollout import Rollout
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
-from minirl.train.prompts import measure
+from minirl.train.prompts import measure, show_notes
 from minirl.train.run import (
     identity,
     load,
@@ -55,8 +55,8 @@ class EvalConfig:
     compare: str | None = None
     """A second checkpoint, on the same prompts with the same seeds: the differences have intervals of their own."""
     task: str = "arithmetic"
-    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
-    arithmetic:op=product,digits=2"""
+    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym, or a file (JSONL, Parquet), folder or name of
+    a data set, with options after a colon: arithmetic:op=product,digits=2"""
     scorer: str | None = None
     """Score by another rule than the task's, one that training never used: its name, or file.py:function. Votes of
     maj@k are the task's answers all the same."""
@@ -113,8 +113,8 @@ def evaluation(c: EvalConfig) -> None:
     task, models = _evaluation_task(c), [c.model, c.compare] if c.compare else [c.model]
     records, results, folder = [], [], None
     with RichDisplay(Console(stderr=c.json)) as display:  # stdout is for the numbers
-        for note in () if c.scorer else task.notes:
-            display.line(note)
+        if not c.scorer:
+            show_notes(task, display)
         task, loaded = _completable(c, task, models, display)
         about = {"config": identity(c, contents(task.heldout)), "versions": _versions()}
         for i, model in enumerate(models, 1):

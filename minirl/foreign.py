@@ -41,7 +41,8 @@ def refuse_foreign(folder: Path) -> None:
 
 def refuse_quantised(config: dict, folder: str | Path) -> None:
     """An InputError for the config.json of a quantised model: its integers have no gradient."""
-    by, method = None, config.get("quantization_config")
+    method = config.get("quantization_config")
+    by = None
     if isinstance(config.get("quantization"), dict):  # MLX repeats it as a quantization_config without a method
         by = f"MLX{_bits(config['quantization'])}"
     elif isinstance(method, dict):

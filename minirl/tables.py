@@ -47,7 +47,8 @@ def rows_of(path: str | Path) -> Iterator[tuple[object, str]]:
     name, *rest = str(path).split(":")
     if not is_table(path):
         if not Path(path).exists():
-            raise InputError(f"{path}: there is no such file: give the path of a JSONL file.")
+            choices = "a file (JSONL, a .json list, Parquet), a folder, or the name of a data set"
+            raise InputError(f"{path}: there is no such file: give {choices}.")
         yield from json_values(path)
     elif is_hub_name(str(path)):
         yield from _hub_rows(str(path), name, rest)

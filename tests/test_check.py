@@ -7,8 +7,9 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
-from tiny import ALPHABET, tiny_checkpoint
+from tiny import ALPHABET, tiny_checkpoint, tiny_model
 
 from minirl import cli, commands
 from minirl.check import CHECKS
@@ -16,10 +17,13 @@ from minirl.display import RichDisplay
 from minirl.files import write_json
 from minirl.report import report
 from minirl.tokenizer import Tokenizer
+from minirl.train import rft
 from minirl.train.batch import Row
 from minirl.train.grpo import GRPO, GRPOConfig
+from minirl.train.optimizer import AdamW, state_bytes
 from minirl.train.policy import prepare_policy
 from minirl.train.ppo import PPO, PPOConfig
+from minirl.train.prefer import Prefer
 from minirl.train.preview import marked, marked_prompt, marked_row
 from minirl.train.run import FORMAT, Display
 
@@ -118,7 +122,8 @@ def test_stored_completions_are_shown_and_nothing_is_sampled(capsys):
     ("args", "words"),
     [
         (["check"], "needs a command to look at"),
-        (["check", "report", "--run", "x"], "needs a command to look at"),
+        (["check", "report", "--run", "x"], "minirl check does not look at 'report': choose from sft, rft,"),
+        (["check", "grp", *POLICY.split()], "minirl check knows no command 'grp' (did you mean 'grpo'?)"),
         (["check", "grpo", *POLICY.split(), "--rewards", "lenght=1"], "reward 'lenght' is unknown"),
         (["check", "sft", "--model", "model", "--data", "nothing.jsonl"], "nothing.jsonl"),
         (["check", "grpo", *POLICY.split(), "--stop", "x", "--slots", "0"], "slots = 0"),
@@ -131,8 +136,43 @@ def test_a_check_fails_as_the_run_would(args, words, capsys):
 def test_a_run_that_goes_on_is_not_checked(capsys):
     cli.main(["sft", *COMMANDS["sft"].split(), "--steps", "1"])
     capsys.readouterr()
-    assert "leave --resume away" in refused(capsys, "check", "sft", "--resume")
-    assert "already holds a run" in refused(capsys, "check", "sft", *COMMANDS["sft"].split())
+    said = {refused(capsys, "check", "sft", *more) for more in (["--resume"], COMMANDS["sft"].split())}
+    assert (
+        len(said) == 1 and "runs/sft already holds one: choose another --out" in said.pop()
+    )  # not from one to another
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_a_check_says_how_it_is_used(flag, capsys):
+    cli.main(["check", flag])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: minirl check COMMAND") and ", ".join(CHECKS) in said
+
+
+# --- before the first step -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["grpo", "ppo"])
+def test_a_step_of_more_prompts_than_there_are_is_said(command, capsys):
+    lines = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+    Path("task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spec = ["--task", "task.jsonl:heldout_fraction=0.5"]
+    said = "there are only 2 training prompts, so a step samples some of them more than once"
+    assert f"prompts = 3: {said}" in checked(capsys, command, *spec, "--prompts", "3")
+    assert said not in checked(capsys, command, *spec, "--prompts", "2")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_before_the_first_step_says_that_nothing_was_written(command, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", interrupted)
+    before = files()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, *COMMANDS[command].split()])
+    assert stop.value.code == 130 and files() == before
+    assert capsys.readouterr().out.endswith("stopped before the first step; nothing was written\n")
 
 
 # --- one example -----------------------------------------------------------------------------------------------------
@@ -198,19 +238,49 @@ def test_the_size_of_a_checkpoint_is_that_of_the_files_it_will_have(kind, config
 
 
 def test_a_disk_that_holds_no_checkpoint_is_said_before_the_first_step(capsys, monkeypatch):
+    """And before the long work that comes before it, in a run as in a check of one."""
+
+    def no_work(*args, **options):
+        raise AssertionError("the disk comes first")
+
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**6, 0, 10**4))
-    for command in ("grpo", "sft", "prefer", "reward"):
-        said = refused(capsys, command, *COMMANDS[command].split())
-        assert "not enough for one checkpoint: free some space" in said
+    for check in ([], ["check"]):
+        for command in ("grpo", "ppo", "sft", "prefer", "reward", "rft"):
+            if not check:
+                monkeypatch.setattr(Prefer, "start", no_work)
+                monkeypatch.setattr(rft, "sample_and_check", no_work)
+            said = refused(capsys, *check, command, *COMMANDS[command].split())
+            assert "not enough for one checkpoint: free some space" in said
 
 
 def test_a_disk_that_will_be_too_small_is_said(capsys, monkeypatch):
     size = written("model")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**9, 0, int(4.5 * size)))  # 3 a checkpoint
     args = [*COMMANDS["sft"].split(), "--steps", "4", "--save-every", "1"]
-    assert "disk: " in refused(capsys, "check", "sft", *args)
-    cli.main(["sft", *args, "--out", "run"])
-    assert "too few in the end: free some, or save less often" in capsys.readouterr().out
+    for words in (["check", "sft"], ["sft", "--out", "run"]):  # a check has no rule of its own
+        cli.main([*words, *args])
+        said = capsys.readouterr().out
+        assert "not enough for all of them in the end: free some space, or raise --save-every" in said
+        assert said.count("disk: ") == 1 and "(3 checkpoints of" in said
+    cli.main(["check", "sft", *args, "--save-every", "4", "--out", "other"])
+    said = capsys.readouterr().out
+    assert "(1 checkpoint of" in said and "in the end" not in said
+
+
+@pytest.mark.parametrize("command", ["outcomes", "rft", "grpo", "ppo"])
+def test_a_check_says_what_the_task_says(command, capsys):
+    lines = [{"prompt": f"{i}+1=", "answer": "x" if i else "1"} for i in range(9)]
+    Path("task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = checked(capsys, command, "--task", "task.jsonl:heldout_fraction=0.3")
+    assert said.count("8 of 9 answers are no numbers") == 1
+
+
+def test_the_state_of_an_optimizer_has_as_many_bytes_as_are_said():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model().to(dtype)
+        model.lm_head.requires_grad_(False)
+        held = AdamW(model).state_dict().values()
+        assert state_bytes(model) == sum(t.numel() * t.element_size() for t in held)
 
 
 # --- format ----------------------------------------------------------------------------------------------------------

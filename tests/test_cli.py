@@ -91,6 +91,13 @@ def test_help_shows_every_option_with_its_docstring(command, capsys, monkeypatch
         assert plain(text) in shown, flag
 
 
+@pytest.mark.parametrize("command", ["grpo", "ppo"])
+def test_help_names_every_preset_that_a_command_takes(command):
+    names = re.findall(r"[a-z_]+\+*", documented(cli.COMMANDS[command][0])["--preset"].partition(": ")[0])
+    wanted = {name for name, preset in PRESETS.items() if preset.critic == (command == "ppo")}
+    assert set(names) - {"or"} == wanted
+
+
 OFTEN = ["model", "task", "out", "preset", "steps", "prompts", "group", "max-tokens", "lr", "rewards"]
 
 

@@ -218,3 +218,17 @@ def test_a_table_without_a_terminal_is_aligned_text_of_any_width():
     assert first.split() == ["mean@8", "[b]", "0.4123", "0.38", "to", "0.45"] and "\x1b" not in file.getvalue()
     assert first.index("0.4123") + 6 == second.index("–") + 1 == third.index("12") + 2  # numbers to the right
     assert third.endswith("y" * 300)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_no_control_character_reaches_a_terminal_but_line_ends_and_tabs(live):
+    """Of ECMA-48 the sets C0 and C1, and DEL: a bell rings, a carriage return writes over what was said."""
+    file = io.StringIO()
+    file.isatty = lambda: live
+    display = RichDisplay(Console(file=file, color_system=None, width=200, force_terminal=live))
+    controls = [*range(0x20), *range(0x7F, 0xA0)]
+    display.line("".join(f"<{chr(code)}>" for code in controls if code != 10))
+    display.example([("\a\r\x9c", False)])
+    written = file.getvalue()
+    assert not {ord(letter) for letter in written} & set(controls) - {9, 10}
+    assert "<␇>" in written and "<␍>" in written

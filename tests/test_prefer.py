@@ -637,15 +637,23 @@ def test_an_rft_that_is_stopped_while_it_samples_goes_on_there(model, folder, mo
 
 @pytest.mark.parametrize("command", ["outcomes --out made", "rft --out run"])
 def test_nothing_right_and_nothing_scored_are_one_sentence(command, model, folder, capsys):
-    options = "--prompts 3 --samples 2 --max-tokens 4"
-    left = ["made/samples.jsonl"] if command.startswith("outcomes") else []
-    said = complaint(capsys, f"{command} --model {model} --task {task('never')} {options}", *left)
+    options = "--prompts 3 --samples 2 --max-tokens 20"
+    file = "made/samples.jsonl" if command.startswith("outcomes") else "run/sampled.jsonl"
+    said = complaint(capsys, f"{command} --model {model} --task {task('never')} {options}", file)
     assert "0 of 6 completions right" in said and "more samples" in said
-    if left:  # what was sampled is data all the same
-        assert len(read_lines("made/samples.jsonl")) == 6 and "made/samples.jsonl holds what was sampled" in said
-        shutil.rmtree("made")
+    assert len(read_lines(file)) == 6 and f"{file} holds what was sampled" in said  # it is data all the same
+    shutil.rmtree(Path(file).parent)
     said = complaint(capsys, f"{command} --model {model} --task {task('unscored')} {options}")
     assert "gave none of 6 completions a score" in said
+
+
+def test_where_every_completion_was_cut_rft_asks_for_longer_ones(model, folder, capsys):
+    """Also where the rule says right: it is of a text without an end."""
+    for judge in ("never", "even"):
+        options = f"--model {model} --task {task(judge)} --prompts 3 --samples 2 --max-tokens 1 --out {judge}"
+        said = complaint(capsys, f"rft {options}", f"{judge}/sampled.jsonl")
+        assert "6 cut at max_tokens = 1): raise --max-tokens" in said and "more samples" not in said
+        assert not Path(judge, "kept.jsonl").exists()
 
 
 def test_a_resumed_rft_without_its_kept_completions_says_so(model, folder):

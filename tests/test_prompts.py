@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ALPHABET, tiny_checkpoint, tiny_config
+from tiny import ALPHABET, randomise, tiny_checkpoint, tiny_config
 
 from minirl import cli
+from minirl.checkpoint import load_model
 from minirl.errors import InputError
 from minirl.files import Placed
+from minirl.model import ScalarHead
+from minirl.rewards.model import RewardModel
 from minirl.rewards.rules import last_number
 from minirl.tasks import Task, load_task
 from minirl.tokenizer import Tokenizer
-from minirl.train.grpo import GRPOConfig, train_grpo
+from minirl.train.grpo import GRPO, GRPOConfig, train_grpo
+from minirl.train.policy import prepare_policy
 from minirl.train.prompts import measure
 from minirl.train.run import Display, identity
 
@@ -165,6 +170,88 @@ def test_a_reward_model_that_is_too_short_for_what_may_be_sampled_is_named(capsy
     said = complaint(capsys, "grpo", "--model", "model", *args)
     assert "was made for 8 tokens, and a prompt of 6 tokens with a completion of max_tokens = 4 has more" in said
     cli.main(["grpo", "--model", "model", *args, "--max-tokens", "2", "--steps", "1"])
+
+
+def judge_model(template: str = "", **sizes) -> Path:
+    """A reward model with a chat template of its own."""
+    tiny_checkpoint("judge", max_positions=CONTEXT, **sizes)
+    randomise(load_model("judge", scalar_head=ScalarHead("linear", "pairwise")), seed=3).save_pretrained("judge")
+    if template:
+        Path("judge/chat_template.jinja").write_text(template)
+    return Path("judge")
+
+
+def chats(count: int = 12) -> list:
+    return [[{"role": "user", "content": f"{i}+1"}] for i in range(count)]
+
+
+PLAIN_TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}="
+JUDGED = ["--rewards", "model:judge=1", *POLICY]
+
+
+def test_a_prompt_that_a_reward_model_s_own_template_refuses_is_named_before_the_first_step(capsys):
+    Path("model/chat_template.jinja").write_text(PLAIN_TURNS)
+    judge_model(TEMPLATE)
+    write("bad.jsonl", [*chats(3), [{"role": "system", "content": "1"}, *chats(1)[0]]])
+    write("good.jsonl", chats())
+    said = complaint(capsys, "grpo", "--model", "model", "--task", task("bad.jsonl"), *JUDGED)
+    assert "reward 'model:judge': bad.jsonl, line 5: the chat template refuses these messages: no system turn" in said
+
+
+def test_a_reward_model_reads_prompts_as_long_as_its_own_template_makes_them(capsys):
+    """The policy reads "10+1=" as 5 tokens and the judge with 27 more: 4 of a completion make 36; with 23 more, 32."""
+    Path("model/chat_template.jinja").write_text(PLAIN_TURNS)
+    judge_model("{{ '1' * 27 }}" + PLAIN_TURNS)
+    write("bad.jsonl", chats(11))
+    write("good.jsonl", chats())
+    args = ["grpo", "--model", "model", "--task", task("bad.jsonl"), *JUDGED]
+    said = complaint(capsys, *args)
+    assert "bad.jsonl, line 12: reward 'model:judge' was made for 32 tokens, and a prompt of 32 tokens" in said
+    judge_model("{{ '1' * 23 }}" + PLAIN_TURNS)
+    cli.main([*args, "--steps", "1"])
+
+
+def test_the_steps_before_a_prompt_that_cannot_be_scored_are_saved(monkeypatch):
+    judge_model()
+    score, calls = RewardModel.score, []
+
+    def fails_in_the_third_step(self, *rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise InputError("completion 0 cannot be read")
+        return score(self, *rows)
+
+    monkeypatch.setattr(RewardModel, "score", fails_in_the_third_step)
+    options = {"rewards": ("model:judge=1",), "save_every": 100}
+    with pytest.raises(InputError, match="cannot be read; the 2 steps before it are saved: add --resume"):
+        train_grpo(config("good.jsonl", **options), Lines())
+    assert Path("run/checkpoints/step-000002/model.safetensors").exists()
+    train_grpo(config("good.jsonl", **options, resume=True), Lines())
+
+
+def test_the_date_that_a_reward_model_reads_is_that_of_the_first_start(monkeypatch):
+    """Also where the policy's own template reads none."""
+    Path("model/chat_template.jinja").write_text(PLAIN_TURNS)
+    judge_model("{{ strftime_now('%H%M%S') }}" + PLAIN_TURNS)
+    write("good.jsonl", chats())
+    about = config("good.jsonl", rewards=("model:judge=1",), save_every=1, steps=2)
+    trainer = prepare_policy(GRPO, about, Lines())
+    first = trainer.judges[0].reward.tokenizer
+    assert trainer.run.config["date"] == first.now.isoformat()
+    first.now = datetime(2001, 2, 3, 4, 5, 6)
+    trainer.run.config["date"] = first.now.isoformat()
+    trainer.run.log(0, {})
+    again = prepare_policy(GRPO, replace(about, resume=True), Lines()).judges[0].reward.tokenizer
+    asked = [{"role": "user", "content": "1"}]
+    assert again.render(asked) == first.render(asked) == "0405061="
+
+
+def test_a_critic_that_is_too_short_for_what_may_be_sampled_is_refused(capsys):
+    tiny_checkpoint("short", max_positions=8)
+    args = ["ppo", "--model", "model", "--task", task("good.jsonl"), *POLICY, "--critic-from", "short"]
+    said = complaint(capsys, *args)  # the longest prompt is 10+11=
+    assert "short was made for 8 tokens, and the longest prompt with a completion may have 10" in said
+    cli.main([*args, "--max-tokens", "2", "--steps", "1"])
 
 
 # --- drop ------------------------------------------------------------------------------------------------------------

@@ -215,6 +215,22 @@ def test_prompts_with_too_few_completions_and_long_completions_are_left_out_and_
         stored(write(lines), prompts=4)
 
 
+def test_a_stored_prompt_without_room_is_named_or_dropped_as_one_that_is_sampled(stored, write):
+    lines = [*triples(3), *({"prompt": "1" * 32, "completion": text, "reward": 1} for text in "123")]
+    sentence = "line 19: its prompt has 32 tokens and the context holds 32, so there is no room for a completion"
+    with pytest.raises(InputError, match=f"{sentence}: shorten it, or give --overlong-prompts drop"):
+        stored(write(lines))
+    dropped = stored(write(lines), overlong_prompts="drop")
+    assert [len(lines) for _, lines in dropped.groups] == [6, 6, 6] and dropped.too_long == 3
+
+
+def test_reading_stored_prompts_shows_how_far_it_is(make, write, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Quiet, "progress", lambda self, *call: seen.append(call))
+    make(write(triples(5)))
+    assert ("prompts", 0, 5) in seen and ("prompts", 5, 5) in seen
+
+
 def test_log_probs_are_compared_at_their_own_temperature_only(stored, write, checkpoint):
     tokens = {text: Tokenizer.from_pretrained(checkpoint).encode(text) for text in ("7", "17", "3+7")}
     lines = [

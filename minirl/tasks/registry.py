@@ -42,7 +42,9 @@ def load_task(name_or_path: str | Path, **options) -> Task:
     if name and (name.endswith((".jsonl", ".jsonl.gz", ".parquet")) or Path(name).exists() or is_hub_name(name)):
         return jsonl(name, **_checked(name, jsonl, options))
     what = f"task {name!r} is unknown{did_you_mean(name, TASKS)}" if name else "the task has no name"
-    raise InputError(f"{what}: choose from {', '.join(TASKS)}, or give the path of a .jsonl file.")
+    raise InputError(
+        f"{what}: choose from {', '.join(TASKS)}, or give a file (.jsonl, .parquet), a folder or a data set's name."
+    )
 
 
 def parse_task(spec: str) -> Task:

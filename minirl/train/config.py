@@ -17,8 +17,8 @@ class PolicyConfig:
     model: str
     """Checkpoint: a Hugging Face directory or hub id."""
     task: str = "arithmetic"
-    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
-    arithmetic:op=product,digits=2"""
+    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym, or a file (JSONL, Parquet), folder or name of
+    a data set, with options after a colon: arithmetic:op=product,digits=2"""
     out: str = "runs/policy"
     """Folder of the run."""
     preset: str | None = None
@@ -69,8 +69,9 @@ class PolicyConfig:
     refresh: Refresh = field(default_factory=Refresh)
     """Online reward model: the model: among the rewards learns on."""
     data: str | None = None
-    """JSONL file of stored completions with their rewards (prompt, completion, reward; minirl outcomes writes one) to
-    train on in place of sampled ones: offline RL. The task is for evaluation only."""
+    """File (JSONL, a .json list, Parquet), folder or name of a data set of stored completions with their rewards
+    (prompt, completion, reward; minirl outcomes writes one) to train on in place of sampled ones: offline RL. The task
+    is for evaluation only."""
     overlong_prompts: Literal["stop", "drop"] = "stop"
     """A prompt, held-out ones too, that leaves no room for a completion in the model's context: stop before the first
     step, or leave it out."""

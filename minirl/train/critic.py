@@ -56,6 +56,15 @@ class Critic:
                 "numbers are rewards, pairwise or pointwise"
             )
 
+    def refuse_short(self, tokens: int, source: str | Path | None) -> None:
+        """Refuse a trunk of its own that cannot read so many tokens; the policy's can."""
+        limit = self.trunk.config.max_positions
+        if self.own and tokens > limit:
+            raise InputError(
+                f"{source} was made for {limit} tokens, and the longest prompt with a completion may have {tokens}: "
+                "lower --max-tokens, or let the critic start from another model"
+            )
+
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [M, D] -> fp32 values [M]; those of a reward model's head are less its bias, as its rewards are."""
         bias = self.trunk.head.bias if self.own else 0.0

@@ -36,7 +36,9 @@ class GRPOConfig(PolicyConfig):
     out: str = "runs/grpo"
     """Folder of the run."""
     preset: str | None = None
-    """A row of the table of algorithms: on the command line it sets advantage, loss and truncation; in Python pass
+    """reinforce, rloo, reinforce++, ppo_actor_only, grpo, grpo_ps, dr_grpo, dapo, gspo, gspo_token, cispo, sapo,
+    scaling_grpo, dual_clip, tis, mis or online_rft: on the command line a row of the table of algorithms, which sets
+    the defaults of advantage, loss, KL, updates a rollout, truncation and dynamic sampling; in Python pass
     `**preset_defaults(name, max_tokens, prompts)`. None: GRPO without a reference."""
     loss: PolicyLoss = field(default_factory=lambda: PolicyLoss(aggregation="seq_mean"))
     """The policy loss."""

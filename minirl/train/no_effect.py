@@ -58,6 +58,7 @@ def _never_negative(c: PolicyConfig, drift: bool) -> str:
     return "no advantage of correct_only is negative" if _value(c, "advantage") == "correct_only" else ""
 
 
+# The order is a part of the meaning: of two reasons for one option the later, narrower one is said.
 NO_EFFECT = (  # options, and why they change nothing by the config and `drift` (see below); empty where they act
     ("loss.ratio_level", lambda c, drift: "" if c.loss.ratio_level == "none" else _one_ratio(c)),
     ("loss.surrogate loss.w_min loss.w_max", _weights),

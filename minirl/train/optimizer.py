@@ -35,6 +35,12 @@ def learning_rate(step: int, peak: float, warmup: int, total: int, schedule: str
     return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
+def state_bytes(model: nn.Module) -> int:
+    """Bytes that an AdamW over a model will keep in its `state_dict`: those of what has a gradient, and its steps."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return 8 * bool(trained) + sum(p.numel() * (10 if p.dtype == torch.bfloat16 else 8) for p in trained)
+
+
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 1711.05101) on the matrices of a model in fp32 or bf16."""
 

@@ -24,7 +24,7 @@ from minirl.rollout import Rollout, sample
 from minirl.sampler import Sampler, SamplingParams
 from minirl.tasks import Task, parse_task
 from minirl.tokenizer import Tokenizer
-from minirl.train.prompts import measure
+from minirl.train.prompts import measure, show_notes
 from minirl.train.run import (
     Display,
     interruptible,
@@ -49,8 +49,8 @@ class SampleConfig:
     model: str
     """Checkpoint: a Hugging Face directory or hub id."""
     task: str = "arithmetic"
-    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym or a .jsonl file, with options after a colon:
-    arithmetic:op=product,digits=2"""
+    """arithmetic, countdown, gsm8k, math, humaneval, mbpp, reasoning_gym, or a file (JSONL, Parquet), folder or name of
+    a data set, with options after a colon: arithmetic:op=product,digits=2"""
     out: str = "runs/samples"
     """Folder of what is written."""
     prompts: int | None = None
@@ -271,8 +271,7 @@ def write_outcomes(config: OutcomesConfig, display: Display | None = None) -> li
     display, out = display or Display(), Path(config.out)
     refuse_existing(out)
     task = parse_task(config.task)
-    for note in task.notes:
-        display.line(note)
+    show_notes(task, display)
     model, tokenizer = load(config.model, config.dtype, config.device, config=config)
     groups, stopped = sample_and_check(model, tokenizer, task, config, display)
     labels, pairs = [], []

@@ -21,7 +21,7 @@ from minirl.evaluate import evaluate
 from minirl.files import contents
 from minirl.kernels.per_token import k3
 from minirl.model import Transformer
-from minirl.rewards import RewardError, load_reward
+from minirl.rewards import load_reward
 from minirl.rewards.model import RewardModel
 from minirl.rewards.rules import Reward, overlong_penalty
 from minirl.rollout import Rollout, sample, task_guarded, task_rewards
@@ -34,7 +34,7 @@ from minirl.train.no_effect import without_effect
 from minirl.train.online_reward import OnlineReward, agreement
 from minirl.train.optimizer import AdamW, learning_rate
 from minirl.train.preview import Disk, disk_of, marked_prompt, marked_row, show_disk
-from minirl.train.prompts import Prompts, measure, rendered
+from minirl.train.prompts import Prompts, judged_lengths, measure, rendered, show_notes, training_place
 from minirl.train.run import (
     Display,
     Part,
@@ -68,6 +68,9 @@ class PolicyTrainer:
         source = run.checkpoint or config.model
         self.model, self.tokenizer = load(source, config.dtype, config.device, config=config, run=run)
         self.prompts, self.task = self._measured(task, bool(stored))
+        if self.prompts and config.prompts > len(self.task.train):
+            count = f"prompts = {config.prompts}: there are only {len(self.task.train)} training prompts"
+            display.line(f"{count}, so a step samples some of them more than once")
         self.stored = Stored(stored, self.tokenizer, self.model.config, config, display) if stored else None
         self.rewards = {REWARD: (1.0, None)} if stored else self._load_rewards()
         self.judges = [self._judge(*item) for item in self.rewards.items() if isinstance(item[1][1], RewardModel)]
@@ -89,11 +92,11 @@ class PolicyTrainer:
         return train, replace(task, train=train.examples if train else [], heldout=heldout.examples)
 
     @property
-    def saved(self) -> list[torch.nn.Module | AdamW]:
-        """The models and optimizers that a checkpoint holds."""
+    def saved(self) -> list[torch.nn.Module]:
+        """The models that a checkpoint holds, with the optimizers of those that are trained."""
         reset, refreshed = self.config.ref_reset_every > 0, self.config.refresh.every > 0
-        judge = [self.judges[0].reward.model, self.judges[0].optimizer] if refreshed else []
-        return [self.model, self.optimizer, *([self.reference] if reset else []), *judge]
+        judge = [self.judges[0].reward.model] if refreshed else []
+        return [self.model, *([self.reference] if reset else []), *judge]
 
     def example(self) -> list[Part]:
         """The first prompt that is trained on, with the completion that it is given or stands for one to be sampled."""
@@ -128,23 +131,41 @@ class PolicyTrainer:
         """A reward model beside the policy."""
         weight, model = reward
         model.model.to(self.model.device)
-        self._refuse_short(name, model)
-        for of_prompts in ("template_variables", "system", "now"):  # it reads the conversation that the policy answered
+        for of_prompts in ("template_variables", "system"):  # it reads the conversation that the policy answered
             setattr(model.tokenizer, of_prompts, getattr(self.tokenizer, of_prompts))
+        self.run.keep_date(model.tokenizer)  # also where the policy's template reads none
+        self._refuse_short(name, model)
         judge = OnlineReward(name, weight, model, self.config.refresh, self.config.seed)
         if self._learned:
             judge.restore(self.run, REWARD_MODEL)
         return judge
 
     def _refuse_short(self, name: str, judge: RewardModel) -> None:
-        """A reward model must be able to read the longest prompt with the longest completion."""
-        most, limit = self.model.config.max_positions, judge.model.config.max_positions
-        longest = int(self.prompts.lengths.max(initial=0)) if self.prompts else 0
-        if min(longest + self.config.max_tokens, most) > limit:
+        """A reward model must be able to read each prompt, as its own template writes it, with the longest completion
+        that the policy's context leaves room for."""
+        about = judge.tokenizer, judge.model.config, self.display
+        lengths, limit = judged_lengths(self.prompts, name, self.task, *about), judge.model.config.max_positions
+        whole = lengths + self.longest_completions
+        worst = int(whole.argmax())
+        if whole[worst] > limit:
+            place = training_place(self.prompts.examples[worst], worst, self.task)
             raise InputError(
-                f"reward {name!r} was made for {limit} tokens, and a prompt of {longest} tokens with a completion of "
-                f"max_tokens = {self.config.max_tokens} has more: lower --max-tokens, or take another model"
+                f"{place}: reward {name!r} was made for {limit} tokens, and a prompt of {lengths[worst]} tokens with a "
+                f"completion of max_tokens = {self.config.max_tokens} has more: lower --max-tokens, or take another "
+                "model"
             )
+
+    @property
+    def longest_completions(self) -> np.ndarray:
+        """Tokens [N] that a completion of each training prompt may have."""
+        return np.minimum(self.config.max_tokens, self.prompts.room - self.prompts.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt with its completion may have, sampled or stored."""
+        if self.stored:
+            return max(len(prompt) + len(c.tokens) for prompt, lines in self.stored.groups for _, c in lines)
+        return int((self.prompts.lengths + self.longest_completions).max())
 
     def _load_reference(self) -> Transformer:
         """The checkpoint that the run started from, or the policy of the last reset."""
@@ -162,11 +183,11 @@ class PolicyTrainer:
         started = time.perf_counter()
         try:
             rollout = self.collect(step)
-        except RewardError as error:
+        except InputError as error:
             if step == self.run.start:
                 raise
             self.save(step)  # nothing of this step has reached the model
-            raise RewardError(
+            raise type(error)(
                 f"{error}; the {step} steps before it are saved: add --resume to go on from there"
             ) from None
         sampled = time.perf_counter()
@@ -431,7 +452,7 @@ class PolicyTrainer:
         """What the run will write."""
         c = self.config
         finished = [self.model, *([self.judges[0].reward.model] if c.refresh.every else [])]
-        return disk_of(self.run, self.saved, finished, -(-c.steps // c.save_every))
+        return disk_of(self.run, self.saved, c.steps, c.save_every, finished)
 
     def evaluate(self, first: bool = False) -> dict[str, float]:
         """`first`: before anything is trained, so that what is wrong may end the run."""
@@ -522,8 +543,7 @@ def prepare_policy(
     data = [task.train, task.heldout, *([contents(stored)] if stored else [])]
     run = Run(config.out, identity(config, data), config.resume)
     run.resumable = not given
-    for note in task.notes:
-        display.line(note)
+    show_notes(task, display)
     trainer = kind(config, run, display, task, stored)
     drift = trainer.stored.logprobs if trainer.stored else trainer.model.dtype != torch.float32
     if said := without_effect(config, drift):

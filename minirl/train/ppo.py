@@ -21,7 +21,6 @@ from minirl.rollout import Rollout
 from minirl.tasks import Task
 from minirl.train.config import PolicyConfig, common_defaults, presets, refuse_preset
 from minirl.train.critic import Critic
-from minirl.train.optimizer import AdamW
 from minirl.train.policy import PolicyTrainer, train_policy
 from minirl.train.run import Display, Run, refuse_negative, refuse_not_positive
 from minirl.train.step import Batch, accumulate
@@ -34,8 +33,8 @@ class PPOConfig(PolicyConfig):
     out: str = "runs/ppo"
     """Folder of the run."""
     preset: str | None = None
-    """ppo or ppo_penalty: on the command line it sets the loss and its KL; in Python pass
-    `**preset_defaults(name)`. None: ppo."""
+    """ppo or ppo_penalty: on the command line it sets the defaults of the loss, its KL, updates a rollout and
+    truncation; in Python pass `**preset_defaults(name, max_tokens, prompts)`. None: ppo."""
     loss: PolicyLoss = field(default_factory=PolicyLoss)
     """The policy loss."""
     kl_in_reward: float = 0.05
@@ -108,15 +107,15 @@ class PPO(PolicyTrainer):
         saved = run.checkpoint / "critic" if run.checkpoint else None
         source = (saved or config.critic_from or config.model) if config.critic == "own" else None
         self.critic = Critic(self.model, source, config.value_clip, config.value_coef, config.weight_decay)
+        self.critic.refuse_short(self.longest, source)
         if saved:
             if config.critic == "shared":
                 self.critic.restore_head(saved)
             run.restore(self.critic.optimizer, "critic")
 
     @property
-    def saved(self) -> list[torch.nn.Module | AdamW]:
-        own = self.config.critic == "own"
-        return [*super().saved, self.critic.trunk if own else self.critic.head, self.critic.optimizer]
+    def saved(self) -> list[torch.nn.Module]:
+        return [*super().saved, self.critic.trunk if self.critic.own else self.critic.head]
 
     def credit(self, rollout: Rollout, batch: Batch, rewards: torch.Tensor) -> None:
         c = self.config

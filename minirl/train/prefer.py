@@ -270,15 +270,20 @@ def step_line(step: int, steps: int, m: dict) -> str:
     )
 
 
+def prepare_prefer(config: PreferConfig, display: Display) -> Prefer:
+    """All that comes before the log-probs of the reference."""
+    examples = read_preferences(config.data)
+    run = Run(config.out, identity(config, contents(examples)), config.resume)
+    return Prefer(config, run, display, examples)
+
+
 def train_prefer(config: PreferConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl prefer`; returns the folder of the trained model."""
     display = display or Display()
-    examples = read_preferences(config.data)
-    run = Run(config.out, identity(config, contents(examples)), config.resume)
-    trainer = Prefer(config, run, display, examples)
+    trainer = prepare_prefer(config, display)
+    run = trainer.run
+    show_disk(disk_of(run, [trainer.model], config.steps, config.save_every), display)
     trainer.start()
-    saved, saves = [trainer.model, trainer.optimizer], -(-config.steps // config.save_every)
-    show_disk(disk_of(run, saved, [trainer.model], saves), display)
     if run.start == 0:
         display.example(trainer.example())
     if run.start == 0 and (before := trainer.evaluate(before=True)):

@@ -10,7 +10,7 @@ from torch import nn
 from minirl.errors import InputError
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
-from minirl.train.optimizer import AdamW
+from minirl.train.optimizer import state_bytes
 from minirl.train.run import Display, Part, Run
 
 SHOWN = 2000  # characters of a part of an example; more is cut in its middle
@@ -61,31 +61,40 @@ class Disk:
         return self.copies * self.checkpoint + self.model
 
     def __str__(self) -> str:
+        checkpoints = f"{self.copies} checkpoint{'s' * (self.copies > 1)} of {_size(self.checkpoint)}"
         return (
-            f"disk: {_size(self.needed)} at most ({self.copies} checkpoints of {_size(self.checkpoint)} and the "
-            f"trained model), {_size(self.free)} are free in {self.place}"
+            f"disk: {_size(self.needed)} at most ({checkpoints} and the trained model), {_size(self.free)} are free in "
+            f"{self.place}"
         )
 
 
-def disk_of(run: Run, saved: Iterable[nn.Module | AdamW], finished: Iterable[nn.Module], saves: int) -> Disk:
-    """What a run needs whose checkpoints hold the `saved` models and optimizers, `saves` times."""
+def disk_of(
+    run: Run, saved: Iterable[nn.Module], steps: int, save_every: int, finished: Iterable[nn.Module] | None = None
+) -> Disk:
+    """Add up what a run writes: checkpoints with the `saved` models, and what AdamW keeps of those that are trained;
+    in the end the `finished` ones, None: the same."""
+    saved = list(saved)
     place = next(folder for folder in (run.out, *run.out.absolute().parents) if folder.exists())
     own = sum(file.stat().st_size for file in (run.out / "checkpoints").rglob("*") if file.is_file())
-    copies = max(1, min(saves, run.keep + 1))
-    return Disk(str(place), _bytes(saved), _bytes(finished), copies, shutil.disk_usage(place).free + own)
+    copies = max(1, min(-(-steps // save_every), run.keep + 1))
+    checkpoint = _bytes(saved) + sum(map(state_bytes, saved))
+    last = _bytes(saved if finished is None else finished)
+    return Disk(str(place), checkpoint, last, copies, shutil.disk_usage(place).free + own)
 
 
-def show_disk(disk: Disk, display: Display) -> None:
-    """Say where the disk will be too small, and stop where it cannot hold one checkpoint beside the model."""
+def show_disk(disk: Disk, display: Display, always: bool = False) -> None:
+    """Say where the disk will be too small, or `always`, and stop where it cannot hold one checkpoint beside the
+    model."""
     if disk.free < disk.checkpoint + disk.model:
         raise InputError(f"{disk}: not enough for one checkpoint: free some space, or choose another --out")
     if disk.free < disk.needed:
-        display.line(f"{disk}: too few in the end: free some, or save less often")
+        display.line(f"{disk}: not enough for all of them in the end: free some space, or raise --save-every")
+    elif always:
+        display.line(str(disk))
 
 
-def _bytes(things: Iterable[nn.Module | AdamW]) -> int:
-    tensors = (t for x in things for t in (x.parameters() if isinstance(x, nn.Module) else x.state_dict().values()))
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _bytes(models: Iterable[nn.Module]) -> int:
+    return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
 
 
 def _size(count: int) -> str:

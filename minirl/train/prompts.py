@@ -4,7 +4,6 @@ Only the lengths are kept: the tokens of a prompt are made anew whenever it is s
 the data, the tokenizer and the model's positions, so a resumed run drops the prompts that it dropped before.
 """
 
-import time
 from array import array
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +15,7 @@ from minirl.files import place_of
 from minirl.model import ModelConfig
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
-from minirl.train.run import Display
+from minirl.train.run import Display, tracked
 from minirl.train.sft import named
 
 
@@ -28,7 +27,6 @@ class Prompts:
     lengths: np.ndarray  # int32, tokens of each example's prompt
     room: int  # positions of the model, for a prompt and its completion
     dropped: int
-    seconds: float  # for rendering and measuring
 
     def remarks(self, side: str, max_tokens: int) -> list[str]:
         """Sentences about what was dropped, and about completions that end before `max_tokens`."""
@@ -61,7 +59,7 @@ def measure(
     """
     examples = getattr(task, side)
     name = f"{'held-out ' * (side == 'heldout')}prompt {{}} of task {task.name}"
-    started, kept, lengths = time.perf_counter(), [], array("i")
+    kept, lengths = [], array("i")
     total = min(most or len(examples), len(examples))
     for i, example in enumerate(examples):
         if len(kept) == total:
@@ -74,10 +72,7 @@ def measure(
             kept.append(example)
             lengths.append(length)
         elif config.overlong_prompts == "stop":
-            raise InputError(
-                f"{place}: its prompt has {length} tokens and the context holds {model.max_positions}, so there is no "
-                "room for a completion: shorten it, or give --overlong-prompts drop"
-            )
+            raise no_room(length, model.max_positions, place)
     else:
         i = len(examples)
     display.progress("prompts", total, total)
@@ -87,10 +82,40 @@ def measure(
             f"tokens (the first: {place_of(examples[0], name.format(0))}): shorten them, or take another model"
         )
     found = np.frombuffer(lengths, dtype=np.int32) if kept else np.empty(0, np.int32)
-    prompts = Prompts(kept, found, model.max_positions, i - len(kept), time.perf_counter() - started)
+    prompts = Prompts(kept, found, model.max_positions, i - len(kept))
     for line in prompts.remarks("training" if side == "train" else "held-out", config.max_tokens):
         display.line(line)
     return prompts
+
+
+def show_notes(task: Task, display: Display) -> None:
+    """Say what a person should know of a task."""
+    for note in task.notes:
+        display.line(note)
+
+
+def judged_lengths(
+    prompts: Prompts, reward: str, task: Task, tokenizer: Tokenizer, model: ModelConfig, display: Display
+) -> np.ndarray:
+    """Tokens [N] of the training prompts as a reward model's own tokenizer and template write them; an InputError names
+    the reward and the place of one that it refuses."""
+    with named(f"reward {reward!r}"):
+        places = (training_place(example, i, task) for i, example in enumerate(prompts.examples))
+        taken = zip(tracked(display, "prompts", prompts.examples), places, strict=True)
+        return np.array([_length(example, tokenizer, model, place) for example, place in taken], dtype=np.int32)
+
+
+def training_place(example: dict, i: int, task: Task) -> str:
+    """Name the place of training prompt i for a sentence."""
+    return place_of(example, f"prompt {i} of task {task.name}")
+
+
+def no_room(length: int, limit: int, place: str) -> InputError:
+    """Make the error for a prompt that leaves no room for a completion, where none shall be dropped."""
+    return InputError(
+        f"{place}: its prompt has {length} tokens and the context holds {limit}, so there is no room for a completion: "
+        "shorten it, or give --overlong-prompts drop"
+    )
 
 
 def rendered(example: dict, tokenizer: Tokenizer, place: str) -> list[int]:

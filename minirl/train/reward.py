@@ -81,10 +81,10 @@ class RewardConfig:
     heldout: float = 0.1
     """Share of the prompts that are held out with all their lines."""
     heldout_data: str | None = None
-    """JSONL file of held-out lines instead."""
+    """File, folder or name of a data set of held-out lines instead."""
     reference: str | None = None
-    """JSONL file of "prompt" and "completion" whose mean score shall be 0 (pairwise, where only differences are
-    learned); None: the held-out responses."""
+    """File, folder or name of a data set of "prompt" and "completion" whose mean score shall be 0 (pairwise, where only
+    differences are learned); None: the held-out responses."""
     center: float = 0.0
     """η of the pairwise loss, 0.01 for instance: pulls the level of the scores to 0 in training."""
     balance: bool = True
@@ -329,7 +329,7 @@ def fit(model, tokenizer, train: list[Line], heldout: list[Line], config: Reward
     optimizer, prompts = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95)), np.array(prompts_of(train))
     if run.checkpoint:
         run.restore(optimizer)
-    show_disk(disk_of(run, [model, optimizer], [model], -(-steps // config.save_every)), display)
+    show_disk(disk_of(run, [model], steps, config.save_every), display)
     if run.start == 0:
         before = evaluate(model, heldout, config) if heldout else {}
         display.line(f"before: {len(train)} lines to train on, {len(heldout)} held out{heldout_line(before)}")

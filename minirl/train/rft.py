@@ -17,11 +17,13 @@ from minirl.errors import InputError
 from minirl.files import read_jsonl, write_jsonl
 from minirl.tasks import Task, parse_task
 from minirl.train.outcomes import Group, SampleConfig, right_and_wrong, right_of, sample_and_check, summary
+from minirl.train.preview import disk_of, show_disk
+from minirl.train.prompts import show_notes
 from minirl.train.run import Display, Run, identity, load
 from minirl.train.sft import SFTConfig, demonstration_rows, fit, read_demonstrations, refuse_unknown_tokens
 
 KEPT = "kept.jsonl"
-SAMPLED = "sampled.jsonl"  # in the folder of a run that was stopped while it sampled
+SAMPLED = "sampled.jsonl"  # in the folder of a run that was stopped while it sampled, or kept nothing
 
 
 @dataclass(frozen=True)
@@ -75,37 +77,48 @@ def kept_of(groups: Sequence[Group], most: int, distinct: str = "text") -> list[
 
 
 def sample_and_keep(model, tokenizer, task: Task, config: RFTConfig, run: Run, display: Display) -> list[dict]:
-    """The lines of kept.jsonl. Ctrl-C leaves the completions so far in SAMPLED, with which a resumed run begins."""
+    """Write the lines of kept.jsonl and return them. Ctrl-C leaves the completions so far in SAMPLED, with which a
+    resumed run begins; so does an InputError where nothing can be kept, so that one can see why."""
     file = run.out / SAMPLED
     lines = read_jsonl(file) if config.resume and file.exists() else []
     done = [lines[i : i + config.samples] for i in range(0, len(lines), config.samples)]
     groups, stopped = sample_and_check(model, tokenizer, task, config, display, done)
+    kept = kept_of(groups, config.max_per_prompt, config.distinct)
+    if stopped or not kept:
+        write_jsonl(file, [line for group in groups for line in group])
     if stopped:
         run.log(0, {"rft/prompts": len(groups)})  # and with it the config that --resume needs
-        write_jsonl(file, [line for group in groups for line in group])
         display.line(f"stopped after {len(groups)} prompts; continue with --resume --out {run.out}")
         raise KeyboardInterrupt
-    kept = kept_of(groups, config.max_per_prompt, config.distinct)
+    if not kept:
+        raise InputError(
+            f"no completion is right and ended ({summary(groups, config)}): {_advice(groups)}; {file} holds what was "
+            "sampled"
+        )
+    write_jsonl(run.out / KEPT, kept)
     display.line(
         f"kept {len(kept)} completions of {len(groups)} prompts in {run.out / KEPT}: {summary(groups, config)}"
     )
-    if not kept:
-        raise InputError(
-            f"no completion is right and ended ({summary(groups, config)}): take more samples, or a better model"
-        )
     return kept
+
+
+def _advice(groups: Sequence[Group]) -> str:
+    """Say what to do where nothing is right and ended: was all that is right cut, or all there is?"""
+    lines = [line for group in groups for line in right_of(group)] or [line for group in groups for line in group]
+    cut = all(line["finish_reason"] == "length" for line in lines)
+    return "raise --max-tokens" if cut else "take more samples, or a better model"
 
 
 def train_rft(config: RFTConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl rft`; returns the folder of the trained model."""
     display, task = display or Display(), parse_task(config.task)
     run = Run(config.out, identity(config, task.train), config.resume)
-    for note in task.notes:
-        display.line(note)
+    show_notes(task, display)
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device, config=config, run=run)
+    show_disk(disk_of(run, [model], config.steps, config.save_every), display)
     file = run.out / KEPT
     if not run.checkpoint and not (config.resume and file.exists()):  # it appears whole, after all sampling
-        write_jsonl(file, sample_and_keep(model, tokenizer, task, config, run, display))
+        sample_and_keep(model, tokenizer, task, config, run, display)
     kept = read_demonstrations(file)
     if not run.checkpoint:
         solved = len({json.dumps(line["prompt"]) for line in kept})

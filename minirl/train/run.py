@@ -97,7 +97,7 @@ class Run:
         refuse_unwritable(self.out)
         if resume:
             self._resume()
-        elif any((self.out / name).exists() for name in ("config.json", "checkpoints", *LOGS)):
+        elif holds_run(self.out):
             raise InputError(f"{self.out} already holds a run: add --resume to continue it, or choose another --out")
 
     def _resume(self) -> None:
@@ -203,6 +203,11 @@ class Run:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
         return self.out / folder
+
+
+def holds_run(out: str | Path) -> bool:
+    """Tell whether anything of a run lies in a folder."""
+    return any((Path(out) / name).exists() for name in ("config.json", "checkpoints", *LOGS))
 
 
 @contextmanager

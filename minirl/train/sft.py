@@ -246,6 +246,7 @@ def train_sft(config: SFTConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl sft`; returns the folder of the trained model."""
     display = display or Display()
     model, tokenizer, rows, run = prepare_sft(config, display)
+    show_disk(disk_of(run, [model], config.steps, config.save_every), display)
     return fit(model, tokenizer, rows, config, run, display)
 
 
@@ -254,7 +255,6 @@ def fit(model, tokenizer, rows: Sequence[Row], config: SFTConfig, run: Run, disp
     optimizer = AdamW(model, weight_decay=config.weight_decay, betas=(0.9, 0.95))
     if run.checkpoint:
         run.restore(optimizer)
-    show_disk(disk_of(run, [model, optimizer], [model], -(-config.steps // config.save_every)), display)
     if run.start == 0:
         display.example(marked_row(tokenizer, rows[0], loss_mask(rows[:1])[0].tolist()))
 

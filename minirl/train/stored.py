@@ -25,8 +25,8 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.config import PolicyConfig
 from minirl.train.formats import demonstration, read_rows, text_answer
-from minirl.train.prompts import rendered
-from minirl.train.run import Display
+from minirl.train.prompts import no_room, rendered
+from minirl.train.run import Display, tracked
 from minirl.train.sft import order, refuse_unknown_tokens, take
 
 REWARD = "stored"  # the name of the stored reward among the rewards
@@ -71,7 +71,7 @@ class Stored:
         config: PolicyConfig,
         display: Display,
     ):
-        """`triples` from `read_triples`; what is longer than the model's positions is left out."""
+        """`triples` from `read_triples`; a completion that the model's positions cannot hold is left out."""
         self.config, self.groups, self.short, self.too_long = config, [], 0, 0
         self.logprobs, longest, group = "logprobs" in triples[0], model.max_positions, config.group
         if config.loss.importance != "none" and not self.logprobs:
@@ -88,8 +88,10 @@ class Stored:
         by_prompt: dict[str, list[dict]] = {}
         for line in triples:
             by_prompt.setdefault(prompt_key(line), []).append(line)
-        for lines in by_prompt.values():
+        for lines in tracked(display, "prompts", list(by_prompt.values())):
             prompt = rendered(lines[0], tokenizer, lines[0]["where"])
+            if len(prompt) >= longest and config.overlong_prompts == "stop":
+                raise no_room(len(prompt), longest, lines[0]["where"])
             found = [(line, _completion(line, tokenizer)) for line in lines]
             for line, completion in found:
                 refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], vocab, line["where"])
