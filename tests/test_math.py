@@ -169,6 +169,11 @@ TWO = [  # completion, score, why; the answer is 2
     (r"2 \boxed{3", 0, "a box that is not closed"),
     (r"\boxed{2} \fbox{2}", 1, "equal boxes are one answer"),
     (r"\boxed{2} \fbox{3}", 0, "several boxes"),
+    ("It is 2 million.", 0, "a word that makes another number of it"),
+    (r"\boxed{2\text{ thousand}}", 0, "a word that makes another number of it"),
+    ("2 and a half", 0, "a mixed number in words"),
+    ("minus 2", 0, "the sign in a word"),
+    (r"\boxed{\text{minus } 2}", 0, "the sign in a word"),
 ]
 
 OTHERS = [  # reference answer, completion, score
@@ -195,6 +200,8 @@ OTHERS = [  # reference answer, completion, score
     ("0.30", r"\boxed{\frac{3}{10}}", 1),
     ("1,234.5", "1234.50", 1),
     ("111", r"\boxed{111_2}", 0),
+    ("5 thousand", r"\boxed{5 thousand}", 1),
+    ("5 thousand", r"\boxed{5}", 0),
 ]
 
 

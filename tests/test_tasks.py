@@ -706,6 +706,17 @@ def test_jsonl_refuses_options_that_make_no_sense(tmp_path, options, message):
         (r"12,\!000", 12000),
         ("x = 7", 7),
         ("(7)", 7),
+        ("7 seconds", 7),
+        ("1.5 million", None),  # words that change the value are no units
+        ("5 thousand", None),
+        ("2 dozen", None),
+        ("3 squared", None),
+        ("5 tenths", None),
+        ("5 below zero", None),
+        ("7 factorial", None),
+        (r"5 \text{ thousand}", None),
+        (r"\text{5 thousand}", None),
+        ("20% off", None),
         ("2 Samuel", None),  # a name that begins with a number
         ("12 Angry Men", None),
         ("B: 7", None),

@@ -14,7 +14,7 @@ from math_verify import parse, verify
 
 from minirl.rewards.boxed import box_count, equal_boxes
 from minirl.rewards.latex import plain
-from minirl.rewards.numbers import whole_number
+from minirl.rewards.numbers import is_changed, reference_number, whole_number
 from minirl.rewards.thoughts import after_thoughts
 
 for name in ("parser", "grader"):  # each call would log that the timeouts are off
@@ -44,7 +44,10 @@ def is_readable(answer: str) -> bool:
 
 
 def is_equal(answer: str, completion: str) -> bool:
-    gold, found = _parse_answer(answer), _parse(_marked(completion))
+    marked = _marked(completion)
+    if reference_number(answer) is not None and is_changed(marked):
+        return False
+    gold, found = _parse_answer(answer), _parse(marked)
     numbers = _number(gold), _number(found)
     if None not in numbers:
         return numbers[0] == numbers[1]

@@ -5,8 +5,9 @@ also `\frac{1}{2}`, `12{,}000`, `12\,000` and `12,\!000`. What stands around it 
 `90^\circ` is 90, `7 cm^2` is 7. Digits of other scripts and digits glued to letters (`5km`, `7th`, `x2`, `7²`, `1_000`)
 are not numbers. Some are one thing, recognised only to be refused: `1e3`, `0,5`, `1 000`, `1 1/2`, `7:00`, `1.2.3` and
 `2024-05-07`; a list has spaces after its commas: `1, 2` ends in 2. In `2**3`, `x^2`, `x_{2}`, `7//2`, `6/2/3`, `3*4/5`,
-`x/7`, `7/x`, `7!`, `\sqrt{7}`, `√7`, `7\pi`, `-(7)`, `±7` and `≠ 7` the last number is no answer; but where a word, a
-number and `!` end a line or sentence, `!` is punctuation: `It is 7!`. Values are exact fractions: 0.5 = 1/2, 7.0 = 7.
+`x/7`, `7/x`, `7!`, `\sqrt{7}`, `√7`, `7\pi`, `-(7)`, `±7` and `≠ 7` the last number is no answer, nor beside words that
+change its value: `7 million`, `7 and a half`, `7 squared`, `minus 7`; but where a word, a number and `!` end a line or
+sentence, `!` is punctuation: `It is 7!`. Values are exact fractions: 0.5 = 1/2, 7.0 = 7.
 
 A minus is the number's sign, also before a currency (`-$7`), unless an operand stands right before it: `5-3` ends in 3.
 With a space after it, it is the sign behind `=`, `:`, `is` and an opening bracket (`x = - 7`), but subtracts after an
@@ -26,7 +27,7 @@ import re
 from fractions import Fraction
 
 from minirl.rewards.boxed import BOX, equal_boxes
-from minirl.rewards.latex import plain
+from minirl.rewards.latex import CHANGED_AFTER, CHANGED_BEFORE, plain
 from minirl.rewards.thoughts import after_thoughts
 
 MAX_LENGTH = 1000  # characters; beyond 4300 digits Python itself refuses the conversion
@@ -63,7 +64,7 @@ OPERATOR_AFTER = re.compile(
     r"[ \t]*(?:\^|//|\\[A-Za-z]|[π√∛∜∞]|/[ \t]*(?:[A-Za-z](?![A-Za-z])|[({\\]))|\}\s*\{|\*\*[\w(]"
     r"|[,.:][0-9]|!++(?![*\"]*(?:\s*\Z|[ \t]*\n|\s+[A-Z*]))"
 )
-FACTOR_BEFORE = re.compile(r"(?:[0-9)\]}]\s*\*|[×·])\s*$")  # 3*4/5 is not 4/5
+FACTOR_BEFORE = re.compile(r"(?:[0-9)\]}]\s*\*|[×·]|[0-9]\s+and)\s*$")  # 3*4/5 is not 4/5, nor is 3 and 4/5
 WORD_BEFORE = re.compile(r"[A-Za-z]{2}:?[ \t]+[*$€£¥¤]*$")
 IS_SIGN = re.compile(r"(?:[=:≈⇒({\[<>≤≥]|\bis)[ \t]*$")
 OPERAND = re.compile(r"(?:[0-9²³)\]}%°]|[0-9]!|\b[A-Za-z])\$*[ \t]*$")
@@ -95,6 +96,12 @@ def last_number(text: str) -> Fraction | None:
     """The last number in the text; None if there is none, or if the last one cannot be read (1e3, 1/0)."""
     match = _last(text)
     return _signed(match) if match else None
+
+
+def is_changed(text: str) -> bool:
+    """Whether words beside the last number of the text make another value of it: 7 million, 7 and a half, minus 7."""
+    match = _last(text)
+    return match is not None and _is_changed(match)
 
 
 def whole_number(text: str) -> Fraction | None:
@@ -148,11 +155,16 @@ def _signed(match: re.Match) -> Fraction | None:
     return value if is_sign else -value
 
 
+def _is_changed(match: re.Match) -> bool:
+    before = match.string[max(0, match.start() - 48) : match.start()]
+    return bool(CHANGED_BEFORE.search(before) or CHANGED_AFTER.match(match.string, match.end()))
+
+
 def _value(match: re.Match) -> Fraction | None:
     if match["value"] is None or match["more"] or len(match[0]) > MAX_LENGTH:
         return None
     before, end = match.string[max(0, match.start() - 48) : match.start()], match.end()
-    if OPERATOR_BEFORE.search(before) or OPERATOR_AFTER.match(match.string, end):
+    if OPERATOR_BEFORE.search(before) or OPERATOR_AFTER.match(match.string, end) or _is_changed(match):
         return None
     is_factorial = match.string.startswith("!", end) and not WORD_BEFORE.search(before)
     denominator = Fraction(match["denominator"] or 1)
