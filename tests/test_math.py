@@ -4,6 +4,7 @@ The comparison is called here in this process: the sandbox around it, where each
 the corpus in test_adversarial.py.
 """
 
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 import minirl.rewards.math as math_reward
 from minirl.rewards import REWARDS
+from minirl.rewards.numbers import answer_number
 
 pytest.importorskip("math_verify")
 from minirl.rewards.equality import is_equal, reading, simplest
@@ -228,6 +230,29 @@ def test_a_number_is_an_answer_only_if_it_stands_alone(completion, expected, why
 @pytest.mark.parametrize(("gold", "completion", "expected"), OTHERS)
 def test_equal_in_another_form(gold, completion, expected):
     assert is_equal(gold, completion) == expected
+
+
+BOUND = r"""
+-B ; -(B) ; -$B$ ; - B ; -\(B\) ; -\left(B\right) ; \pm B ; x \neq B ; 10 - B ; 1+B ; B + 1 ; B - 1
+\sqrt{B} ; \sqrt[3]{B} ; √B ; \sin B ; \log_2 B ; f(B) ; \frac{1}{B} ; \frac{B}{2} ; B/2 ; x_{B} ; 10^{B} ; 2**B
+B^2 ; (B)^2 ; B$^2$ ; B^{-1} ; B**2 ; B! ; B squared ; B*2 ; B * 2 ; 3 * B ; 2B ; 2(B) ; xB ; x^{2}B ; 2\,B ; \frac12B
+2\cdot B ; B\pi ; B\sqrt{2} ; B \times 10^3 ; Bi ; B0 ; B½ ; B ½ ; B\frac{1}{2} ; B and a half ; half of B ; not B
+B,000 ; B{,}000 ; B\,000 ; B.5 ; B million ; B\text{ million} ; minus B ; B or 8 ; B \text{ or } 8 ; $B$ or $8$ ; (B, 8)
+"""
+FREE = r"""
+B ; = B ; $B$ ; $$B$$ ; \(B\) ; (B) ; [B] ; {B} ; \left(B\right) ; \[ B \] ; **B** ; **$B$** ; *B* ; `B` ; "B" ; B.
+B dollars ; B km/h ; B% ; B\% ; B^\circ ; B/day ; x = B \text{ cm} ; 5 + 2 = B ; x=$B$, as said ; It is B! ; 8 B
+The answer is: B ; **Answer: B** ; - Answer: B ; Answer: B - done ; the answer (B). ; B, and ; B or B ; B, so B
+\text{so }B ; \textbf{B} ; \mathbf{B} ; \color{red}{B} ; \begin{aligned} x &= B \end{aligned} ; \therefore B ; \quad B
+\displaystyle B ; B \quad \blacksquare ; B \in \mathbb{Z} ; B \approx 7.0 ; $B$.
+"""
+
+
+@pytest.mark.parametrize(("table", "right"), [(BOUND, False), (FREE, True)])
+def test_a_box_is_an_answer_only_if_it_stands_free(table, right):
+    texts = [text.replace("B", r"\boxed{7}") for text in re.split(" ; |\n", table.strip())]
+    assert [text for text in texts if is_equal("7", text) != right] == []
+    assert [text for text in texts if (answer_number(text) == 7) != right] == []
 
 
 def test_votes_are_of_the_whole_expression():

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from math_verify import parse, verify
 
-from minirl.rewards.boxed import box_count, equal_boxes
+from minirl.rewards.boxed import answer_boxes, box_count
 from minirl.rewards.latex import plain
 from minirl.rewards.numbers import is_changed, reference_number, whole_number
 from minirl.rewards.thoughts import after_thoughts
@@ -91,11 +91,11 @@ def _parse_answer(answer: str) -> list:
 
 
 def _marked(completion: str) -> str:
-    """The completion so that math-verify reads it right, without its thoughts; nothing where boxes differ, or one is
-    open."""
+    """The completion so that math-verify reads it right, without its thoughts; nothing where boxes differ, one is open,
+    or one is a part of an expression."""
     text = BOLD.sub("", after_thoughts(completion)).replace("°", r"^\circ").strip()
     if box_count(text):
-        boxes = equal_boxes(text)
+        boxes = answer_boxes(text)
         return rf"\boxed{{{boxes[0].content}}}" if boxes and boxes[0].content else ""
     marks = list(MARK.finditer(text))
     unmarked = marks[-1].end() if marks else 0

@@ -15,7 +15,8 @@ operand: a digit, closing bracket, single letter, `%`, `°`, `5!` (`5 - 7` ends 
 dash (`- 7`, `gives - 7`), so there is no answer. Behind the odd dollars of a line, which open formulas, it is a sign
 if no operand touches them; behind the even ones it subtracts if one does (`$5$ - 7`); else there is no answer.
 
-The answer of a text is what stands in its only \boxed{}, and no other number may be the text's last one; without a box
+The answer of a text is what stands in its only \boxed{}, which stands free of operators, and no other number may be
+the text's last one; without a box
 it is the last number. Several boxes are one answer if they are equal, else none; thoughts are left out (see
 `after_thoughts`). A box holds one number, also in parentheses, with nothing else than `name =` before it, units and
 \text{} without digits: no operator, other bracket or command, or single letter. A reference answer is read as a box is:
@@ -26,7 +27,7 @@ import math
 import re
 from fractions import Fraction
 
-from minirl.rewards.boxed import BOX, equal_boxes
+from minirl.rewards.boxed import BOX, answer_boxes
 from minirl.rewards.latex import CHANGED_AFTER, CHANGED_BEFORE, plain
 from minirl.rewards.thoughts import after_thoughts
 
@@ -68,7 +69,6 @@ FACTOR_BEFORE = re.compile(r"(?:[0-9)\]}]\s*\*|[×·]|[0-9]\s+and)\s*$")  # 3*4/
 WORD_BEFORE = re.compile(r"[A-Za-z]{2}:?[ \t]+[*$€£¥¤]*$")
 IS_SIGN = re.compile(r"(?:[=:≈⇒({\[<>≤≥]|\bis)[ \t]*$")
 OPERAND = re.compile(r"(?:[0-9²³)\]}%°]|[0-9]!|\b[A-Za-z])\$*[ \t]*$")
-AROUND_BOX = re.compile(r"(?:[-−^_/√]|(?:\^|\\sqrt)\{)$")  # -\boxed{7} is not 7
 IN_BOX = re.compile(  # before and after the number, whose place is the #
     r"[\s${]*(?:(?:[A-Za-z][\w{}()'= ]*)?[=:≈])?[\s${€£¥¤+]*(?:#|\(\s*#\s*\))"
     r"[\s}$%€£¥¤.]*(?:°[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
@@ -85,8 +85,8 @@ def answer_number(text: str) -> Fraction | None:
     text = after_thoughts(text)
     if not BOX.search(text):
         return last_number(text)
-    boxes = equal_boxes(text)
-    if not boxes or any(AROUND_BOX.search(text[max(0, box.start - 8) : box.start]) for box in boxes):
+    boxes = answer_boxes(text)
+    if not boxes:
         return None
     value, last = _only_number(boxes[0].content), _last(text[boxes[-1].end :])
     return value if last is None or _signed(last) == value else None
