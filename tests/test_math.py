@@ -289,6 +289,24 @@ def test_a_float_of_the_reference_is_its_digits():
     assert REWARDS["math"](prompts=["p"] * 3, completions=completions, answer=answers) == [1, 0, 1]
 
 
+def test_a_reference_with_a_unit_or_a_point_is_the_number_that_it_says():
+    units = {
+        "18.": ["18", r"\boxed{18}"],
+        "-4 dollars": [r"\boxed{-4}", "-4 dollars", r"\boxed{-4 dollars}"],
+        "1,000,000 people": [r"\boxed{1000000}", "1,000,000 people"],
+        "£18": ["18", "£18", r"\boxed{£18}"],
+        "4/5 cups": [r"\boxed{\frac45}", "4/5"],
+        "5 km/h": ["5", r"\boxed{5 km/h}"],
+        "-3°C": ["-3", "-3°C", r"\boxed{-3^\circ\text{C}}"],
+        r"50\%": ["50%", r"\frac12"],
+        "½": ["0.5", "½", r"\boxed{\frac12}", r"\boxed{½}"],
+    }
+    pairs = [(answer, text) for answer, texts in units.items() for text in texts]
+    assert [pair for pair in pairs if not is_equal(math_reward._gold(pair[0]), pair[1])] == []
+    wrong = ["17", "4", "1", "18.5", "5", "3", "0.4", "2 ½"]
+    assert [(a, text) for a in units for text in wrong if a != "5 km/h" and is_equal(math_reward._gold(a), text)] == []
+
+
 AFTERWARDS = r"""
 import sys
 from minirl.rewards.equality import is_equal

@@ -71,7 +71,7 @@ IS_SIGN = re.compile(r"(?:[=:≈⇒({\[<>≤≥]|\bis)[ \t]*$")
 OPERAND = re.compile(r"(?:[0-9²³)\]}%°]|[0-9]!|\b[A-Za-z])\$*[ \t]*$")
 IN_BOX = re.compile(  # before and after the number, whose place is the #
     r"[\s${]*(?:(?:[A-Za-z][\w{}()'= ]*)?[=:≈])?[\s${€£¥¤+]*(?:#|\(\s*#\s*\))"
-    r"[\s}$%€£¥¤.]*(?:°[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
+    r"[\s}$%€£¥¤.]*(?:°\s*[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
 )
 
 NAME = re.compile(
