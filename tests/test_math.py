@@ -4,6 +4,7 @@ The comparison is called here in this process: the sandbox around it, where each
 the corpus in test_adversarial.py.
 """
 
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 import minirl.rewards.math as math_reward
 from minirl.rewards import REWARDS
+from minirl.rewards.numbers import answer_number
 
 pytest.importorskip("math_verify")
 from minirl.rewards.equality import is_equal, reading, simplest
@@ -169,6 +171,11 @@ TWO = [  # completion, score, why; the answer is 2
     (r"2 \boxed{3", 0, "a box that is not closed"),
     (r"\boxed{2} \fbox{2}", 1, "equal boxes are one answer"),
     (r"\boxed{2} \fbox{3}", 0, "several boxes"),
+    ("It is 2 million.", 0, "a word that makes another number of it"),
+    (r"\boxed{2\text{ thousand}}", 0, "a word that makes another number of it"),
+    ("2 and a half", 0, "a mixed number in words"),
+    ("minus 2", 0, "the sign in a word"),
+    (r"\boxed{\text{minus } 2}", 0, "the sign in a word"),
 ]
 
 OTHERS = [  # reference answer, completion, score
@@ -195,6 +202,8 @@ OTHERS = [  # reference answer, completion, score
     ("0.30", r"\boxed{\frac{3}{10}}", 1),
     ("1,234.5", "1234.50", 1),
     ("111", r"\boxed{111_2}", 0),
+    ("5 thousand", r"\boxed{5 thousand}", 1),
+    ("5 thousand", r"\boxed{5}", 0),
 ]
 
 
@@ -221,6 +230,29 @@ def test_a_number_is_an_answer_only_if_it_stands_alone(completion, expected, why
 @pytest.mark.parametrize(("gold", "completion", "expected"), OTHERS)
 def test_equal_in_another_form(gold, completion, expected):
     assert is_equal(gold, completion) == expected
+
+
+BOUND = r"""
+-B ; -(B) ; -$B$ ; - B ; -\(B\) ; -\left(B\right) ; \pm B ; x \neq B ; 10 - B ; 1+B ; B + 1 ; B - 1
+\sqrt{B} ; \sqrt[3]{B} ; √B ; \sin B ; \log_2 B ; f(B) ; \frac{1}{B} ; \frac{B}{2} ; B/2 ; x_{B} ; 10^{B} ; 2**B
+B^2 ; (B)^2 ; B$^2$ ; B^{-1} ; B**2 ; B! ; B squared ; B*2 ; B * 2 ; 3 * B ; 2B ; 2(B) ; xB ; x^{2}B ; 2\,B ; \frac12B
+2\cdot B ; B\pi ; B\sqrt{2} ; B \times 10^3 ; Bi ; B0 ; B½ ; B ½ ; B\frac{1}{2} ; B and a half ; half of B ; not B
+B,000 ; B{,}000 ; B\,000 ; B.5 ; B million ; B\text{ million} ; minus B ; B or 8 ; B \text{ or } 8 ; $B$ or $8$ ; (B, 8)
+"""
+FREE = r"""
+B ; = B ; $B$ ; $$B$$ ; \(B\) ; (B) ; [B] ; {B} ; \left(B\right) ; \[ B \] ; **B** ; **$B$** ; *B* ; `B` ; "B" ; B.
+B dollars ; B km/h ; B% ; B\% ; B^\circ ; B/day ; x = B \text{ cm} ; 5 + 2 = B ; x=$B$, as said ; It is B! ; 8 B
+The answer is: B ; **Answer: B** ; - Answer: B ; Answer: B - done ; the answer (B). ; B, and ; B or B ; B, so B
+\text{so }B ; \textbf{B} ; \mathbf{B} ; \color{red}{B} ; \begin{aligned} x &= B \end{aligned} ; \therefore B ; \quad B
+\displaystyle B ; B \quad \blacksquare ; B \in \mathbb{Z} ; B \approx 7.0 ; $B$.
+"""
+
+
+@pytest.mark.parametrize(("table", "right"), [(BOUND, False), (FREE, True)])
+def test_a_box_is_an_answer_only_if_it_stands_free(table, right):
+    texts = [text.replace("B", r"\boxed{7}") for text in re.split(" ; |\n", table.strip())]
+    assert [text for text in texts if is_equal("7", text) != right] == []
+    assert [text for text in texts if (answer_number(text) == 7) != right] == []
 
 
 def test_votes_are_of_the_whole_expression():
@@ -255,6 +287,24 @@ def test_a_float_of_the_reference_is_its_digits():
     """Python writes 1e-05 and 1e+20."""
     completions, answers = ["0.00001", "1e-05", "1" + "0" * 20], [1e-05, 1e-05, 1e20]
     assert REWARDS["math"](prompts=["p"] * 3, completions=completions, answer=answers) == [1, 0, 1]
+
+
+def test_a_reference_with_a_unit_or_a_point_is_the_number_that_it_says():
+    units = {
+        "18.": ["18", r"\boxed{18}"],
+        "-4 dollars": [r"\boxed{-4}", "-4 dollars", r"\boxed{-4 dollars}"],
+        "1,000,000 people": [r"\boxed{1000000}", "1,000,000 people"],
+        "£18": ["18", "£18", r"\boxed{£18}"],
+        "4/5 cups": [r"\boxed{\frac45}", "4/5"],
+        "5 km/h": ["5", r"\boxed{5 km/h}"],
+        "-3°C": ["-3", "-3°C", r"\boxed{-3^\circ\text{C}}"],
+        r"50\%": ["50%", r"\frac12"],
+        "½": ["0.5", "½", r"\boxed{\frac12}", r"\boxed{½}"],
+    }
+    pairs = [(answer, text) for answer, texts in units.items() for text in texts]
+    assert [pair for pair in pairs if not is_equal(math_reward._gold(pair[0]), pair[1])] == []
+    wrong = ["17", "4", "1", "18.5", "5", "3", "0.4", "2 ½"]
+    assert [(a, text) for a in units for text in wrong if a != "5 km/h" and is_equal(math_reward._gold(a), text)] == []
 
 
 AFTERWARDS = r"""

@@ -700,12 +700,24 @@ def test_jsonl_refuses_options_that_make_no_sense(tmp_path, options, message):
         ("7 kg", 7),
         (r"18\text{ cm}", 18),
         (r"90^\circ", 90),
+        (r"-3^\circ C", -3),
         (r"\frac{1}{2}", Fraction(1, 2)),
         (r"$-\dfrac12$.", Fraction(-1, 2)),
         (r"\boxed{\frac{1}{2}}", Fraction(1, 2)),
         (r"12,\!000", 12000),
         ("x = 7", 7),
         ("(7)", 7),
+        ("7 seconds", 7),
+        ("1.5 million", None),  # words that change the value are no units
+        ("5 thousand", None),
+        ("2 dozen", None),
+        ("3 squared", None),
+        ("5 tenths", None),
+        ("5 below zero", None),
+        ("7 factorial", None),
+        (r"5 \text{ thousand}", None),
+        (r"\text{5 thousand}", None),
+        ("20% off", None),
         ("2 Samuel", None),  # a name that begins with a number
         ("12 Angry Men", None),
         ("B: 7", None),
@@ -774,3 +786,11 @@ def test_a_file_says_how_many_answers_only_their_own_text_matches(tmp_path, answ
     advice = "reward=FILE.py:FUNCTION" if {"Paris", True} & set(answers) else "reward=math"
     assert all(advice in line for line in notes)
     assert load_task(path, heldout_fraction=0.3, reward="exact_match").notes == ()
+
+
+def test_a_file_says_which_answers_math_takes_for_words(tmp_path):
+    answers = ["7", "3 apples", r"\sqrt{2}", "½", "Paris", r"\sin 2x", "5 thousand", "1.5 million"]
+    answers += [r"\begin{pmatrix}1\\2\end{pmatrix}", r"2\sqrt{3}\text{ inches}"]
+    path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "answer": a} for i, a in enumerate(answers)])
+    (note,) = load_task(path, heldout_fraction=0.3, reward="math").notes
+    assert note.startswith("2 of 10 answers are no numbers (") and "FILE.py" in note and "reward=math" not in note

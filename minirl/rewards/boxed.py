@@ -4,10 +4,38 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from minirl.rewards.latex import CHANGED_AFTER, CHANGED_BEFORE, plain
+
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 LONGEST = 10_000  # characters of a content
 SPACE = re.compile(r"\s*")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+BESIDE = 256  # characters on each side of a box that tell whether it stands free
+MOST = 1000  # boxes in one text; each is looked at closely
+STYLE = re.compile(r"\\(?:text|math|underline|mbox)[a-z]*\s*(?=\{\s*$)")
+FACTOR_BEFORE = re.compile(  # in the text as it is written
+    r"(?:[0-9²³]|(?<![\\A-Za-z])[A-Za-z]|(?<!\\)[)\]]|\\(?:[dt]?frac|sqrt)\S*\}|[\^_]\{[^{}]*\})(?:\\[,;:! ]|\$)*\(?$"
+)
+BEFORE = re.compile(  # in plain text, as all below
+    r"""
+    (?: [-−–－﹣‐‑+/^_√∛∜×·÷±∓⁻≠] | != | (?: [0-9)\]}] | \b[A-Za-z] ) (?: \*+ | \s+\*{1,2}\s+ ) 
+      | (?: \\[A-Za-z]+ | \b(?:sqrt|log|ln|exp|sin|cos|tan) ) (?:_\{?\w+\}?)? \s* ) [\s{(\[$|]* $
+    | [\w)\]}] \{ \s* $ | \} \s* \{ \s* $
+    """,
+    re.VERBOSE,
+)
+AFTER = re.compile(
+    r"""
+    [0-9²³π½¼¾√∛∜∞] | [A-Za-z](?![A-Za-z]) | [.,:][0-9] | ,[ ]*-?[0-9]
+    | [ \t})\]$|]* (?: [\^_+×·÷±²³] | \*[0-9(\\] | \*\*[0-9(] | \*[A-Za-z]\b | [ \t]\*[ \t] | [π√∛∜∞]
+      | /[ \t]* (?: [0-9({\\$] | [A-Za-z](?![A-Za-z]) ) | [-−–][ \t]* (?: [0-9({\\$.] | [A-Za-z](?![A-Za-z]) )
+      | !++(?! [*"]* (?: \s*\Z | [ \t]*\n | \s+[A-Z*] ) )
+      | \\(?! (?:boxed|fbox|blacksquare|square|hfill|tag|qed|checkmark|l?dots|in|sim|equiv|end|big[a-z]*)\b ) [A-Za-z]
+      | [,;]?[ \t]*(?:or|and)\b [\s$({]* (?: [-−–]? [0-9] | \\(?!boxed|fbox)[A-Za-z] ) )
+    """,
+    re.VERBOSE,
+)
+WORD_BEFORE = re.compile(r"[A-Za-z]{2}:?[ \t]+[*$]*$")  # then "!" is punctuation
 
 
 class Box(NamedTuple):
@@ -59,6 +87,23 @@ def equal_boxes(text: str) -> list[Box]:
             return []
         found.append(box)
     return found
+
+
+def answer_boxes(text: str) -> list[Box]:
+    r"""`equal_boxes` where each is all that the text says: empty where one is a part of an expression, as in
+    `-\boxed{7}`, `2\boxed{7}`, `\sqrt{\boxed{7}}`, `\boxed{7}^2` or `\boxed{7}.5`, or is changed by words as in
+    `not \boxed{7}`, `\boxed{7} million` or `\boxed{7} or 8`; also empty beyond `MOST`."""
+    found = equal_boxes(text)
+    return found if len(found) <= MOST and all(_stands_free(text, box) for box in found) else []
+
+
+def _stands_free(text: str, box: Box) -> bool:
+    written = text[max(0, box.start - BESIDE) : box.start]
+    before = plain(STYLE.sub(" ", written))
+    after = plain("0" + text[box.end : box.end + BESIDE])[1:]  # behind a digit, as a separator of thousands is
+    bound = FACTOR_BEFORE.search(written) or BEFORE.search(before) or CHANGED_BEFORE.search(before)
+    factorial = after.lstrip(" })]$").startswith("!") and not WORD_BEFORE.search(before)
+    return not (bound or factorial or AFTER.match(after) or CHANGED_AFTER.match(after))
 
 
 def box_count(text: str) -> int:

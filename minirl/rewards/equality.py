@@ -8,13 +8,14 @@ The last expression is the answer: where it cannot be read, no earlier one takes
 
 import logging
 import re
+import unicodedata
 from fractions import Fraction
 
 from math_verify import parse, verify
 
-from minirl.rewards.boxed import box_count, equal_boxes
+from minirl.rewards.boxed import answer_boxes, box_count
 from minirl.rewards.latex import plain
-from minirl.rewards.numbers import whole_number
+from minirl.rewards.numbers import is_changed, reference_number, whole_number
 from minirl.rewards.thoughts import after_thoughts
 
 for name in ("parser", "grader"):  # each call would log that the timeouts are off
@@ -36,6 +37,7 @@ RUN = re.compile(
 )
 ARITHMETIC = re.compile(r"[-+*/=(),.\s0-9]*|[^0-9\\]*|[0-9.,]*\\[%$]")  # math-verify reads it, or there is no number
 DIGITS = 12  # behind the point that math-verify compares, of roots and the like: it computes 15 digits in all
+VULGAR = re.compile("[¼½¾⅐-⅞]")
 BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?$")
 
 
@@ -44,7 +46,13 @@ def is_readable(answer: str) -> bool:
 
 
 def is_equal(answer: str, completion: str) -> bool:
-    gold, found = _parse_answer(answer), _parse(_marked(completion))
+    marked = _marked(completion)
+    number = reference_number(answer)
+    if number is not None and is_changed(marked):
+        return False
+    if number is not None and number == reference_number(marked or "none"):
+        return True  # also with units that math-verify does not know
+    gold, found = _parse_answer(answer), _parse(marked)
     numbers = _number(gold), _number(found)
     if None not in numbers:
         return numbers[0] == numbers[1]
@@ -84,15 +92,17 @@ def _simplest(expression):
 
 
 def _parse_answer(answer: str) -> list:
+    answer = VULGAR.sub(_in_latex, answer)
     return _parse(answer if MARK.search(answer) or box_count(answer) else f"${answer}$")
 
 
 def _marked(completion: str) -> str:
-    """The completion so that math-verify reads it right, without its thoughts; nothing where boxes differ, or one is
-    open."""
-    text = BOLD.sub("", after_thoughts(completion)).replace("°", r"^\circ").strip()
+    """The completion so that math-verify reads it right, without its thoughts; nothing where boxes differ, one is open,
+    or one is a part of an expression."""
+    text = BOLD.sub("", after_thoughts(completion)).replace("°", r"^\circ ").strip()
+    text = VULGAR.sub(_in_latex, text)
     if box_count(text):
-        boxes = equal_boxes(text)
+        boxes = answer_boxes(text)
         return rf"\boxed{{{boxes[0].content}}}" if boxes and boxes[0].content else ""
     marks = list(MARK.finditer(text))
     unmarked = marks[-1].end() if marks else 0
@@ -100,6 +110,12 @@ def _marked(completion: str) -> str:
     if line < len(text) and (line > unmarked or not marks) and SYMBOLS.fullmatch(text, line):
         return f"{text[:line]}${text[line:].rstrip('.`')}$"
     return text[:unmarked] + RUN.sub(_in_dollars, text[unmarked:])
+
+
+def _in_latex(fraction: re.Match) -> str:
+    r"""½ as \frac{1}{2}."""
+    numerator, _, denominator = unicodedata.normalize("NFKC", fraction[0]).partition("⁄")
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
 def _in_dollars(run: re.Match) -> str:

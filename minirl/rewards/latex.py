@@ -1,6 +1,6 @@
 r"""LaTeX around numbers as plain text: 12{,}000 is 12000, \frac{1}{2} is 1/2, 90^\circ is 90°, and 7 cm^2 is 7.
 
-What changes the value of a number stays, and stands right beside it: \sqrt{7}, 7\pi, \frac{7}{x}.
+What changes the value of a number stays, and stands right beside it: \sqrt{7}, 7\pi, \frac{7}{x}, 7 \text{ million}.
 """
 
 import re
@@ -22,12 +22,33 @@ SIGNS = {  # the commands that leave a number what it is, and the sign for each
 }
 SIGN_OF = {command: sign for sign, commands in SIGNS.items() for command in commands.split()}
 SIGN_OF |= {"\\" + sign: sign for sign in " ()[]"}
+PARTS = (
+    r"hal(?:f|ves)|quarters?|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth)s?"
+)
+POWERS = r"(?:hundred|thousand|(?:m|b|tr)illion|lakh|crore)s?|dozens?|[mb]n"
+CHANGED_BEFORE = re.compile(  # words that make another value of the number behind them
+    rf"""\b(?: minus | negative | not | twice | thrice | double | triple | mod(?:ulo)? | choose | divided[ ]by
+    | (?:[0-9]|\bx)[ ]over | (?:{POWERS})(?:[ ]and)? | (?:{PARTS}|%|percent|power|roots?|squared?|cubed?|factorial)[ ]of
+    | (?<!%)(?:square|cube)[ ]root | root | power ) \s+ (?:the\s+)? [*$€£¥¤({{\s]* $""",
+    re.VERBOSE | re.IGNORECASE,
+)
+CHANGED_AFTER = re.compile(  # words that make another value of the number before them; 7 cm squared is 7
+    rf"""[ \t}}$*()~-]* (?: (?:[A-Za-z]+\s+)? and\s+(?:an?|one|two|three)\s+(?:{PARTS})\b | (?:and\s+)?[¼½¾⅐-⅞]
+    | (?: (?:an?|one)\s+)? (?: {POWERS} | {PARTS} | squared | cubed | factorial | minus | negative | mod(?:ulo)? | log
+    | sqrt | root | choose | divided | to\s+the\s+(?:power|[0-9]\w*|[a-z]+th) | percent\s+off | %\s*off )\b
+    | (?:[A-Za-z°]+\s+){{0,2}} below\b )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+CHANGING = (
+    rf"\b(?:{POWERS}|{PARTS}|squared|cubed|factorial|minus|negative|not|or|and|mod(?:ulo)?|below|off|twice|double"
+    r"|triple|thrice|root|log|sqrt|choose|divided|power)\b"
+)
 TEXT = r"\\(?:text|math|mbox|underline|operatorname)[a-z]*\s*\{"
 STEPS = [
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<=[0-9])(?:\\,|,?\\!)(?=[0-9]{3}(?![0-9]))"), ""),
     (re.compile(r"\\(?:[A-Za-z]+|.)", re.DOTALL), lambda command: SIGN_OF.get(command[0], command[0])),
-    (re.compile(rf"{TEXT}[^{{}}\\0-9−–-]*\}}(?:\^\{{?[0-9]\}}?)?"), " "),  # also \text{cm}^2
+    (re.compile(rf"{TEXT}(?![^{{}}]*(?i:{CHANGING}))[^{{}}\\0-9−–-]*\}}(?:\^\{{?[0-9]\}}?)?"), " "),  # also \text{cm}^2
     (re.compile(r"(?<=[0-9])[ ~](?:[A-Za-z]{1,9}/)?(?:[kcdm]?m|in|ft|yd|mi|s)\^(?:[23]|\{[23]\})(?!\w)"), " "),
     (re.compile(r"\\(?:begin|end|color)\{[^{}]*\}"), " "),
     (re.compile(rf"{TEXT}([^{{}}\\]*)\}}"), r" \1 "),

@@ -9,7 +9,7 @@ import importlib.util
 from decimal import Decimal
 
 from minirl.errors import InputError
-from minirl.rewards.numbers import whole_number
+from minirl.rewards.numbers import reference_number, whole_number
 from minirl.sandbox import call_each
 
 SECONDS = 5.0  # for one completion, and for reading one reference answer
@@ -25,7 +25,7 @@ def math_match(prompts, completions, answer, **columns) -> list[float | Exceptio
     Boxes that differ are an attempt to answer several times and score 0; a comparison that takes longer than
     `SECONDS` is a TimeoutError, which counts as 0.
     """
-    golds = [None if a is None else answer_text(a) for a in answer]
+    golds = [None if a is None else _gold(a) for a in answer]
     unknown = [gold for gold in dict.fromkeys(golds) if gold is not None and gold not in _readable]
     verdicts = zip(unknown, _calls("is_readable", [(gold,) for gold in unknown]), strict=True)
     _readable.update((gold, verdict) for gold, verdict in verdicts if isinstance(verdict, bool))
@@ -53,6 +53,14 @@ def math_answer(text: str) -> str | None:
 def answer_text(answer) -> str:
     """A float without the exponent that Python may write: 1e-05 would be read as 1·e − 5."""
     return f"{Decimal(str(answer)):f}" if isinstance(answer, float) else str(answer)
+
+
+def _gold(answer) -> str:
+    """The reference as math-verify reads it: a number without its unit or its sentence's point, 4/5 of `4/5 cups`; but
+    50% stays, which is also 1/2."""
+    text = answer_text(answer)
+    number = None if "%" in text else reference_number(text)
+    return text if number is None else str(number)
 
 
 def _calls(name: str, arguments: list[tuple]) -> list:

@@ -5,8 +5,9 @@ also `\frac{1}{2}`, `12{,}000`, `12\,000` and `12,\!000`. What stands around it 
 `90^\circ` is 90, `7 cm^2` is 7. Digits of other scripts and digits glued to letters (`5km`, `7th`, `x2`, `7²`, `1_000`)
 are not numbers. Some are one thing, recognised only to be refused: `1e3`, `0,5`, `1 000`, `1 1/2`, `7:00`, `1.2.3` and
 `2024-05-07`; a list has spaces after its commas: `1, 2` ends in 2. In `2**3`, `x^2`, `x_{2}`, `7//2`, `6/2/3`, `3*4/5`,
-`x/7`, `7/x`, `7!`, `\sqrt{7}`, `√7`, `7\pi`, `-(7)`, `±7` and `≠ 7` the last number is no answer; but where a word, a
-number and `!` end a line or sentence, `!` is punctuation: `It is 7!`. Values are exact fractions: 0.5 = 1/2, 7.0 = 7.
+`x/7`, `7/x`, `7!`, `\sqrt{7}`, `√7`, `7\pi`, `-(7)`, `±7` and `≠ 7` the last number is no answer, nor beside words that
+change its value: `7 million`, `7 and a half`, `7 squared`, `minus 7`; but where a word, a number and `!` end a line or
+sentence, `!` is punctuation: `It is 7!`. Values are exact fractions: 0.5 = 1/2, 7.0 = 7.
 
 A minus is the number's sign, also before a currency (`-$7`), unless an operand stands right before it: `5-3` ends in 3.
 With a space after it, it is the sign behind `=`, `:`, `is` and an opening bracket (`x = - 7`), but subtracts after an
@@ -14,7 +15,8 @@ operand: a digit, closing bracket, single letter, `%`, `°`, `5!` (`5 - 7` ends 
 dash (`- 7`, `gives - 7`), so there is no answer. Behind the odd dollars of a line, which open formulas, it is a sign
 if no operand touches them; behind the even ones it subtracts if one does (`$5$ - 7`); else there is no answer.
 
-The answer of a text is what stands in its only \boxed{}, and no other number may be the text's last one; without a box
+The answer of a text is what stands in its only \boxed{}, which stands free of operators, and no other number may be
+the text's last one; without a box
 it is the last number. Several boxes are one answer if they are equal, else none; thoughts are left out (see
 `after_thoughts`). A box holds one number, also in parentheses, with nothing else than `name =` before it, units and
 \text{} without digits: no operator, other bracket or command, or single letter. A reference answer is read as a box is:
@@ -25,8 +27,8 @@ import math
 import re
 from fractions import Fraction
 
-from minirl.rewards.boxed import BOX, equal_boxes
-from minirl.rewards.latex import plain
+from minirl.rewards.boxed import BOX, answer_boxes
+from minirl.rewards.latex import CHANGED_AFTER, CHANGED_BEFORE, plain
 from minirl.rewards.thoughts import after_thoughts
 
 MAX_LENGTH = 1000  # characters; beyond 4300 digits Python itself refuses the conversion
@@ -63,14 +65,13 @@ OPERATOR_AFTER = re.compile(
     r"[ \t]*(?:\^|//|\\[A-Za-z]|[π√∛∜∞]|/[ \t]*(?:[A-Za-z](?![A-Za-z])|[({\\]))|\}\s*\{|\*\*[\w(]"
     r"|[,.:][0-9]|!++(?![*\"]*(?:\s*\Z|[ \t]*\n|\s+[A-Z*]))"
 )
-FACTOR_BEFORE = re.compile(r"(?:[0-9)\]}]\s*\*|[×·])\s*$")  # 3*4/5 is not 4/5
+FACTOR_BEFORE = re.compile(r"(?:[0-9)\]}]\s*\*|[×·]|[0-9]\s+and)\s*$")  # 3*4/5 is not 4/5, nor is 3 and 4/5
 WORD_BEFORE = re.compile(r"[A-Za-z]{2}:?[ \t]+[*$€£¥¤]*$")
 IS_SIGN = re.compile(r"(?:[=:≈⇒({\[<>≤≥]|\bis)[ \t]*$")
 OPERAND = re.compile(r"(?:[0-9²³)\]}%°]|[0-9]!|\b[A-Za-z])\$*[ \t]*$")
-AROUND_BOX = re.compile(r"(?:[-−^_/√]|(?:\^|\\sqrt)\{)$")  # -\boxed{7} is not 7
 IN_BOX = re.compile(  # before and after the number, whose place is the #
     r"[\s${]*(?:(?:[A-Za-z][\w{}()'= ]*)?[=:≈])?[\s${€£¥¤+]*(?:#|\(\s*#\s*\))"
-    r"[\s}$%€£¥¤.]*(?:°[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
+    r"[\s}$%€£¥¤.]*(?:°\s*[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
 )
 
 NAME = re.compile(
@@ -84,8 +85,8 @@ def answer_number(text: str) -> Fraction | None:
     text = after_thoughts(text)
     if not BOX.search(text):
         return last_number(text)
-    boxes = equal_boxes(text)
-    if not boxes or any(AROUND_BOX.search(text[max(0, box.start - 8) : box.start]) for box in boxes):
+    boxes = answer_boxes(text)
+    if not boxes:
         return None
     value, last = _only_number(boxes[0].content), _last(text[boxes[-1].end :])
     return value if last is None or _signed(last) == value else None
@@ -95,6 +96,12 @@ def last_number(text: str) -> Fraction | None:
     """The last number in the text; None if there is none, or if the last one cannot be read (1e3, 1/0)."""
     match = _last(text)
     return _signed(match) if match else None
+
+
+def is_changed(text: str) -> bool:
+    """Whether words beside the last number of the text make another value of it: 7 million, 7 and a half, minus 7."""
+    match = _last(text)
+    return match is not None and _is_changed(match)
 
 
 def whole_number(text: str) -> Fraction | None:
@@ -148,11 +155,16 @@ def _signed(match: re.Match) -> Fraction | None:
     return value if is_sign else -value
 
 
+def _is_changed(match: re.Match) -> bool:
+    before = match.string[max(0, match.start() - 48) : match.start()]
+    return bool(CHANGED_BEFORE.search(before) or CHANGED_AFTER.match(match.string, match.end()))
+
+
 def _value(match: re.Match) -> Fraction | None:
     if match["value"] is None or match["more"] or len(match[0]) > MAX_LENGTH:
         return None
     before, end = match.string[max(0, match.start() - 48) : match.start()], match.end()
-    if OPERATOR_BEFORE.search(before) or OPERATOR_AFTER.match(match.string, end):
+    if OPERATOR_BEFORE.search(before) or OPERATOR_AFTER.match(match.string, end) or _is_changed(match):
         return None
     is_factorial = match.string.startswith("!", end) and not WORD_BEFORE.search(before)
     denominator = Fraction(match["denominator"] or 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from minirl.conversation import messages_of, tools_of, with_system
 from minirl.errors import InputError
 from minirl.files import Placed, kind_of
+from minirl.rewards.latex import plain
 from minirl.rewards.math import math_answer, math_match
 from minirl.rewards.numbers import reference_number
 from minirl.rewards.registry import load_reward
@@ -21,6 +22,7 @@ from minirl.tasks.style import check_style, in_style, with_style
 from minirl.tasks.task import Task
 
 PROMPTS = ("prompt", "question", "problem", "messages", "conversations", "instruction", "query", "input", "text")
+WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|log|ln|exp|sin|cos|tan|pi)\b)[A-Za-z]{3,}(?![{A-Za-z(])")
 RESERVED = {"prompts", "completions", "completion_ids"}  # what every reward is given beside the columns
 
 
@@ -135,13 +137,16 @@ def _prompt(prompt, where: str, column: str) -> str | list[dict]:
 
 
 def _notes(correct: Reward, examples: list[dict]) -> tuple[str, ...]:
-    """A line on the answers that the default reward compares as texts, and on what to use for them."""
+    """A line on the answers that the default reward compares as texts, and on what to use for them; also on those that
+    `math` takes for words though they hold a number."""
     answers = [example["answer"] for example in examples if example.get("answer") is not None]
     answers = [json.dumps(answer) if isinstance(answer, bool) else str(answer) for answer in answers]
     texts = [answer for answer in answers if reference_number(answer) is None]
-    if correct is not answer_match or not texts:
+    if correct is math_match:
+        texts = [text for text in texts if re.search("[0-9]", text) and WORD.search(plain(text))]
+    if correct not in (answer_match, math_match) or not texts:
         return ()
-    formula = any(re.search(r"[\\^0-9]", text) for text in texts)
+    formula = any(re.search(r"[\\^0-9½¼¾]", text) and not WORD.search(plain(text)) for text in texts)
     advice = "reward=math compares formulas" if formula else "reward=FILE.py:FUNCTION may read more"
     return (
         f"{len(texts)} of {len(answers)} answers are no numbers ({texts[0]!r:.60} is the first), and only a completion "
