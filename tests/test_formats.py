@@ -193,6 +193,19 @@ def test_thoughts_go_on_from_those_that_the_template_opens_and_an_answer_without
     assert rows_of(tmp_path, {"messages": [Q, A]}, tokenizer=tokenizer) == [ONE_TURN]
 
 
+@pytest.mark.parametrize("text", ["<answer>2</answer>", "<b>x</b>", "[T]", "<thin", ""])
+def test_an_answer_that_begins_like_the_tag_of_opened_thoughts_is_learned_before_them(text, tmp_path):
+    tokenizer = chat_tokenizer(OPENS_THOUGHTS)
+    wanted = [(ONE_TURN[0][0], False), (text + END, True)]
+    assert rows_of(tmp_path, {"messages": [Q, A | {"content": text}]}, tokenizer=tokenizer) == [wanted]
+
+
+def test_thoughts_are_learned_before_empty_ones_of_the_prompt(tmp_path):
+    tokenizer = chat_tokenizer(CHAT.replace("<assistant>' }}", "<assistant><think>\\n\\n</think>\\n\\n' }}"))
+    wanted = [ONE_TURN[0], ("<think>\nt</think>a<end>", True)]
+    assert rows_of(tmp_path, {"messages": [Q, thought("a")]}, tokenizer=tokenizer) == [wanted]
+
+
 def test_tools_and_calls_of_them_reach_the_template(tmp_path):
     call = {"name": "add", "arguments": {"x": 1}}
     written = '<call>{"name": "add", "arguments": {"x": 1}}<end>'

@@ -12,6 +12,8 @@ from minirl.errors import InputError
 from minirl.tokenizer import Tokenizer
 
 OPENING_TAG = re.compile(r"\s*(<[^<>\s]+>|\[THINK\])\s*")
+# Ends of a generation prompt that a turn may not have: empty thoughts, the tag that opens some, white space.
+ENDINGS = [re.compile(ending) for ending in (r"<think>\s*</think>\s*$", r"(<[^<>\s]+>|\[THINK\])\s*$", r"\s+$")]
 
 
 @dataclass
@@ -60,7 +62,8 @@ def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[li
     asked = _asked(tokenizer, before, tools)
     whole = tokenizer.render(list(messages), add_generation_prompt=False, tools=tools)
     # A template may open thoughts in the prompt that the turn itself has not: then the turn begins before them.
-    opening = common_start([asked, whole])
+    openings = [asked, *(ending.sub("", asked) for ending in ENDINGS)]
+    opening = next((opening for opening in openings if whole.startswith(opening)), "")
     answer, content = whole[len(opening) :], messages[-1]["content"]
     rewritten = opening != asked and len(opening) < len(tokenizer.render(before, False, tools=tools))
     if rewritten or _letters(_behind(opening, content)) not in _letters(answer):  # as where thoughts are cut out
