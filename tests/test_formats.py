@@ -23,7 +23,7 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.formats import demonstration
 from minirl.train.prefer import PreferConfig, train_prefer
 from minirl.train.ranked import description as comparisons
-from minirl.train.ranked import encoded, ranked_lists, read_preferences
+from minirl.train.ranked import encoded, ranked_lists, read_preferences, share_prompt
 from minirl.train.reward import RewardConfig, train_reward
 from minirl.train.reward_data import encode, read_examples
 from minirl.train.run import Display
@@ -36,8 +36,9 @@ from minirl.train.sft import (
     sft_step,
     train_sft,
 )
+from minirl.train.stored import _turns as stored_turns
 from minirl.train.stored import read_triples
-from minirl.train.turns import common_start, conversation
+from minirl.turns import Turns, common_start, conversation
 
 END, DOCUMENT_END, BEGIN = "<end>", "<|eos|>", "<|bos|>"
 CHAT = (
@@ -572,6 +573,51 @@ def test_labelled_and_stored_completions_may_be_messages(tmp_path):
     assert (line["prompt"], line["completion"], line["reward"]) == ([Q], "a", None)
     with pytest.raises(InputError, match="line 1: its 'completion' must be one message"):
         read_triples(write(tmp_path / "data.jsonl", stored | {"completion": [A, Q, A]}))
+
+
+THOUGHT = "<think>\nt</think>a"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "wanted"),
+    [
+        (OPENS_THOUGHTS, THOUGHT, "<user>q<end>\n<assistant><think>\n|t</think>a<end>"),
+        (OPENS_THOUGHTS, "a", "<user>q<end>\n<assistant>|a<end>"),
+        (OPENS_THOUGHTS, "t</think>a", "<user>q<end>\n<assistant><think>\n|t</think>a<end>"),
+        (LAST_THOUGHTS, "a", "<user>q<end>\n<assistant>|a<end>"),
+        (CHAT.replace("'>' + m", "'>' + ('<x>' if m.role == 'assistant' else '') + m"), "a", f"{PAIR[0]}|<x>a<end>"),
+    ],
+)
+def test_a_text_below_messages_is_a_turn_on_every_way_into_training(template, text, wanted, tmp_path):
+    tokenizer, data = chat_tokenizer(template), tmp_path / "data.jsonl"
+    talk, below = {"messages": [Q, A | {"content": text}]}, {"prompt": [Q], "completion": text}
+    pair = {"prompt": [Q], "chosen": text, "rejected": text + "b"}
+    nectar = [{"answer": text, "rank": 1}, {"answer": text + "b", "rank": 2}]
+    ranked = [*read_preferences(write(data, pair))]
+    ranked += read_preferences(write(data, {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": nectar}))
+    rows = [ranked_lists(tokenizer, [example], 500)[0].rows[0] for example in ranked]
+    for row in (talk, below):
+        rows += demonstration_rows(tokenizer, read_demonstrations(write(data, row)), 500)
+        labelled = read_examples(write(data, row | {"label": 1}), "pointwise")
+        rows += [Turns(x.tree.prompt, x.tree.responses[0]) for x in encode(labelled, "pointwise", tokenizer, BIG).lines]
+        rows.append(stored_turns(read_triples(write(data, row | {"reward": 1.0}))[0], tokenizer))
+    shown = {"|".join(tokenizer.decode(ids, skip_special_tokens=False) for ids in (r.prompt, r.response)) for r in rows}
+    assert shown == {wanted}
+
+
+def test_stored_completions_of_one_prompt_share_it_with_and_without_thoughts(tmp_path):
+    tokenizer = chat_tokenizer(OPENS_THOUGHTS)
+    sampled = tokenizer.encode("t</think>a<end>")
+    lines = [{"completion": THOUGHT}, {"completion": "a"}, {"completion": "t</think>a", "completion_tokens": sampled}]
+    lines.append({"completion": "<think>\nwell", "finish_reason": "length"})
+    found = read_triples(write(tmp_path / "data.jsonl", *({"prompt": [Q], "reward": 1.0} | line for line in lines)))
+    turns = [stored_turns(line, tokenizer) for line in found]
+    assert turns[2].response == sampled
+    share_prompt(turns)
+    texts = [tokenizer.decode(turn.response, skip_special_tokens=False) for turn in turns]
+    assert [tokenizer.decode(turn.prompt, skip_special_tokens=False) for turn in turns] == [PAIR[0]] * 4
+    thought = "<think>\nt</think>a<end>"
+    assert texts == [thought, "a<end>", thought, "<think>\nwell"]
 
 
 def test_tokens_beside_a_completion_are_learned_as_they_are(tmp_path):

@@ -18,10 +18,10 @@ from minirl.rollout import Rollout, completion_text, sample
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import load_task
 from minirl.tokenizer import Tokenizer, check_messages
-from minirl.train.ranked import response_tokens
+from minirl.train.ranked import response_turns
 from minirl.train.run import Display, load
 from minirl.train.sft import SFTConfig, demonstration_rows, train_sft
-from minirl.train.stored import _completion
+from minirl.train.stored import _turns
 
 # Small templates, each with one habit of a real one.
 CHATML = (
@@ -105,8 +105,8 @@ def test_every_kind_of_training_data_ends_with_the_end_of_a_turn(tmp_path):
     (row,) = demonstration_rows(tokenizer, [{"prompt": [ASK], "completion": "7"}], 256)
     assert row.response == [*tokenizer.encode("7"), TURN]
     line = {"prompt": [ASK], "completion": "7", "where": "line 1"}
-    assert response_tokens(tokenizer, line, ["7"], None) == [[*tokenizer.encode("7"), TURN]]
-    assert _completion(line, tokenizer).tokens == [*tokenizer.encode("7"), TURN]
+    assert [t.response for t in response_turns(tokenizer, line, ["7"], None)] == [[*tokenizer.encode("7"), TURN]]
+    assert _turns(line, tokenizer).response == [*tokenizer.encode("7"), TURN]
     scored = []
     judge = RewardModel(tiny_model(vocab_size=260), tokenizer)
     judge.score = lambda prompts, completions: scored.extend(completions)

@@ -9,7 +9,7 @@ A row is recognised by its keys; all rows of a file must have one format.
                      with   prompt | instruction | question | conversations | messages   or as whole conversations
 
 `instruction` may have `input` and `history` (Alpaca), and every format `system` and `tools`. An answer that is a text
-below `prompt` continues this prompt; below an instruction or a question it is a message of the assistant.
+below a text `prompt` continues it; below messages, an instruction or a question it is a message of the assistant.
 """
 
 import re

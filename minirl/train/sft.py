@@ -40,7 +40,7 @@ from minirl.train.run import (
     tracked,
 )
 from minirl.train.step import Batch, accumulate, response_mask
-from minirl.train.turns import Turns, conversation
+from minirl.turns import Turns, answered, conversation
 
 LIKELIHOOD = PolicyLoss(ratio_level="none", surrogate="is_pg", aggregation="token_mean")
 
@@ -151,13 +151,19 @@ def _pieces(tokenizer: Tokenizer, example: dict, loss_on: str, where: str) -> li
             return conversation(tokenizer, example["messages"], trained_turns(example, loss_on == "last"), tools)
         if "text" in example:
             return [_document(tokenizer, example["text"])]
-        piece, text = Turns(tokenizer.prompt_ids(example["prompt"], tools)), example["completion"]
-        known = example.get("completion_tokens")  # as they were sampled: another spelling is not what was found
-        if known is None:
-            piece.add(tokenizer.response_ids(example["prompt"], text, tools), True)
-    if known is not None:
-        piece.add(spelled_tokens(tokenizer, text, known, where), True)
-    return [piece]
+    return [below(tokenizer, example, example["completion"], example.get("completion_tokens"), where)]
+
+
+def below(tokenizer: Tokenizer, example: dict, text: str, tokens: list | None, where: str, ended: bool = True) -> Turns:
+    """The prompt of a record and a text below it: with the tokens as they were sampled where these are known, as
+    another spelling is not what was found."""
+    prompt, tools = example["prompt"], example.get("tools")
+    with named(where):
+        if tokens is None:
+            return answered(tokenizer, prompt, text, tools, ended)
+        piece = Turns(tokenizer.prompt_ids(prompt, tools))
+    piece.add(spelled_tokens(tokenizer, text, tokens, where), True)
+    return piece
 
 
 def _document(tokenizer: Tokenizer, text: str) -> Turns:

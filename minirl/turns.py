@@ -44,6 +44,29 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[dict], turns: Sequence
     return pieces
 
 
+def answered(
+    tokenizer: Tokenizer, prompt: str | Sequence[dict], text: str, tools: list[dict] | None = None, ended: bool = True
+) -> Turns:
+    """A text below a prompt: below messages that ask for it the assistant's turn, as in `conversation`; else, and where
+    it was cut before it `ended`, what goes on from the prompt."""
+    if ended and not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
+        return conversation(tokenizer, [*prompt, {"role": "assistant", "content": text}], [len(prompt)], tools)[0]
+    tokens = tokenizer.prompt_ids(prompt, tools)
+    response = continuation_ids(tokenizer, prompt, text, tools, ended)
+    return Turns(tokens, response, [True] * len(response))
+
+
+def continuation_ids(
+    tokenizer: Tokenizer, prompt: str | Sequence[dict], text: str, tools: list[dict] | None = None, ended: bool = True
+) -> list[int]:
+    """Tokens of a text that goes on from `prompt_ids(prompt, tools)`, and if it `ended` the token that ends it, once:
+    the text's own where it holds one already, else `stop_id`. Thoughts that the prompt opens are not opened again."""
+    text, end = tokenizer.without_end(text)
+    before = prompt if isinstance(prompt, str) else tokenizer.render(list(prompt), tools=tools)
+    tokens = tokenizer.encode_behind(before, text if isinstance(prompt, str) else _behind(before, text))
+    return [*tokens, tokenizer.stop_id if end is None else end] if ended else tokens
+
+
 def common_start(sequences: Sequence[Sequence]) -> Sequence:
     """What all begin with, texts or tokens."""
     first = min(sequences, key=len)
