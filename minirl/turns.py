@@ -87,11 +87,11 @@ def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[li
     # A template may open thoughts in the prompt that the turn itself has not: then the turn begins before them.
     openings = [asked, *(ending.sub("", asked) for ending in ENDINGS)]
     opening = next((opening for opening in openings if whole.startswith(opening)), "")
-    answer, content = whole[len(opening) :], messages[-1]["content"]
+    answer, content = whole[len(opening) :], messages[-1]["content"] or ""
     rewritten = opening != asked and len(opening) < len(tokenizer.render(before, False, tools=tools))
     if rewritten or _letters(_behind(opening, content)) not in _letters(answer):  # as where thoughts are cut out
         opening, answer = asked, _behind(asked, content)
-    _refuse_unwritten(messages[-1], answer)
+    _refuse_unwritten(messages[-1], answer, "" if whole.startswith(opening) else whole)
     return tokenizer.encode(opening), _ended(tokenizer, tokenizer.encode_behind(opening, answer))
 
 
@@ -117,17 +117,23 @@ def _behind(opening: str, content: str) -> str:
 
 def _unended(tokenizer: Tokenizer, message: dict) -> dict:
     """The assistant's message without a stop token at its end, which the template writes."""
-    if message["role"] != "assistant":
+    if message["role"] != "assistant" or not message["content"]:
         return message
     return {**message, "content": tokenizer.without_end(message["content"])[0]}
 
 
-def _refuse_unwritten(message: dict, answer: str) -> None:
+def _refuse_unwritten(message: dict, answer: str, whole: str) -> None:
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
     thoughts = [message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)]
     for name, texts in (("tool_calls", calls), ("thoughts", thoughts)):
-        if any(_letters(text) not in _letters(answer) for text in texts):
-            raise InputError(f"the chat template does not write the {name} of an assistant's turn: use another model")
+        if all(_letters(text) in _letters(answer) for text in texts):
+            continue
+        if all(text in whole for text in texts):
+            raise InputError(
+                "the chat template writes turns of the assistant that follow one another in another way: join them "
+                "into one message"
+            )
+        raise InputError(f"the chat template does not write the {name} of an assistant's turn: use another model")
 
 
 def _ended(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:

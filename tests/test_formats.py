@@ -227,6 +227,44 @@ def test_tools_and_calls_of_them_reach_the_template(tmp_path):
         assert rows_of(tmp_path, row) == [wanted]
 
 
+R1_CALLS = (  # like DeepSeek-R1: arguments are joined as text, and a null is no turn of its own
+    "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{{ '<assistant><call>' + c.function.name + ' ' + c.function.arguments }}{% endfor %}{{ '<end>' }}{% endif %}"
+    "{% if m.content is not none %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def test_a_template_that_joins_arguments_as_text_gets_them_so_and_null_stays_null(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"x": "é"}}]}
+    wanted = [("<user>q<end><assistant>", False), ('<call>add {"x": "é"}<end>', True)]
+    assert rows_of(tmp_path, {"messages": [Q, call]}, tokenizer=chat_tokenizer(R1_CALLS)) == [wanted]
+    printing = chat_tokenizer(CHAT.replace("'<' + m.role + '>' + m.content", "'<' ~ m.role ~ '>' ~ m.content"))
+    written = [(ONE_TURN[0][0], False), ('<call>{"name": "add", "arguments": {"x": "é"}}<end>', True)]
+    for tokenizer in (printing, chat_tokenizer()):
+        assert rows_of(tmp_path, {"messages": [Q, call]}, tokenizer=tokenizer) == [written]
+
+
+def test_words_before_a_call_are_one_turn_with_it(tmp_path):
+    call = {"name": "add", "arguments": {}}
+    talk = [("human", "q"), ("gpt", "a"), ("function_call", json.dumps(call))]
+    row = {"conversations": [{"from": who, "value": text} for who, text in talk]}
+    wanted = [(ONE_TURN[0][0], False), ('a<call>{"name": "add", "arguments": {}}<end>', True)]
+    assert rows_of(tmp_path, row) == [wanted]
+    template = CHAT.replace("+ m.content", "+ ('<x>' if loop.last else '') + m.content")
+    with pytest.raises(InputError, match=r"line 1: .* follow one another in another way: join them into one message"):
+        rows_of(tmp_path, {"messages": [Q, A, A | {"tool_calls": [call]}]}, tokenizer=chat_tokenizer(template))
+
+
+@pytest.mark.parametrize("role", ["Assistant", "model", "GPT", " assistant"])
+def test_roles_are_read_in_any_spelling_and_unknown_ones_refused(role, tmp_path):
+    assert rows_of(tmp_path, {"messages": [Q | {"role": "User"}, A | {"role": role}]}) == [ONE_TURN]
+    with pytest.raises(InputError, match="line 1: message 1 of 'messages' is from 'asistant': it must be one of"):
+        rows_of(tmp_path, {"messages": [Q, A | {"role": "asistant"}, A]})
+    with pytest.raises(InputError, match="line 1: 'messages' is the text of a list: write the list itself"):
+        rows_of(tmp_path, {"messages": json.dumps([Q, A])})
+
+
 def test_a_template_that_leaves_tools_or_calls_or_thoughts_out_is_refused(tmp_path):
     call = A | {"tool_calls": [{"name": "add", "arguments": {}}]}
     for row, words in (
