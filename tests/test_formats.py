@@ -361,6 +361,40 @@ def test_a_run_says_its_format_and_what_it_cuts_and_learns_the_turns(checkpoint,
         ids.append(token)
 
 
+def test_prompts_that_are_too_long_are_dropped_on_request_and_counted(checkpoint, tmp_path):
+    rows = [{"messages": [Q, A]}, {"messages": [Q | {"content": "q" * 70}, A]}]
+    pairs = [{"prompt": row["messages"][:1], "chosen": "a", "rejected": "b"} for row in rows]
+    for kind, train, lines in ((SFTConfig, train_sft, rows), (PreferConfig, train_prefer, pairs)):
+        data = str(write(tmp_path / "data.jsonl", *lines))
+        more = {} if kind is SFTConfig else {"eval_share": 0.0}
+        shared = {"steps": 1, "batch": 1, "dtype": "float32", "device": "cpu", **more}
+        with pytest.raises(InputError, match=r"line 2: its prompt has .* tokens, .*--overlong-prompts drop"):
+            train(kind(str(checkpoint), data, str(tmp_path / "stops"), **shared), Lines())
+        shown = Lines()
+        train(kind(str(checkpoint), data, str(tmp_path / kind.__name__), overlong_prompts="drop", **shared), shown)
+        assert "1 of 2 training prompts leave no room for a completion and are dropped" in shown.said
+
+
+def test_conversations_whose_turns_all_weigh_0_are_left_out_and_counted(tmp_path):
+    rows = [{"messages": [Q, A]}, {"messages": [Q, A | {"weight": 0}]}]
+    assert rows_of(tmp_path, *rows) == [ONE_TURN]
+    examples = read_demonstrations(write(tmp_path / "data.jsonl", *rows))
+    wanted = "2 conversations, loss on 1 assistant turns; left out, as the weights of all their turns are 0: 1"
+    assert description(examples, "all") == wanted
+    for weight in (0.5, -1, "1"):
+        with pytest.raises(InputError, match=f"line 1: message 1 has the 'weight' {weight!r}, which must be 0 or 1"):
+            read_demonstrations(write(tmp_path / "data.jsonl", {"messages": [Q, A | {"weight": weight}]}))
+
+
+def test_rows_for_each_turn_are_said_with_their_tokens(tmp_path):
+    tokenizer = chat_tokenizer(LAST_THOUGHTS)
+    examples = read_demonstrations(write(tmp_path / "data.jsonl", {"messages": [Q, thought("a"), Q, thought("b")]}))
+    rows = demonstration_rows(tokenizer, examples, 500)
+    tokens = sum(len(row.prompt) + len(row.response) for row in rows)
+    said = description(examples, "all", rows)
+    assert said.startswith(f"1 conversations, loss on 2 assistant turns in 2 rows of {tokens} tokens")
+
+
 def test_a_run_on_pairs_says_its_format(checkpoint, tmp_path):
     others = [{"role": "user", "content": f"{i}"} for i in range(4)]
     rows = [LISTS] + [{"chosen": [other, A], "rejected": [other, B]} for other in others]

@@ -68,7 +68,7 @@ def demonstration(row: dict, where: str) -> dict:
         name = "text"
     else:
         raise InputError(_unknown(row, where, "demonstration"))
-    if "messages" in record and not trained_turns(record):
+    if "messages" in record and not _trained(record, where):
         raise InputError(f"{where}: it has no answer of the assistant to learn from")
     return _with_tools(record, row, where) | {"format": name}
 
@@ -78,6 +78,17 @@ def _answered(context: str | list[dict], answer: object, raw: bool, name: str, w
         return {"prompt": context, "completion": answer}
     prompt = _as_messages(context)
     return {"messages": prompt + _assistant(answer, where, name), "start": len(prompt)}
+
+
+def _trained(record: dict, where: str) -> list[int]:
+    """The assistant's turns whatever their weight is, which must be 0 or 1."""
+    plain = []
+    for i, message in enumerate(record["messages"]):
+        key = "weight" if "weight" in message else "loss_weight"
+        if message.get(key, 1) not in (0, 1):
+            raise InputError(f"{where}: message {i} has the {key!r} {message[key]!r}, which must be 0 or 1")
+        plain.append({key: x for key, x in message.items() if key not in ("weight", "loss_weight")})
+    return trained_turns(record | {"messages": plain})
 
 
 def trained_turns(record: dict, last: bool = False) -> list[int]:

@@ -12,7 +12,7 @@ from minirl.tasks.split import split_by_problem
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, micro_batches
 from minirl.train.formats import HH, as_text, preference, read_rows
-from minirl.train.sft import Demonstration, below, named, refuse_length
+from minirl.train.sft import Demonstration, below, fits, named
 from minirl.turns import Turns, common_start, conversation
 
 
@@ -91,18 +91,22 @@ def _messages(tokenizer: Tokenizer, prompt: list[dict], response: list[dict], to
     return pieces[0]
 
 
-def ranked_lists(tokenizer: Tokenizer, examples: Iterable[dict], max_length: int) -> list[Ranked]:
+def ranked_lists(
+    tokenizer: Tokenizer, examples: Iterable[dict], max_length: int, overlong: list[str] | None = None
+) -> list[Ranked]:
     """Token rows, each with its stop token (or as its tokens stand in the file) unless it had to be cut at `max_length`
     tokens in all.
 
     Of equal responses (also: equal after the cut) the first stays. Examples without a pair, where all is equal or tied,
-    are left out.
+    are left out; so are those whose prompt does not fit, and their places go to `overlong` (None: the first is named in
+    an InputError).
     """
     lists = []
     for i, example in enumerate(examples, 1):
         found, scores, counted = encoded(tokenizer, example), {}, {}
         prompt = found[0].prompt
-        refuse_length(len(prompt), max_length, example["where"])
+        if not fits(len(prompt), max_length, example["where"], overlong):
+            continue
         room = max_length - len(prompt)
         for turns, score in zip(found, example["scores"], strict=True):
             row = tuple(turns.response[:room])
