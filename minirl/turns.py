@@ -33,8 +33,9 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[dict], turns: Sequence
     """All `turns` (indices of messages) in one piece where the prompt of each turn begins with the pieces before it;
     else, for templates that write earlier turns in another way (without their thoughts), in as many as it takes."""
     messages, pieces = [_unended(tokenizer, message) for message in messages], []
+    encoder = Growing(tokenizer)
     for i in turns:
-        prompt, response = turn(tokenizer, messages[: i + 1], tools)
+        prompt, response = turn(tokenizer, messages[: i + 1], tools, encoder)
         before = [*pieces[-1].prompt, *pieces[-1].response] if pieces else []
         if pieces and prompt[: len(before)] == before:
             pieces[-1].add(prompt[len(before) :], False)
@@ -76,7 +77,32 @@ def common_start(sequences: Sequence[Sequence]) -> Sequence:
     return first[: next(different)]
 
 
-def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[list[int], list[int]]:
+class Growing:
+    """Tokens of texts that begin alike: of each only what follows the last end of a turn in the one before is encoded.
+
+    That changes no token: special tokens are cut out of a text before anything else is done to it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.end = tokenizer, ""
+        self.text, self.ids = "", []  # the text before, up to its last end of a turn
+        if tokenizer.stop_ids:
+            end = tokenizer.decode([tokenizer.stop_id], skip_special_tokens=False)
+            self.end = end if end and tokenizer.encode(end) == [tokenizer.stop_id] else ""
+
+    def encode(self, text: str) -> list[int]:
+        end, known = self.end, self.ids
+        if known and text.startswith(self.text):
+            ids = [*known[:-1], *self.tokenizer.encode(end + text[len(self.text) :])]
+        else:
+            ids = self.tokenizer.encode(text)
+        if end and ids.count(self.tokenizer.stop_id) == text.count(end) > 0:
+            last = len(ids) - ids[::-1].index(self.tokenizer.stop_id)
+            self.text, self.ids = text[: text.rindex(end) + len(end)], ids[:last]
+        return ids
+
+
+def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None, encoder=None) -> tuple[list[int], list[int]]:
     """The prompt of the last message and its tokens, the token that ends the turn included. InputError for a template
     that leaves the turn's thoughts or tool calls out."""
     if tools:
@@ -92,7 +118,7 @@ def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[li
     if rewritten or _letters(_behind(opening, content)) not in _letters(answer):  # as where thoughts are cut out
         opening, answer = asked, _behind(asked, content)
     _refuse_unwritten(messages[-1], answer, "" if whole.startswith(opening) else whole)
-    return tokenizer.encode(opening), _ended(tokenizer, tokenizer.encode_behind(opening, answer))
+    return (encoder or tokenizer).encode(opening), _ended(tokenizer, tokenizer.encode_behind(opening, answer))
 
 
 def _asked(tokenizer: Tokenizer, before: list[dict], tools) -> str:

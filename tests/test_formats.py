@@ -38,7 +38,7 @@ from minirl.train.sft import (
 )
 from minirl.train.stored import _turns as stored_turns
 from minirl.train.stored import read_triples
-from minirl.turns import Turns, common_start, conversation
+from minirl.turns import Turns, common_start, conversation, turn
 
 END, DOCUMENT_END, BEGIN = "<end>", "<|eos|>", "<|bos|>"
 CHAT = (
@@ -205,6 +205,21 @@ def test_thoughts_are_learned_before_empty_ones_of_the_prompt(tmp_path):
     tokenizer = chat_tokenizer(CHAT.replace("<assistant>' }}", "<assistant><think>\\n\\n</think>\\n\\n' }}"))
     wanted = [ONE_TURN[0], ("<think>\nt</think>a<end>", True)]
     assert rows_of(tmp_path, {"messages": [Q, thought("a")]}, tokenizer=tokenizer) == [wanted]
+
+
+@pytest.mark.parametrize("template", [CHAT, LAST_THOUGHTS, OPENS_THOUGHTS])
+def test_each_part_of_a_long_conversation_is_encoded_about_once(template, monkeypatch):
+    tokenizer, encode, sizes = chat_tokenizer(template), Tokenizer.encode, []
+    talk = [m for i in range(60) for m in ({"role": "user", "content": f"{i} " + "x" * 80}, thought("y" * 80))]
+    wanted = [turn(tokenizer, talk[: i + 1]) for i in range(1, 120, 2)]
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text, *more: sizes.append(len(text)) or encode(self, text, *more)
+    )
+    pieces = conversation(tokenizer, talk, range(1, 120, 2))
+    assert sum(sizes) < 15 * len(tokenizer.render(talk, False))
+    learned = [token for piece in pieces for token, yes in zip(piece.response, piece.counted, strict=True) if yes]
+    assert learned == [token for _, response in wanted for token in response]
+    assert pieces[-1].prompt + pieces[-1].response == wanted[-1][0] + wanted[-1][1]
 
 
 def test_tools_and_calls_of_them_reach_the_template(tmp_path):
