@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from minirl.rewards.registry import did_you_mean
 from minirl.tasks import TASKS
 from minirl.train import grpo, ppo
 from minirl.train.run import refuse_format
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def usage() -> str:
@@ -72,9 +75,12 @@ def _template_variables(args: Sequence[str]) -> tuple[list[str], dict[str, objec
 
 
 def _typed(text: str) -> object:
-    """What a value is in JSON, and True as true; else a text."""
+    """What a value is in JSON; yes, no, on and off in any case of letters are booleans as true and false are; else a
+    text."""
+    if text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
     try:
-        return json.loads(text.lower() if text in ("True", "False") else text, parse_constant=str)
+        return json.loads(text, parse_constant=str)
     except ValueError:
         return text
 
@@ -162,7 +168,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a completion may hold what the terminal has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _dispatch(args)
+        try:
+            _dispatch(args)
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError, OSError) as error:
@@ -170,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _fail(_out_of_memory(next(arg for arg in args if arg != "check")))
         if not isinstance(error, OSError):
             raise
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            sys.exit(1)
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
         _fail(f"the system refused ({what}): check path, permissions and free space; earlier checkpoints are intact")
     except KeyboardInterrupt:
@@ -206,6 +217,16 @@ def _without_template(task: str) -> str:
     kept = [option for option in options.split(",") if option and not option.startswith("style=")]
     plain = f"--task {name}:{','.join([*kept, 'style=plain'])}"
     return f"the model has no chat template, which the prompts of task {name!r} need: give {plain}"
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more, as behind `| head`; then nothing more is written to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -196,7 +196,8 @@ class Tokenizer:
         """A conversation up to the end of its last, unfinished message.
 
         The template gets other words in its place, as it may trim a text or drop thoughts from it. Some templates put
-        empty thoughts before an answer; unless the generation prompt has them too, the message begins without them.
+        empty thoughts before an answer; unless the generation prompt has them too, and the message none of its own, it
+        begins without them.
         """
         *before, last = messages
         text = _text_of(last)
@@ -206,7 +207,8 @@ class Tokenizer:
             raise InputError(
                 "the chat template does not show the assistant's last message, so it cannot be continued: leave it out"
             )
-        if NO_THOUGHTS.search(head) and before and self._rendered(before, True, variables) != head:
+        own = text.lstrip().startswith("<think>")
+        if NO_THOUGHTS.search(head) and (own or (before and self._rendered(before, True, variables) != head)):
             head = NO_THOUGHTS.sub("", head)
         return head + text
 

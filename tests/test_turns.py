@@ -281,6 +281,8 @@ def test_empty_thoughts_that_were_asked_for_stay_before_an_unfinished_turn(tmp_p
     tokenizer.prompt_with({"enable_thinking": False})
     talk = [ASK, {"role": "assistant", "content": "It is"}]
     assert tokenizer.render(talk) == HEADS["thoughts"] + "<think>\n\n</think>\n\nIt is"
+    for words in (CLOSED, "<think>\n"):  # a turn with thoughts of its own has no empty ones before
+        assert tokenizer.render([ASK, {"role": "assistant", "content": words}]) == HEADS["thoughts"] + words
 
 
 @pytest.mark.parametrize(
@@ -388,6 +390,24 @@ def test_commands_with_prompts_are_those_with_variables():
     kinds = {name: {f.name for f in fields(kind)} for name, (kind, _) in cli.COMMANDS.items()}
     assert {name for name, names in kinds.items() if "template" in names} == set(WITH_PROMPTS)
     assert all("system" in kinds[name] for name in WITH_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", False),
+        ("Off", False),
+        ("FALSE", False),
+        ("yes", True),
+        ("on", True),
+        ("0", 0),
+        ("1", 1),
+        ("nope", "nope"),
+    ],
+)
+def test_words_for_yes_and_no_are_booleans_and_numbers_stay_numbers(text, value):
+    found = cli.parse("generate", ["--model", "m", "--prompts", "1", "--template.x", text]).template["x"]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(
