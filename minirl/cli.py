@@ -9,10 +9,12 @@ import io
 import json
 import os
 import re
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -27,6 +29,17 @@ from minirl.train import grpo, ppo
 from minirl.train.run import refuse_format
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _name_the_template_values() -> None:
+    """`--template` stands in --help with a name and a value, not with all types that a value may have."""
+    for base in {base for kind, _ in COMMANDS.values() for base in kind.__mro__}:
+        hints = vars(base).get("__annotations__", {})
+        if known := hints.get("template"):
+            hints["template"] = Annotated[known, tyro.conf.arg(metavar="NAME VALUE")]
+
+
+_name_the_template_values()
 
 
 def usage() -> str:
@@ -221,12 +234,11 @@ def _without_template(task: str) -> str:
 
 def _reader_left() -> bool:
     """Whether nobody reads stdout any more, as behind `| head`; then nothing more is written to it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    waiting = select.poll()
+    waiting.register(sys.stdout.fileno(), 0)
+    if left := bool(waiting.poll(0)):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return left
 
 
 def _is_out_of_memory(error: Exception) -> bool:

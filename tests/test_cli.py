@@ -597,6 +597,13 @@ def test_a_run_begins_with_what_its_task_has_to_say(command, model, capsys, tmp_
     assert said.count("1 of 2 answers are no numbers ('x^2' is the first)") == 1 and "reward=math" in said
 
 
+def test_help_names_template_values_by_name_and_value(capsys):
+    for command in ("grpo", "sft", "generate"):
+        with pytest.raises(SystemExit):
+            cli.parse(command, ["--help"])
+        assert re.search(r"--template NAME VALUE\s", capsys.readouterr().out)
+
+
 def test_a_reader_that_leaves_ends_a_command_without_a_word():
     ours, theirs = os.pipe()
     os.close(ours)

@@ -638,6 +638,24 @@ def test_a_row_of_pairs_that_cannot_be_read_is_named(row, words, tmp_path):
 # ---- labels and stored completions -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("asked", "answered"), [("question", "answer"), ("input", "output"), ("query", "response")])
+def test_other_names_of_a_question_and_its_answer_are_read(asked, answered, tmp_path):
+    assert rows_of(tmp_path, {asked: "q", answered: "a"}) == [ONE_TURN]
+
+
+@pytest.mark.parametrize("end", ["\r\n\r\n", "\n", "\r\n"])
+def test_speakers_without_an_empty_line_before_them_are_named(end, tmp_path):
+    row = {key: f"{end}Human: q{end}Assistant: {key}" for key in ("chosen", "rejected")}
+    with pytest.raises(InputError, match=r"line 1: its 'Human:' and 'Assistant:' must each follow an empty line"):
+        read_preferences(write(tmp_path / "data.jsonl", row))
+
+
+@pytest.mark.parametrize(("row", "kind"), [({"label": 1}, "pointwise"), ({"steps": ["a"], "labels": [1]}, "process")])
+def test_labels_without_a_kind_name_the_kind_they_are_for(row, kind, tmp_path):
+    with pytest.raises(InputError, match=f"labels are for minirl reward --kind {kind}$"):
+        read_examples(write(tmp_path / "data.jsonl", {"messages": [Q, A]} | row), "pairwise")
+
+
 def test_steps_may_answer_a_question(tmp_path):
     data = write(tmp_path / "data.jsonl", {"question": "q", "steps": ["a", "b"], "labels": [1, 0]})
     [line] = encode(read_examples(data, "process"), "process", chat_tokenizer(), BIG).lines

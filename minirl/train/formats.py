@@ -3,7 +3,8 @@
 A row is recognised by its keys; all rows of a file must have one format.
 
     demonstrations   messages | conversations                       a conversation
-                     prompt | instruction | question   with   completion | response | output
+                     prompt | instruction | question | query   with   completion | response | output
+                     question with answer, or input with output
                      text                                            a document
     preferences      chosen and rejected | responses and scores | completions (UltraFeedback) | answers (Nectar)
                      with   prompt | instruction | question | conversations | messages   or as whole conversations
@@ -22,7 +23,7 @@ from minirl.files import is_number, kind_of
 from minirl.tables import rows_of
 
 CONVERSATIONS = ("messages", "conversations")
-QUESTIONS = ("prompt", "instruction", "question")
+QUESTIONS = ("prompt", "instruction", "question", "query")
 ANSWERS = ("completion", "response", "output")
 HH = "Human and Assistant"  # the format of texts "\n\nHuman: q\n\nAssistant: a"
 MEDIA = ("images", "image", "videos", "audios")
@@ -55,7 +56,7 @@ def demonstration(row: dict, where: str) -> dict:
     """{"prompt", "completion"} to continue a prompt by a text, with "completion_tokens" if they stand beside it;
     {"messages", "start"} for a conversation whose assistant speaks from message `start` on; or {"text"}. With "tools"
     where there are any, and "format"."""
-    row = _present(row)
+    row = _renamed(_present(row))
     if (asked := _first(row, QUESTIONS)) and (answered := _first(row, ANSWERS)):
         record = _answered(_context(row, where), row[answered], asked == "prompt", answered, where)
         if "completion" in record and "completion_tokens" in row:
@@ -71,6 +72,16 @@ def demonstration(row: dict, where: str) -> dict:
     if "messages" in record and not _trained(record, where):
         raise InputError(f"{where}: it has no answer of the assistant to learn from")
     return _with_tools(record, row, where) | {"format": name}
+
+
+def _renamed(row: dict) -> dict:
+    """The row with a question and an answer that have other names, under those that are read."""
+    if _first(row, (*CONVERSATIONS, "text")) is None:
+        if "question" in row and "answer" in row and not _first(row, ANSWERS):
+            return row | {"output": row["answer"]}
+        if "input" in row and "output" in row and not _first(row, QUESTIONS):
+            return {"instruction": row["input"], **{key: x for key, x in row.items() if key != "input"}}
+    return row
 
 
 def _answered(context: str | list[dict], answer: object, raw: bool, name: str, where: str) -> dict:
@@ -200,6 +211,10 @@ def _shared(talks: Sequence[list[dict]]) -> int:
 def _of_speakers(text: str, where: str) -> list[dict]:
     """The messages of "\\n\\nHuman: q\\n\\nAssistant: a"."""
     _, *pieces = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", "\n\n" + text.lstrip())
+    if "Assistant" not in pieces[::2] and re.search(r"\n\s*Assistant:", text):
+        raise InputError(
+            f"{where}: its 'Human:' and 'Assistant:' must each follow an empty line, with plain line ends (\\n\\n)"
+        )
     pairs = list(zip(pieces[::2], pieces[1::2], strict=True))
     return messages_of([{"role": SPEAKERS[who], "content": said.strip()} for who, said in pairs], where)
 
@@ -265,8 +280,10 @@ def _first(row: dict, names: Sequence[str]) -> str | None:
 def _unknown(row: dict, where: str, kind: str) -> str:
     known = {
         "demonstration": "'messages', 'conversations', 'prompt' and 'completion', 'instruction' and 'output', "
-        "'question' and 'response', or 'text'",
+        "'question' and 'answer', or 'text'",
         "preference": "'chosen' and 'rejected', 'responses' and 'scores', 'completions' or 'answers', with a 'prompt'",
     }[kind]
     hint = "; pairs are for minirl prefer and minirl reward" if kind == "demonstration" and "chosen" in row else ""
+    if kind == "preference" and ("label" in row or "labels" in row):
+        hint = f"; labels are for minirl reward --kind {'pointwise' if 'label' in row else 'process'}"
     return f"{where}: no format has its keys ({', '.join(row) or 'none'}): give {known}{hint}"
