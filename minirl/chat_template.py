@@ -9,9 +9,10 @@ where the model was trained is a silent loss of quality.
 A template that calls `strftime_now` writes a date into the prompt: the tokenizer's `now`, which a run keeps.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -35,7 +36,47 @@ if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < OLDEST_SAFE_JINJ
 
 
 def render_chat(template: str, messages: list[dict], moment: datetime, **variables) -> str:
-    """The text of a conversation at a moment; `variables` are special tokens and whatever else the template reads."""
+    """The text of a conversation at a moment; `variables` are special tokens and whatever else the template reads.
+
+    Some templates take the arguments of tool calls as JSON text only, or no null as the content beside them; both are
+    spelled in that way where the template fails on them, or prints the null."""
+    first, *others = _spellings(messages)
+    try:
+        text = _render(template, first, moment, variables)
+    except InputError:
+        for spelling in others:
+            with contextlib.suppress(InputError):
+                return _render(template, spelling, moment, variables)
+        raise
+    if "None" in text and others and any(message.get("content", "") is None for message in messages):
+        with contextlib.suppress(InputError):
+            spelled = _render(template, others[0], moment, variables)
+            return spelled if spelled.count("None") < text.count("None") else text
+    return text
+
+
+def _spellings(messages: list[dict]) -> list[list[dict]]:
+    """The messages as they are, with empty contents in place of null ones, with the arguments of their tool calls as
+    JSON text, and with both."""
+    if not any(isinstance(message, Mapping) and message.get("tool_calls") for message in messages):
+        return [messages]
+    filled = [{**message, "content": message.get("content") or ""} for message in messages]
+    return [messages, filled, _with_text_arguments(messages), _with_text_arguments(filled)]
+
+
+def _with_text_arguments(messages: list[dict]) -> list[dict]:
+    def spelled(call: dict) -> dict:
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return [
+        m | {"tool_calls": [spelled(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
+    ]
+
+
+def _render(template: str, messages: list[dict], moment: datetime, variables: dict) -> str:
     try:
         plain = json.loads(json.dumps({"tools": None, "documents": None, **variables, "messages": messages}))
     except (TypeError, ValueError) as error:

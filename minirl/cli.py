@@ -7,11 +7,14 @@ import contextlib
 import errno
 import io
 import json
+import os
 import re
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -24,6 +27,19 @@ from minirl.rewards.registry import did_you_mean
 from minirl.tasks import TASKS
 from minirl.train import grpo, ppo
 from minirl.train.run import refuse_format
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _name_the_template_values() -> None:
+    """`--template` stands in --help with a name and a value, not with all types that a value may have."""
+    for base in {base for kind, _ in COMMANDS.values() for base in kind.__mro__}:
+        hints = vars(base).get("__annotations__", {})
+        if known := hints.get("template"):
+            hints["template"] = Annotated[known, tyro.conf.arg(metavar="NAME VALUE")]
+
+
+_name_the_template_values()
 
 
 def usage() -> str:
@@ -81,9 +97,12 @@ def _template_variables(args: Sequence[str]) -> tuple[list[str], dict[str, objec
 
 
 def _typed(text: str) -> object:
-    """What a value is in JSON, and True as true; else a text."""
+    """What a value is in JSON; yes, no, on and off in any case of letters are booleans as true and false are; else a
+    text."""
+    if text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
     try:
-        return json.loads(text.lower() if text in ("True", "False") else text, parse_constant=str)
+        return json.loads(text, parse_constant=str)
     except ValueError:
         return text
 
@@ -171,7 +190,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a completion may hold what the terminal has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _dispatch(args)
+        try:
+            _dispatch(args)
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError, OSError) as error:
@@ -179,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _fail(_out_of_memory(next(arg for arg in args if arg != "check")))
         if not isinstance(error, OSError):
             raise
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            sys.exit(1)
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
         _fail(f"the system refused ({what}): check path, permissions and free space; earlier checkpoints are intact")
     except KeyboardInterrupt:
@@ -223,6 +247,15 @@ def _without_template(task: str) -> str:
     kept = [option for option in options.split(",") if option and not option.startswith("style=")]
     plain = f"--task {name}:{','.join([*kept, 'style=plain'])}"
     return f"the model has no chat template, which the prompts of task {name!r} need: give {plain}"
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more, as behind `| head`; then nothing more is written to it."""
+    waiting = select.poll()
+    waiting.register(sys.stdout.fileno(), 0)
+    if left := bool(waiting.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def _is_out_of_memory(error: Exception) -> bool:

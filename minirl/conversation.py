@@ -4,7 +4,8 @@
     {"from", "value"}           ShareGPT: human, gpt, system, tool, function_call, observation
 
 Of a message all other keys stay (tool_calls, name, reasoning_content): templates read them. A key that is null is left
-out, as templates ask whether a key is there.
+out, as templates ask whether a key is there. A template skips a role that it does not know without a word, so only
+known ones are taken, in any case of letters.
 """
 
 import json
@@ -12,7 +13,13 @@ import json
 from minirl.errors import InputError
 from minirl.files import kind_of
 
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -24,11 +31,28 @@ def prompt_of(value: object, where: str, name: str = "prompt") -> str | list[dic
 def messages_of(value: object, where: str, name: str = "messages") -> list[dict]:
     """The messages of a list, or of a single message."""
     value = [value] if isinstance(value, dict) else value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        raise InputError(f"{where}: {name!r} is the text of a list: write the list itself, without quotes around it.")
     if not isinstance(value, list):
         raise InputError(f"{where}: {name!r} is {kind_of(value)}, but must be a text or a list of chat messages.")
     if not value:
         raise InputError(f"{where}: {name!r} is an empty list: it needs at least one chat message.")
-    return [_message(message, f"{where}: message {i} of {name!r}") for i, message in enumerate(value)]
+    messages: list[dict] = []
+    for i, entry in enumerate(value):
+        message = _message(entry, f"{where}: message {i} of {name!r}")
+        if (
+            _calls_alone(entry)
+            and messages
+            and messages[-1]["role"] == "assistant"
+            and "tool_calls" not in messages[-1]
+        ):
+            message = {**messages.pop(), "tool_calls": message["tool_calls"]}  # its words, then its call: one turn
+        messages.append(message)
+    return messages
+
+
+def _calls_alone(entry: object) -> bool:
+    return isinstance(entry, dict) and entry.get("from") == "function_call"
 
 
 def _message(value: object, what: str) -> dict:
@@ -40,8 +64,16 @@ def _message(value: object, what: str) -> dict:
     if calls := rest.pop("tool_calls", None):
         rest["tool_calls"] = _calls(calls, what)
     content = value.get("content")
-    content = "" if content is None and calls else _text(content, what)
-    return {"role": value["role"], "content": content, **rest}
+    content = None if content is None and calls else _text(content, what)  # templates may tell null from empty
+    return {"role": _role(value["role"], what), "content": content, **rest}
+
+
+def _role(name: object, what: str) -> str:
+    known = str(name).strip().lower()
+    role = ROLES.get(known, known)
+    if role not in KNOWN_ROLES:
+        raise InputError(f"{what} is from {name!r}: it must be one of {', '.join((*ROLES, *KNOWN_ROLES))}.")
+    return role
 
 
 def _text(content: object, what: str) -> str:
@@ -58,9 +90,7 @@ def _text(content: object, what: str) -> str:
 
 
 def _of_sharegpt(value: dict, what: str) -> dict:
-    role, text = ROLES.get(value["from"], value["from"]), value.get("value")
-    if role not in KNOWN_ROLES:
-        raise InputError(f"{what} is from {role!r}: it must be one of {', '.join((*ROLES, *KNOWN_ROLES))}.")
+    role, text = _role(value["from"], what), value.get("value")
     if value["from"] != "function_call":
         return {"role": role, "content": text}
     calls = _parsed(text, f"{what}, a function_call,")

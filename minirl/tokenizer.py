@@ -196,7 +196,8 @@ class Tokenizer:
         """A conversation up to the end of its last, unfinished message.
 
         The template gets other words in its place, as it may trim a text or drop thoughts from it. Some templates put
-        empty thoughts before an answer; unless the generation prompt has them too, the message begins without them.
+        empty thoughts before an answer; unless the generation prompt has them too, and the message none of its own, it
+        begins without them.
         """
         *before, last = messages
         text = _text_of(last)
@@ -206,7 +207,8 @@ class Tokenizer:
             raise InputError(
                 "the chat template does not show the assistant's last message, so it cannot be continued: leave it out"
             )
-        if NO_THOUGHTS.search(head) and before and self._rendered(before, True, variables) != head:
+        own = text.lstrip().startswith("<think>")
+        if NO_THOUGHTS.search(head) and (own or (before and self._rendered(before, True, variables) != head)):
             head = NO_THOUGHTS.sub("", head)
         return head + text
 
@@ -232,28 +234,6 @@ class Tokenizer:
         ids = self.encode(prompt)
         starts_with_bos = self.bos_id is not None and self.encode("", add_special_tokens=True)[:1] == [self.bos_id]
         return [self.bos_id, *ids] if starts_with_bos and ids[:1] != [self.bos_id] else ids
-
-    def response_ids(
-        self, prompt: str | list[dict], text: str, tools: list[dict] | None = None, ended: bool = True
-    ) -> list[int]:
-        """Tokens of a text as they follow `prompt_ids(prompt, tools)`, and if it `ended` the token that ends it, once:
-        the text's own where it holds one already, else `stop_id`."""
-        text, end = self.without_end(text)
-        before = prompt if isinstance(prompt, str) else self.render(prompt, tools=tools)
-        if not ended:
-            return self.encode_behind(before, text)
-        if not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
-            text = self._spaced(prompt, before, text, tools)
-        return [*self.encode_behind(before, text), self.stop_id if end is None else end]
-
-    def _spaced(self, prompt: list[dict], before: str, text: str, tools: list[dict] | None) -> str:
-        """The text with the white space that the chat template writes around an answer; the text alone where the
-        template rewrites it, or puts more than white space there."""
-        answer = {"role": "assistant", "content": text}
-        whole = self.render([*prompt, answer], add_generation_prompt=False, tools=tools)
-        end = re.escape(self.decode([self.stop_id], skip_special_tokens=False))
-        found = re.compile(rf"\s*{re.escape(text)}\s*(?={end})").match(whole, len(before))
-        return found[0] if found and whole.startswith(before) else text
 
     def refuse_unread_tools(self, prompt: str | list[dict]) -> None:
         """InputError where tools beside a prompt would be dropped in silence."""

@@ -5,7 +5,9 @@ import inspect
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import pairwise
@@ -600,3 +602,19 @@ def test_a_run_begins_with_what_its_task_has_to_say(command, model, capsys, tmp_
         cli.main([command, "--model", model, "--task", f"{tmp_path / 'data.jsonl'}:heldout_fraction=0.5"])
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("1 of 2 answers are no numbers ('x^2' is the first)") == 1 and "reward=math" in said
+
+
+def test_help_names_template_values_by_name_and_value(capsys):
+    for command in ("grpo", "sft", "generate"):
+        with pytest.raises(SystemExit):
+            cli.parse(command, ["--help"])
+        assert re.search(r"--template NAME VALUE\s", capsys.readouterr().out)
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_word():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "minirl", "grpo", "--help"]
+    found = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert (found.returncode, found.stderr) == (1, "")

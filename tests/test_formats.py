@@ -23,7 +23,7 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.formats import demonstration
 from minirl.train.prefer import PreferConfig, train_prefer
 from minirl.train.ranked import description as comparisons
-from minirl.train.ranked import encoded, ranked_lists, read_preferences
+from minirl.train.ranked import encoded, ranked_lists, read_preferences, share_prompt
 from minirl.train.reward import RewardConfig, train_reward
 from minirl.train.reward_data import encode, read_examples
 from minirl.train.run import Display
@@ -36,8 +36,9 @@ from minirl.train.sft import (
     sft_step,
     train_sft,
 )
+from minirl.train.stored import _turns as stored_turns
 from minirl.train.stored import read_triples
-from minirl.train.turns import common_start, conversation
+from minirl.turns import Turns, common_start, conversation, turn
 
 END, DOCUMENT_END, BEGIN = "<end>", "<|eos|>", "<|bos|>"
 CHAT = (
@@ -193,6 +194,34 @@ def test_thoughts_go_on_from_those_that_the_template_opens_and_an_answer_without
     assert rows_of(tmp_path, {"messages": [Q, A]}, tokenizer=tokenizer) == [ONE_TURN]
 
 
+@pytest.mark.parametrize("text", ["<answer>2</answer>", "<b>x</b>", "[T]", "<thin", ""])
+def test_an_answer_that_begins_like_the_tag_of_opened_thoughts_is_learned_before_them(text, tmp_path):
+    tokenizer = chat_tokenizer(OPENS_THOUGHTS)
+    wanted = [(ONE_TURN[0][0], False), (text + END, True)]
+    assert rows_of(tmp_path, {"messages": [Q, A | {"content": text}]}, tokenizer=tokenizer) == [wanted]
+
+
+def test_thoughts_are_learned_before_empty_ones_of_the_prompt(tmp_path):
+    tokenizer = chat_tokenizer(CHAT.replace("<assistant>' }}", "<assistant><think>\\n\\n</think>\\n\\n' }}"))
+    wanted = [ONE_TURN[0], ("<think>\nt</think>a<end>", True)]
+    assert rows_of(tmp_path, {"messages": [Q, thought("a")]}, tokenizer=tokenizer) == [wanted]
+
+
+@pytest.mark.parametrize("template", [CHAT, LAST_THOUGHTS, OPENS_THOUGHTS])
+def test_each_part_of_a_long_conversation_is_encoded_about_once(template, monkeypatch):
+    tokenizer, encode, sizes = chat_tokenizer(template), Tokenizer.encode, []
+    talk = [m for i in range(60) for m in ({"role": "user", "content": f"{i} " + "x" * 80}, thought("y" * 80))]
+    wanted = [turn(tokenizer, talk[: i + 1]) for i in range(1, 120, 2)]
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text, *more: sizes.append(len(text)) or encode(self, text, *more)
+    )
+    pieces = conversation(tokenizer, talk, range(1, 120, 2))
+    assert sum(sizes) < 15 * len(tokenizer.render(talk, False))
+    learned = [token for piece in pieces for token, yes in zip(piece.response, piece.counted, strict=True) if yes]
+    assert learned == [token for _, response in wanted for token in response]
+    assert pieces[-1].prompt + pieces[-1].response == wanted[-1][0] + wanted[-1][1]
+
+
 def test_tools_and_calls_of_them_reach_the_template(tmp_path):
     call = {"name": "add", "arguments": {"x": 1}}
     written = '<call>{"name": "add", "arguments": {"x": 1}}<end>'
@@ -211,6 +240,44 @@ def test_tools_and_calls_of_them_reach_the_template(tmp_path):
         {"conversations": [{"from": who, "value": text} for who, text in sharegpt], "tools": json.dumps([ADD])},
     ):
         assert rows_of(tmp_path, row) == [wanted]
+
+
+R1_CALLS = (  # like DeepSeek-R1: arguments are joined as text, and a null is no turn of its own
+    "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{{ '<assistant><call>' + c.function.name + ' ' + c.function.arguments }}{% endfor %}{{ '<end>' }}{% endif %}"
+    "{% if m.content is not none %}{{ '<' + m.role + '>' + m.content + '<end>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def test_a_template_that_joins_arguments_as_text_gets_them_so_and_null_stays_null(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"x": "é"}}]}
+    wanted = [("<user>q<end><assistant>", False), ('<call>add {"x": "é"}<end>', True)]
+    assert rows_of(tmp_path, {"messages": [Q, call]}, tokenizer=chat_tokenizer(R1_CALLS)) == [wanted]
+    printing = chat_tokenizer(CHAT.replace("'<' + m.role + '>' + m.content", "'<' ~ m.role ~ '>' ~ m.content"))
+    written = [(ONE_TURN[0][0], False), ('<call>{"name": "add", "arguments": {"x": "é"}}<end>', True)]
+    for tokenizer in (printing, chat_tokenizer()):
+        assert rows_of(tmp_path, {"messages": [Q, call]}, tokenizer=tokenizer) == [written]
+
+
+def test_words_before_a_call_are_one_turn_with_it(tmp_path):
+    call = {"name": "add", "arguments": {}}
+    talk = [("human", "q"), ("gpt", "a"), ("function_call", json.dumps(call))]
+    row = {"conversations": [{"from": who, "value": text} for who, text in talk]}
+    wanted = [(ONE_TURN[0][0], False), ('a<call>{"name": "add", "arguments": {}}<end>', True)]
+    assert rows_of(tmp_path, row) == [wanted]
+    template = CHAT.replace("+ m.content", "+ ('<x>' if loop.last else '') + m.content")
+    with pytest.raises(InputError, match=r"line 1: .* follow one another in another way: join them into one message"):
+        rows_of(tmp_path, {"messages": [Q, A, A | {"tool_calls": [call]}]}, tokenizer=chat_tokenizer(template))
+
+
+@pytest.mark.parametrize("role", ["Assistant", "model", "GPT", " assistant"])
+def test_roles_are_read_in_any_spelling_and_unknown_ones_refused(role, tmp_path):
+    assert rows_of(tmp_path, {"messages": [Q | {"role": "User"}, A | {"role": role}]}) == [ONE_TURN]
+    with pytest.raises(InputError, match="line 1: message 1 of 'messages' is from 'asistant': it must be one of"):
+        rows_of(tmp_path, {"messages": [Q, A | {"role": "asistant"}, A]})
+    with pytest.raises(InputError, match="line 1: 'messages' is the text of a list: write the list itself"):
+        rows_of(tmp_path, {"messages": json.dumps([Q, A])})
 
 
 def test_a_template_that_leaves_tools_or_calls_or_thoughts_out_is_refused(tmp_path):
@@ -307,6 +374,40 @@ def test_a_run_says_its_format_and_what_it_cuts_and_learns_the_turns(checkpoint,
     for token in tokenizer.encode("a<end>"):
         assert full_logits(trained, ids)[-1].argmax() == token
         ids.append(token)
+
+
+def test_prompts_that_are_too_long_are_dropped_on_request_and_counted(checkpoint, tmp_path):
+    rows = [{"messages": [Q, A]}, {"messages": [Q | {"content": "q" * 70}, A]}]
+    pairs = [{"prompt": row["messages"][:1], "chosen": "a", "rejected": "b"} for row in rows]
+    for kind, train, lines in ((SFTConfig, train_sft, rows), (PreferConfig, train_prefer, pairs)):
+        data = str(write(tmp_path / "data.jsonl", *lines))
+        more = {} if kind is SFTConfig else {"eval_share": 0.0}
+        shared = {"steps": 1, "batch": 1, "dtype": "float32", "device": "cpu", **more}
+        with pytest.raises(InputError, match=r"line 2: its prompt has .* tokens, .*--overlong-prompts drop"):
+            train(kind(str(checkpoint), data, str(tmp_path / "stops"), **shared), Lines())
+        shown = Lines()
+        train(kind(str(checkpoint), data, str(tmp_path / kind.__name__), overlong_prompts="drop", **shared), shown)
+        assert "1 of 2 training prompts leave no room for a completion and are dropped" in shown.said
+
+
+def test_conversations_whose_turns_all_weigh_0_are_left_out_and_counted(tmp_path):
+    rows = [{"messages": [Q, A]}, {"messages": [Q, A | {"weight": 0}]}]
+    assert rows_of(tmp_path, *rows) == [ONE_TURN]
+    examples = read_demonstrations(write(tmp_path / "data.jsonl", *rows))
+    wanted = "2 conversations, loss on 1 assistant turns; left out, as the weights of all their turns are 0: 1"
+    assert description(examples, "all") == wanted
+    for weight in (0.5, -1, "1"):
+        with pytest.raises(InputError, match=f"line 1: message 1 has the 'weight' {weight!r}, which must be 0 or 1"):
+            read_demonstrations(write(tmp_path / "data.jsonl", {"messages": [Q, A | {"weight": weight}]}))
+
+
+def test_rows_for_each_turn_are_said_with_their_tokens(tmp_path):
+    tokenizer = chat_tokenizer(LAST_THOUGHTS)
+    examples = read_demonstrations(write(tmp_path / "data.jsonl", {"messages": [Q, thought("a"), Q, thought("b")]}))
+    rows = demonstration_rows(tokenizer, examples, 500)
+    tokens = sum(len(row.prompt) + len(row.response) for row in rows)
+    said = description(examples, "all", rows)
+    assert said.startswith(f"1 conversations, loss on 2 assistant turns in 2 rows of {tokens} tokens")
 
 
 def test_a_run_on_pairs_says_its_format(checkpoint, tmp_path):
@@ -537,6 +638,24 @@ def test_a_row_of_pairs_that_cannot_be_read_is_named(row, words, tmp_path):
 # ---- labels and stored completions -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("asked", "answered"), [("question", "answer"), ("input", "output"), ("query", "response")])
+def test_other_names_of_a_question_and_its_answer_are_read(asked, answered, tmp_path):
+    assert rows_of(tmp_path, {asked: "q", answered: "a"}) == [ONE_TURN]
+
+
+@pytest.mark.parametrize("end", ["\r\n\r\n", "\n", "\r\n"])
+def test_speakers_without_an_empty_line_before_them_are_named(end, tmp_path):
+    row = {key: f"{end}Human: q{end}Assistant: {key}" for key in ("chosen", "rejected")}
+    with pytest.raises(InputError, match=r"line 1: its 'Human:' and 'Assistant:' must each follow an empty line"):
+        read_preferences(write(tmp_path / "data.jsonl", row))
+
+
+@pytest.mark.parametrize(("row", "kind"), [({"label": 1}, "pointwise"), ({"steps": ["a"], "labels": [1]}, "process")])
+def test_labels_without_a_kind_name_the_kind_they_are_for(row, kind, tmp_path):
+    with pytest.raises(InputError, match=f"labels are for minirl reward --kind {kind}$"):
+        read_examples(write(tmp_path / "data.jsonl", {"messages": [Q, A]} | row), "pairwise")
+
+
 def test_steps_may_answer_a_question(tmp_path):
     data = write(tmp_path / "data.jsonl", {"question": "q", "steps": ["a", "b"], "labels": [1, 0]})
     [line] = encode(read_examples(data, "process"), "process", chat_tokenizer(), BIG).lines
@@ -559,6 +678,51 @@ def test_labelled_and_stored_completions_may_be_messages(tmp_path):
     assert (line["prompt"], line["completion"], line["reward"]) == ([Q], "a", None)
     with pytest.raises(InputError, match="line 1: its 'completion' must be one message"):
         read_triples(write(tmp_path / "data.jsonl", stored | {"completion": [A, Q, A]}))
+
+
+THOUGHT = "<think>\nt</think>a"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "wanted"),
+    [
+        (OPENS_THOUGHTS, THOUGHT, "<user>q<end>\n<assistant><think>\n|t</think>a<end>"),
+        (OPENS_THOUGHTS, "a", "<user>q<end>\n<assistant>|a<end>"),
+        (OPENS_THOUGHTS, "t</think>a", "<user>q<end>\n<assistant><think>\n|t</think>a<end>"),
+        (LAST_THOUGHTS, "a", "<user>q<end>\n<assistant>|a<end>"),
+        (CHAT.replace("'>' + m", "'>' + ('<x>' if m.role == 'assistant' else '') + m"), "a", f"{PAIR[0]}|<x>a<end>"),
+    ],
+)
+def test_a_text_below_messages_is_a_turn_on_every_way_into_training(template, text, wanted, tmp_path):
+    tokenizer, data = chat_tokenizer(template), tmp_path / "data.jsonl"
+    talk, below = {"messages": [Q, A | {"content": text}]}, {"prompt": [Q], "completion": text}
+    pair = {"prompt": [Q], "chosen": text, "rejected": text + "b"}
+    nectar = [{"answer": text, "rank": 1}, {"answer": text + "b", "rank": 2}]
+    ranked = [*read_preferences(write(data, pair))]
+    ranked += read_preferences(write(data, {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": nectar}))
+    rows = [ranked_lists(tokenizer, [example], 500)[0].rows[0] for example in ranked]
+    for row in (talk, below):
+        rows += demonstration_rows(tokenizer, read_demonstrations(write(data, row)), 500)
+        labelled = read_examples(write(data, row | {"label": 1}), "pointwise")
+        rows += [Turns(x.tree.prompt, x.tree.responses[0]) for x in encode(labelled, "pointwise", tokenizer, BIG).lines]
+        rows.append(stored_turns(read_triples(write(data, row | {"reward": 1.0}))[0], tokenizer))
+    shown = {"|".join(tokenizer.decode(ids, skip_special_tokens=False) for ids in (r.prompt, r.response)) for r in rows}
+    assert shown == {wanted}
+
+
+def test_stored_completions_of_one_prompt_share_it_with_and_without_thoughts(tmp_path):
+    tokenizer = chat_tokenizer(OPENS_THOUGHTS)
+    sampled = tokenizer.encode("t</think>a<end>")
+    lines = [{"completion": THOUGHT}, {"completion": "a"}, {"completion": "t</think>a", "completion_tokens": sampled}]
+    lines.append({"completion": "<think>\nwell", "finish_reason": "length"})
+    found = read_triples(write(tmp_path / "data.jsonl", *({"prompt": [Q], "reward": 1.0} | line for line in lines)))
+    turns = [stored_turns(line, tokenizer) for line in found]
+    assert turns[2].response == sampled
+    share_prompt(turns)
+    texts = [tokenizer.decode(turn.response, skip_special_tokens=False) for turn in turns]
+    assert [tokenizer.decode(turn.prompt, skip_special_tokens=False) for turn in turns] == [PAIR[0]] * 4
+    thought = "<think>\nt</think>a<end>"
+    assert texts == [thought, "a<end>", thought, "<think>\nwell"]
 
 
 def test_tokens_beside_a_completion_are_learned_as_they_are(tmp_path):

@@ -20,7 +20,7 @@ LAYERS = [  # from the top; a file may import from its own layer or from one bel
     {"rewards", "tasks"},
     {"sampler"},
     {"losses", "preferences", "reward_losses", "advantages", "metrics", "alarms"},
-    {"model", "attention", "checkpoint", "tokenizer", "chat_template"},
+    {"model", "attention", "checkpoint", "tokenizer", "turns", "chat_template"},
     {"kernels", "sandbox", "foreign"},
     {"tables", "conversation"},
     {"files"},

@@ -17,8 +17,8 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.ranked import ranked_lists
 from minirl.train.reward_data import encode
 from minirl.train.sft import demonstration_rows
-from minirl.train.stored import _completion
-from minirl.train.turns import conversation
+from minirl.train.stored import _turns
+from minirl.turns import answered, continuation_ids, conversation
 
 ZEPHYR = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
@@ -72,7 +72,7 @@ def every_way(tokenizer: Tokenizer, prompt, text: str) -> list[list[int]]:
         ranked_lists(tokenizer, [ranked], 200)[0].rows[0].response,
         encode([ranked], "pairwise", tokenizer, size).lines[0].tree.responses[0],
         encode([line], "bce", tokenizer, size).lines[0].tree.responses[0],
-        _completion(line, tokenizer).tokens,
+        _turns(line, tokenizer).response,
         scored[0],
     ]
     return [list(row) for row in found]
@@ -87,7 +87,7 @@ def every_way(tokenizer: Tokenizer, prompt, text: str) -> list[list[int]]:
     [
         (ZEPHYR, ASK, "yes", ["yes", "</s>"]),
         (INST, ASK, "yes", ["▁yes", "▁", "</s>"]),
-        (THOUGHTS, ASK, "yes", ["yes", "</s>"]),  # the template rewrites the answer, so only the text is known
+        (THOUGHTS, ASK, "yes", [*"<think></think>", "yes", "</s>"]),  # as the template writes a turn
         (None, "q:", "yes", ["yes", "</s>"]),
         (None, "q:", " yes", ["▁yes", "</s>"]),
         (None, "q ", "yes", ["yes", "</s>"]),  # joined, the last token of the prompt would be another
@@ -105,14 +105,14 @@ def test_a_response_goes_on_as_in_the_whole_conversation(kind, template):
     tokenizer = spaced(kind, template)
     answer = {"role": "assistant", "content": "yes"}
     whole = tokenizer.chat([*ASK, answer], add_generation_prompt=False)
-    both = [*tokenizer.prompt_ids(ASK), *tokenizer.response_ids(ASK, "yes")]
+    both = [*tokenizer.prompt_ids(ASK), *answered(tokenizer, ASK, "yes").response]
     assert both == whole[: len(both)]
     talk = [*ASK, answer, *ASK, answer]
     (turns,) = conversation(tokenizer, talk, [1, 3])
     both = [*turns.prompt, *turns.response]
     assert both == tokenizer.chat(talk, add_generation_prompt=False)[: len(both)]
     learned = [token for token, counted in zip(turns.response, turns.counted, strict=True) if counted]
-    assert learned == tokenizer.response_ids(ASK, "yes") * 2
+    assert learned == answered(tokenizer, ASK, "yes").response * 2
 
 
 def test_other_tokenizers_encode_a_response_alone():
@@ -152,8 +152,8 @@ def test_a_response_with_its_end_is_the_one_without_it():
 
 def test_an_end_inside_a_response_stays():
     tokenizer = Tokenizer.from_chars("abc")
-    assert tokenizer.response_ids("a", "b<eos>c") == [4, 2, 5, 2]
-    assert tokenizer.response_ids("a", "b<eos>", ended=False) == [4]
+    assert continuation_ids(tokenizer, "a", "b<eos>c") == [4, 2, 5, 2]
+    assert continuation_ids(tokenizer, "a", "b<eos>", ended=False) == [4]
 
 
 @pytest.mark.parametrize("end", ["</s>", "</s>\n"])

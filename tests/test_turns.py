@@ -18,10 +18,10 @@ from minirl.rollout import Rollout, completion_text, sample
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.tasks import load_task
 from minirl.tokenizer import Tokenizer, check_messages
-from minirl.train.ranked import response_tokens
+from minirl.train.ranked import response_turns
 from minirl.train.run import Display, load
 from minirl.train.sft import SFTConfig, demonstration_rows, train_sft
-from minirl.train.stored import _completion
+from minirl.train.stored import _turns
 
 # Small templates, each with one habit of a real one.
 CHATML = (
@@ -105,8 +105,8 @@ def test_every_kind_of_training_data_ends_with_the_end_of_a_turn(tmp_path):
     (row,) = demonstration_rows(tokenizer, [{"prompt": [ASK], "completion": "7"}], 256)
     assert row.response == [*tokenizer.encode("7"), TURN]
     line = {"prompt": [ASK], "completion": "7", "where": "line 1"}
-    assert response_tokens(tokenizer, line, ["7"], None) == [[*tokenizer.encode("7"), TURN]]
-    assert _completion(line, tokenizer).tokens == [*tokenizer.encode("7"), TURN]
+    assert [t.response for t in response_turns(tokenizer, line, ["7"], None)] == [[*tokenizer.encode("7"), TURN]]
+    assert _turns(line, tokenizer).response == [*tokenizer.encode("7"), TURN]
     scored = []
     judge = RewardModel(tiny_model(vocab_size=260), tokenizer)
     judge.score = lambda prompts, completions: scored.extend(completions)
@@ -281,6 +281,8 @@ def test_empty_thoughts_that_were_asked_for_stay_before_an_unfinished_turn(tmp_p
     tokenizer.prompt_with({"enable_thinking": False})
     talk = [ASK, {"role": "assistant", "content": "It is"}]
     assert tokenizer.render(talk) == HEADS["thoughts"] + "<think>\n\n</think>\n\nIt is"
+    for words in (CLOSED, "<think>\n"):  # a turn with thoughts of its own has no empty ones before
+        assert tokenizer.render([ASK, {"role": "assistant", "content": words}]) == HEADS["thoughts"] + words
 
 
 @pytest.mark.parametrize(
@@ -388,6 +390,24 @@ def test_commands_with_prompts_are_those_with_variables():
     kinds = {name: {f.name for f in fields(kind)} for name, (kind, _) in cli.COMMANDS.items()}
     assert {name for name, names in kinds.items() if "template" in names} == set(WITH_PROMPTS)
     assert all("system" in kinds[name] for name in WITH_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", False),
+        ("Off", False),
+        ("FALSE", False),
+        ("yes", True),
+        ("on", True),
+        ("0", 0),
+        ("1", 1),
+        ("nope", "nope"),
+    ],
+)
+def test_words_for_yes_and_no_are_booleans_and_numbers_stay_numbers(text, value):
+    found = cli.parse("generate", ["--model", "m", "--prompts", "1", "--template.x", text]).template["x"]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from minirl.errors import InputError
 from minirl.model import Transformer
 from minirl.rewards.thoughts import OPENING
 from minirl.tokenizer import Tokenizer
+from minirl.turns import Turns, answered, continuation_ids
 
 LAST = -1  # as a place: the last token
 BROKEN = 16  # tokens that may end in half a character; more are bytes that will never be one
@@ -162,16 +163,19 @@ class RewardModel:
     def __call__(self, prompts, completions, completion_ids=None, **columns) -> list[float]:
         """The reward function: `completion_ids` are the sampler's tokens; without them a completion is taken to have
         ended by itself."""
-        tokenizer, tools = self.tokenizer, columns.get("tools") or [None] * len(prompts)
-        asked = list(zip(prompts, tools, strict=True))
-        rows = zip(asked, completions, completion_ids or [None] * len(completions), strict=True)
-        tokens = [
-            tokenizer.response_ids(prompt, text, tool_list, bool(tokenizer.stop_ids))
-            if ids is None
-            else spelled_tokens(tokenizer, text, ids, f"completion {i}")
-            for i, ((prompt, tool_list), text, ids) in enumerate(rows)
-        ]
-        return self.score([tokenizer.prompt_ids(*each) for each in asked], tokens)
+        tools, ids = (column or [None] * len(prompts) for column in (columns.get("tools"), completion_ids))
+        rows = [self._turns(i, *row) for i, row in enumerate(zip(prompts, tools, completions, ids, strict=True))]
+        return self.score([row.prompt for row in rows], [row.response for row in rows])
+
+    def _turns(self, i: int, prompt, tools, text: str, ids: Sequence[int] | None) -> Turns:
+        """A prompt and its completion, as `minirl reward` reads them in training."""
+        tokenizer, ended, head = self.tokenizer, bool(self.tokenizer.stop_ids), self.model.head
+        if ids is None and (head is None or head.kind != "process"):
+            return answered(tokenizer, prompt, text, tools, ended)
+        tokens = tokenizer.prompt_ids(prompt, tools)
+        if ids is None:
+            return Turns(tokens, continuation_ids(tokenizer, prompt, text, tools, ended))
+        return Turns(tokens, list(spelled_tokens(tokenizer, text, ids, f"completion {i}")))
 
     def _places(self, completion: Sequence[int]) -> tuple[int, ...]:
         head = self.model.head

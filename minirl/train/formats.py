@@ -3,13 +3,14 @@
 A row is recognised by its keys; all rows of a file must have one format.
 
     demonstrations   messages | conversations                       a conversation
-                     prompt | instruction | question   with   completion | response | output
+                     prompt | instruction | question | query   with   completion | response | output
+                     question with answer, or input with output
                      text                                            a document
     preferences      chosen and rejected | responses and scores | completions (UltraFeedback) | answers (Nectar)
                      with   prompt | instruction | question | conversations | messages   or as whole conversations
 
 `instruction` may have `input` and `history` (Alpaca), and every format `system` and `tools`. An answer that is a text
-below `prompt` continues this prompt; below an instruction or a question it is a message of the assistant.
+below a text `prompt` continues it; below messages, an instruction or a question it is a message of the assistant.
 """
 
 import re
@@ -22,7 +23,7 @@ from minirl.files import is_number, kind_of
 from minirl.tables import rows_of
 
 CONVERSATIONS = ("messages", "conversations")
-QUESTIONS = ("prompt", "instruction", "question")
+QUESTIONS = ("prompt", "instruction", "question", "query")
 ANSWERS = ("completion", "response", "output")
 HH = "Human and Assistant"  # the format of texts "\n\nHuman: q\n\nAssistant: a"
 MEDIA = ("images", "image", "videos", "audios")
@@ -55,7 +56,7 @@ def demonstration(row: dict, where: str) -> dict:
     """{"prompt", "completion"} to continue a prompt by a text, with "completion_tokens" if they stand beside it;
     {"messages", "start"} for a conversation whose assistant speaks from message `start` on; or {"text"}. With "tools"
     where there are any, and "format"."""
-    row = _present(row)
+    row = _renamed(_present(row))
     if (asked := _first(row, QUESTIONS)) and (answered := _first(row, ANSWERS)):
         record = _answered(_context(row, where), row[answered], asked == "prompt", answered, where)
         if "completion" in record and "completion_tokens" in row:
@@ -68,9 +69,19 @@ def demonstration(row: dict, where: str) -> dict:
         name = "text"
     else:
         raise InputError(_unknown(row, where, "demonstration"))
-    if "messages" in record and not trained_turns(record):
+    if "messages" in record and not _trained(record, where):
         raise InputError(f"{where}: it has no answer of the assistant to learn from")
     return _with_tools(record, row, where) | {"format": name}
+
+
+def _renamed(row: dict) -> dict:
+    """The row with a question and an answer that have other names, under those that are read."""
+    if _first(row, (*CONVERSATIONS, "text")) is None:
+        if "question" in row and "answer" in row and not _first(row, ANSWERS):
+            return row | {"output": row["answer"]}
+        if "input" in row and "output" in row and not _first(row, QUESTIONS):
+            return {"instruction": row["input"], **{key: x for key, x in row.items() if key != "input"}}
+    return row
 
 
 def _answered(context: str | list[dict], answer: object, raw: bool, name: str, where: str) -> dict:
@@ -78,6 +89,17 @@ def _answered(context: str | list[dict], answer: object, raw: bool, name: str, w
         return {"prompt": context, "completion": answer}
     prompt = _as_messages(context)
     return {"messages": prompt + _assistant(answer, where, name), "start": len(prompt)}
+
+
+def _trained(record: dict, where: str) -> list[int]:
+    """The assistant's turns whatever their weight is, which must be 0 or 1."""
+    plain = []
+    for i, message in enumerate(record["messages"]):
+        key = "weight" if "weight" in message else "loss_weight"
+        if message.get(key, 1) not in (0, 1):
+            raise InputError(f"{where}: message {i} has the {key!r} {message[key]!r}, which must be 0 or 1")
+        plain.append({key: x for key, x in message.items() if key not in ("weight", "loss_weight")})
+    return trained_turns(record | {"messages": plain})
 
 
 def trained_turns(record: dict, last: bool = False) -> list[int]:
@@ -189,6 +211,10 @@ def _shared(talks: Sequence[list[dict]]) -> int:
 def _of_speakers(text: str, where: str) -> list[dict]:
     """The messages of "\\n\\nHuman: q\\n\\nAssistant: a"."""
     _, *pieces = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", "\n\n" + text.lstrip())
+    if "Assistant" not in pieces[::2] and re.search(r"\n\s*Assistant:", text):
+        raise InputError(
+            f"{where}: its 'Human:' and 'Assistant:' must each follow an empty line, with plain line ends (\\n\\n)"
+        )
     pairs = list(zip(pieces[::2], pieces[1::2], strict=True))
     return messages_of([{"role": SPEAKERS[who], "content": said.strip()} for who, said in pairs], where)
 
@@ -254,8 +280,10 @@ def _first(row: dict, names: Sequence[str]) -> str | None:
 def _unknown(row: dict, where: str, kind: str) -> str:
     known = {
         "demonstration": "'messages', 'conversations', 'prompt' and 'completion', 'instruction' and 'output', "
-        "'question' and 'response', or 'text'",
+        "'question' and 'answer', or 'text'",
         "preference": "'chosen' and 'rejected', 'responses' and 'scores', 'completions' or 'answers', with a 'prompt'",
     }[kind]
     hint = "; pairs are for minirl prefer and minirl reward" if kind == "demonstration" and "chosen" in row else ""
+    if kind == "preference" and ("label" in row or "labels" in row):
+        hint = f"; labels are for minirl reward --kind {'pointwise' if 'label' in row else 'process'}"
     return f"{where}: no format has its keys ({', '.join(row) or 'none'}): give {known}{hint}"

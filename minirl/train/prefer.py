@@ -40,7 +40,7 @@ from minirl.train.run import (
     tenth,
     tracked,
 )
-from minirl.train.sft import loss_mask, refuse_unknown_tokens, take
+from minirl.train.sft import loss_mask, overlong_line, refuse_unknown_tokens, take
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class PreferConfig:
     micro_batch_tokens: int = 4096
     """Tokens in one forward, though never less than one prompt with all its responses: a memory knob that changes no
     result."""
+    overlong_prompts: Literal["stop", "drop"] = "stop"
+    """A prompt that leaves no room for a completion in `max_length` tokens: stop before the first step, or leave it
+    out."""
     eval_every: int = 0
     """Steps between held-out evaluations; 0 = only before and after."""
     save_every: int = 50
@@ -193,15 +196,20 @@ class Prefer:
         self.model, self.tokenizer = load(config.model, config.dtype, config.device, config=config, run=run)
         most = self.model.config.max_positions
         taken = tracked(display, "examples", examples)
-        lists = ranked_lists(self.tokenizer, taken, min(config.max_length or most, most))
+        overlong: list[str] | None = [] if config.overlong_prompts == "drop" else None
+        lists = ranked_lists(self.tokenizer, taken, min(config.max_length or most, most), overlong)
+        dropped = len(overlong or ())
         if not lists:
             raise InputError(
                 f"{config.data}: in none of its {len(examples)} examples does one response rank above another"
+                + f"; prompts that are too long: {dropped}" * (dropped > 0)
             )
         refuse_unknown_tokens([row for item in lists for row in item.rows], self.model.active_vocab)
         self.train, self.held = held_out(lists, config.eval_share, config.seed)
         self.display.line(description(examples))
-        self._describe(len(examples) - len(lists))
+        self._describe(len(examples) - len(lists) - dropped)
+        if dropped:
+            self.display.line(overlong_line(dropped, len(examples)))
         self.run = run
 
     def start(self) -> None:

@@ -8,13 +8,12 @@ import torch
 
 from minirl.errors import InputError
 from minirl.preferences import ranked_pairs
-from minirl.rewards.model import spelled_tokens
 from minirl.tasks.split import split_by_problem
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row, micro_batches
 from minirl.train.formats import HH, as_text, preference, read_rows
-from minirl.train.sft import Demonstration, named, refuse_length
-from minirl.train.turns import Turns, common_start, conversation
+from minirl.train.sft import Demonstration, below, fits, named
+from minirl.turns import Turns, common_start, conversation
 
 
 @dataclass
@@ -47,26 +46,14 @@ def description(examples: Sequence[dict]) -> str:
     return f"{line} ({form.get(name, f'format {name}')})"
 
 
-def response_tokens(
-    tokenizer: Tokenizer, example: dict, texts: Sequence[str], tokens: list | None
-) -> list[Sequence[int]]:
-    """Of each text below the example's prompt the tokens that stand beside it, or else its own and the stop token: it
-    ended by itself."""
-    where = example["where"]
-    if tokens is None:
-        tokens = [None] * len(texts)
+def response_turns(tokenizer: Tokenizer, example: dict, texts: Sequence[str], tokens: list | None) -> list[Turns]:
+    """Each text below the example's prompt, with the tokens that stand beside it, or else its own and the stop token:
+    it ended by itself."""
+    tokens = [None] * len(texts) if tokens is None else tokens
     if not isinstance(tokens, list) or len(tokens) != len(texts):
-        raise InputError(f"{where}: 'responses_tokens' must be a list with the tokens of each response")
-    return [
-        _ended(tokenizer, example, text) if ids is None else spelled_tokens(tokenizer, text, ids, where)
-        for text, ids in zip(texts, tokens, strict=True)
-    ]
-
-
-def _ended(tokenizer: Tokenizer, example: dict, text: str) -> list[int]:
-    """The tokens of a text below the example's prompt that ended by itself."""
-    with named(example["where"]):
-        return tokenizer.response_ids(example["prompt"], text, example.get("tools"))
+        raise InputError(f"{example['where']}: 'responses_tokens' must be a list with the tokens of each response")
+    pairs = zip(texts, tokens, strict=True)
+    return [below(tokenizer, example, text, ids, example["where"]) for text, ids in pairs]
 
 
 def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
@@ -76,18 +63,21 @@ def encoded(tokenizer: Tokenizer, example: dict) -> list[Turns]:
         example = as_text(example)
     prompt, responses, tools = example["prompt"], example["responses"], example.get("tools")
     if all(isinstance(response, str) for response in responses):
+        found = response_turns(tokenizer, example, responses, example["tokens"])
+    else:
         with named(example["where"]):
-            ids = tokenizer.prompt_ids(prompt, tools)
-        rows = response_tokens(tokenizer, example, responses, example["tokens"])
-        return [Turns(ids, row, [True] * len(row)) for row in rows]
-    with named(example["where"]):
-        found = [_messages(tokenizer, prompt, response, tools) for response in responses]
-    common = common_start([turns.prompt for turns in found])  # one template may open thoughts in one of them
+            found = [_messages(tokenizer, prompt, response, tools) for response in responses]
+    share_prompt(found)
+    return found
+
+
+def share_prompt(found: Sequence[Turns]) -> None:
+    """Give all the same prompt: one of them may begin before thoughts that the template opens in the others."""
+    common = common_start([turns.prompt for turns in found])
     for turns in found:
         opening = turns.prompt[len(common) :]
         turns.response, turns.counted = opening + turns.response, [True] * len(opening) + turns.counted
         turns.prompt = common
-    return found
 
 
 def _messages(tokenizer: Tokenizer, prompt: list[dict], response: list[dict], tools: list[dict] | None) -> Turns:
@@ -101,18 +91,22 @@ def _messages(tokenizer: Tokenizer, prompt: list[dict], response: list[dict], to
     return pieces[0]
 
 
-def ranked_lists(tokenizer: Tokenizer, examples: Iterable[dict], max_length: int) -> list[Ranked]:
+def ranked_lists(
+    tokenizer: Tokenizer, examples: Iterable[dict], max_length: int, overlong: list[str] | None = None
+) -> list[Ranked]:
     """Token rows, each with its stop token (or as its tokens stand in the file) unless it had to be cut at `max_length`
     tokens in all.
 
     Of equal responses (also: equal after the cut) the first stays. Examples without a pair, where all is equal or tied,
-    are left out.
+    are left out; so are those whose prompt does not fit, and their places go to `overlong` (None: the first is named in
+    an InputError).
     """
     lists = []
     for i, example in enumerate(examples, 1):
         found, scores, counted = encoded(tokenizer, example), {}, {}
         prompt = found[0].prompt
-        refuse_length(len(prompt), max_length, example["where"])
+        if not fits(len(prompt), max_length, example["where"], overlong):
+            continue
         room = max_length - len(prompt)
         for turns, score in zip(found, example["scores"], strict=True):
             row = tuple(turns.response[:room])

@@ -24,8 +24,9 @@ from minirl.tasks.split import prompt_key, split_by_problem
 from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.formats import demonstration, preference, read_rows, text_answer
-from minirl.train.ranked import encoded, response_tokens
-from minirl.train.sft import named, refuse_unknown_tokens
+from minirl.train.ranked import encoded
+from minirl.train.sft import below, named, refuse_unknown_tokens
+from minirl.turns import continuation_ids
 
 
 @dataclass(frozen=True)
@@ -132,23 +133,18 @@ def _ranked(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     return Line(tree, tuple(pair[2] for pair in pairs), pairs, example.get("margin", 0.0))
 
 
-def _prompt(example: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
-    with named(example["where"]):
-        return tuple(tokenizer.prompt_ids(example["prompt"], example.get("tools")))
-
-
 def _labelled(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
-    tokens = [example.get("completion_tokens")]
-    [row] = response_tokens(tokenizer, example, [example["completion"]], tokens)
-    return Line(
-        Tree(_prompt(example, tokenizer), (tuple(row),), ((LAST,),)), (1.0,), labels=(float(example["label"] > 0),)
-    )
+    found = below(tokenizer, example, example["completion"], example.get("completion_tokens"), example["where"])
+    tree = Tree(tuple(found.prompt), (tuple(found.response),), ((LAST,),))
+    return Line(tree, (1.0,), labels=(float(example["label"] > 0),))
 
 
 def _steps(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
     steps, labels = example["steps"], example["labels"]
     text = separator.join(step.removesuffix(separator) for step in steps)
-    [row] = response_tokens(tokenizer, example, [text], None)
+    with named(example["where"]):
+        prompt = tuple(tokenizer.prompt_ids(example["prompt"], example.get("tools")))
+        row = continuation_ids(tokenizer, example["prompt"], text, example.get("tools"))
     places = tuple(step_ends(tokenizer, row, separator))
     if len(places) != len(steps):
         raise InputError(
@@ -157,7 +153,7 @@ def _steps(example: dict, tokenizer: Tokenizer, separator: str) -> Line:
         )
     mask = tuple(float(label is not None) for label in labels)
     return Line(
-        Tree(_prompt(example, tokenizer), (tuple(row),), (places,)),
+        Tree(prompt, (tuple(row),), (places,)),
         mask,
         labels=tuple(float(label or 0) for label in labels),
     )

@@ -40,7 +40,7 @@ from minirl.train.run import (
     tracked,
 )
 from minirl.train.step import Batch, accumulate, response_mask
-from minirl.train.turns import Turns, conversation
+from minirl.turns import Turns, answered, conversation
 
 LIKELIHOOD = PolicyLoss(ratio_level="none", surrogate="is_pg", aggregation="token_mean")
 
@@ -74,6 +74,9 @@ class SFTConfig:
     """Largest norm of the gradient."""
     micro_batch_tokens: int = 4096
     """Tokens in one forward: a memory knob that changes no result."""
+    overlong_prompts: Literal["stop", "drop"] = "stop"
+    """A prompt that leaves no room for a completion in the model's context: stop before the first step, or leave it
+    out."""
     save_every: int = 100
     """Steps between checkpoints."""
     template: dict[str, bool | int | float | str] = field(default_factory=dict)
@@ -113,27 +116,39 @@ def read_demonstrations(path: str | Path) -> list[dict]:
     return read_rows(path, demonstration)
 
 
-def description(examples: Sequence[dict], loss_on: str) -> str:
-    """The format that was read, and what the loss is on."""
+def description(examples: Sequence[dict], loss_on: str, rows: Sequence[Row] = ()) -> str:
+    """The format that was read, and what the loss is on; of conversations that have more than one of the `rows` also
+    how many and how long these are, and of conversations without a turn to learn how many are left out."""
     turns = [len(trained_turns(example, loss_on == "last")) for example in examples if "messages" in example]
     if turns:
-        return f"{len(turns):,} conversations, loss on {sum(turns):,} assistant turns"
+        line = f"{len(turns):,} conversations, loss on {sum(turns):,} assistant turns"
+        if len(rows) > len(turns):
+            tokens = sum(len(row.prompt) + len(row.response) for row in rows)
+            line += f" in {len(rows):,} rows of {tokens:,} tokens (the template writes earlier turns in another way)"
+        unread = turns.count(0)
+        return line + (f"; left out, as the weights of all their turns are 0: {unread:,}" if unread else "")
     if "text" in examples[0]:
         return f"{len(examples):,} documents, loss on all of their tokens"
     return f"{len(examples):,} prompts, loss on their completions"
 
 
 def demonstration_rows(
-    tokenizer: Tokenizer, examples: Iterable[dict], max_length: int, loss_on: str = "all"
+    tokenizer: Tokenizer,
+    examples: Iterable[dict],
+    max_length: int,
+    loss_on: str = "all",
+    overlong: list[str] | None = None,
 ) -> list[Demonstration]:
     """Token rows of records; each ends with its stop token unless it had to be cut at `max_length` tokens in all. A
     conversation has one row, or more where the template writes earlier turns in another way; its later rows are left
-    out where their prompts do not fit."""
+    out where their prompts do not fit, and so is one without a turn to learn. The places of examples whose first prompt
+    does not fit go to `overlong`; None: an InputError names the first."""
     rows: list[Demonstration] = []
     for i, example in enumerate(examples):
         where = example.get("where", f"example {i}")
         pieces = _pieces(tokenizer, example, loss_on, where)
-        refuse_length(len(pieces[0].prompt), max_length, where)
+        if not pieces or not fits(len(pieces[0].prompt), max_length, where, overlong):
+            continue
         lost = 0
         for piece in pieces:
             room = max(max_length - len(piece.prompt), 0)
@@ -151,13 +166,19 @@ def _pieces(tokenizer: Tokenizer, example: dict, loss_on: str, where: str) -> li
             return conversation(tokenizer, example["messages"], trained_turns(example, loss_on == "last"), tools)
         if "text" in example:
             return [_document(tokenizer, example["text"])]
-        piece, text = Turns(tokenizer.prompt_ids(example["prompt"], tools)), example["completion"]
-        known = example.get("completion_tokens")  # as they were sampled: another spelling is not what was found
-        if known is None:
-            piece.add(tokenizer.response_ids(example["prompt"], text, tools), True)
-    if known is not None:
-        piece.add(spelled_tokens(tokenizer, text, known, where), True)
-    return [piece]
+    return [below(tokenizer, example, example["completion"], example.get("completion_tokens"), where)]
+
+
+def below(tokenizer: Tokenizer, example: dict, text: str, tokens: list | None, where: str, ended: bool = True) -> Turns:
+    """The prompt of a record and a text below it: with the tokens as they were sampled where these are known, as
+    another spelling is not what was found."""
+    prompt, tools = example["prompt"], example.get("tools")
+    with named(where):
+        if tokens is None:
+            return answered(tokenizer, prompt, text, tools, ended)
+        piece = Turns(tokenizer.prompt_ids(prompt, tools))
+    piece.add(spelled_tokens(tokenizer, text, tokens, where), True)
+    return piece
 
 
 def _document(tokenizer: Tokenizer, text: str) -> Turns:
@@ -180,10 +201,24 @@ def named(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from None
 
 
-def refuse_length(tokens: int, max_length: int, where: str) -> None:
-    """A prompt needs a token, and room for one of a response."""
-    if not 0 < tokens < max_length:
-        raise InputError(f"{where}: its prompt has {tokens} tokens, and between 1 and {max_length - 1} fit")
+def fits(tokens: int, max_length: int, where: str, overlong: list[str] | None) -> bool:
+    """Whether a prompt leaves room for a token of a response. The place of one that does not goes to `overlong`; an
+    InputError names it where that is None, and a prompt without a token."""
+    if 0 < tokens < max_length:
+        return True
+    if tokens and overlong is not None:
+        overlong.append(where)
+        return False
+    hint = (
+        ": shorten it or leave it out (sft and prefer: --overlong-prompts drop)"
+        if tokens
+        else ": write something to answer"
+    )
+    raise InputError(f"{where}: its prompt has {tokens} tokens, and between 1 and {max_length - 1} fit{hint}")
+
+
+def overlong_line(count: int, total: int) -> str:
+    return f"{count} of {total} training prompts leave no room for a completion and are dropped"
 
 
 def refuse_unknown_tokens(rows: Sequence[Row], vocab: int, where: str = "") -> None:
@@ -234,11 +269,19 @@ def prepare_sft(config: SFTConfig, display: Display) -> tuple[Transformer, Token
     model, tokenizer = load(run.checkpoint or config.model, config.dtype, config.device, config=config, run=run)
     model.checkpointing = config.recompute
     taken = tracked(display, "examples", examples)
-    rows = demonstration_rows(tokenizer, taken, model.config.max_positions, config.loss_on)
+    overlong: list[str] | None = [] if config.overlong_prompts == "drop" else None
+    rows = demonstration_rows(tokenizer, taken, model.config.max_positions, config.loss_on, overlong)
+    if not rows:
+        raise InputError(
+            f"none of the {len(examples)} examples of {config.data} can be learned from: each is too long for the "
+            f"context of {model.config.max_positions} tokens, or the weights of all its turns are 0"
+        )
     refuse_unknown_tokens(rows, model.active_vocab)
     cut = sum(row.lost > 0 for row in rows)
     too_long = f"; cut at {model.config.max_positions} tokens: {cut:,}" if cut else ""
-    display.line(description(examples, config.loss_on) + too_long)
+    display.line(description(examples, config.loss_on, rows) + too_long)
+    if overlong:
+        display.line(overlong_line(len(overlong), len(examples)))
     return model, tokenizer, rows, run
 
 

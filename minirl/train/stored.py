@@ -17,7 +17,6 @@ import torch
 from minirl.errors import InputError
 from minirl.files import is_number
 from minirl.model import ModelConfig
-from minirl.rewards.model import spelled_tokens
 from minirl.rollout import Rollout
 from minirl.sampler import Completion
 from minirl.tasks.split import prompt_key
@@ -25,9 +24,11 @@ from minirl.tokenizer import Tokenizer
 from minirl.train.batch import Row
 from minirl.train.config import PolicyConfig
 from minirl.train.formats import demonstration, read_rows, text_answer
-from minirl.train.prompts import no_room, rendered
+from minirl.train.prompts import no_room
+from minirl.train.ranked import share_prompt
 from minirl.train.run import Display, tracked
-from minirl.train.sft import order, refuse_unknown_tokens, take
+from minirl.train.sft import below, order, refuse_unknown_tokens, take
+from minirl.turns import Turns
 
 REWARD = "stored"  # the name of the stored reward among the rewards
 
@@ -89,10 +90,12 @@ class Stored:
         for line in triples:
             by_prompt.setdefault(prompt_key(line), []).append(line)
         for lines in tracked(display, "prompts", list(by_prompt.values())):
-            prompt = rendered(lines[0], tokenizer, lines[0]["where"])
+            found = [_turns(line, tokenizer) for line in lines]
+            share_prompt(found)
+            prompt = found[0].prompt
             if len(prompt) >= longest and config.overlong_prompts == "stop":
                 raise no_room(len(prompt), longest, lines[0]["where"])
-            found = [(line, _completion(line, tokenizer)) for line in lines]
+            found = [(line, _completion(line, turns, tokenizer)) for line, turns in zip(lines, found, strict=True)]
             for line, completion in found:
                 refuse_unknown_tokens([Row(prompt, completion.tokens, 0)], vocab, line["where"])
             fitting = [(line, c) for line, c in found if len(prompt) + len(c.tokens) <= longest]
@@ -144,19 +147,22 @@ class Stored:
         return rollout
 
 
-def _completion(line: dict, tokenizer: Tokenizer) -> Completion:
-    """The tokens as they were sampled where they are known, else those of a text that ended by itself or was cut.
+def _turns(line: dict, tokenizer: Tokenizer) -> Turns:
+    """The prompt and the tokens as they were sampled where they are known, else those of a text that ended by itself or
+    was cut."""
+    where, ended = line["where"], line.get("finish_reason") != "length"
+    turns = below(tokenizer, line, line["completion"], line.get("completion_tokens"), where, ended)
+    if not turns.prompt:
+        raise InputError(f"{where}: its prompt has no token: write something to answer")
+    if not turns.response:
+        raise InputError(f"{where}: its completion has no token: leave the line away")
+    return turns
 
-    Tokens that go on after their text were ended by a stop text, which was cut from it.
-    """
-    tokens = line.get("completion_tokens")
-    if tokens is None:
-        cut = line.get("finish_reason") == "length"
-        tokens = tokenizer.response_ids(line["prompt"], line["completion"], line.get("tools"), ended=not cut)
-    else:
-        tokens = list(spelled_tokens(tokenizer, line["completion"], tokens, line["where"]))
-    if not tokens:
-        raise InputError(f"{line['where']}: its completion has no token: leave the line away")
+
+def _completion(line: dict, turns: Turns, tokenizer: Tokenizer) -> Completion:
+    """Sampled tokens that go on after their text were ended by a stop text, which was cut from it."""
+    tokens = turns.response
     stopped = tokens[-1] in tokenizer.stop_ids or tokenizer.shown(tokens) != line["completion"]
-    ended = "stop" if stopped else "length"
-    return Completion(tokens, list(line.get("logprobs") or []), line.get("finish_reason") or ended)
+    return Completion(
+        tokens, list(line.get("logprobs") or []), line.get("finish_reason") or ("stop" if stopped else "length")
+    )

@@ -12,6 +12,8 @@ from minirl.errors import InputError
 from minirl.tokenizer import Tokenizer
 
 OPENING_TAG = re.compile(r"\s*(<[^<>\s]+>|\[THINK\])\s*")
+# Ends of a generation prompt that a turn may not have: empty thoughts, the tag that opens some, white space.
+ENDINGS = [re.compile(ending) for ending in (r"<think>\s*</think>\s*$", r"(<[^<>\s]+>|\[THINK\])\s*$", r"\s+$")]
 
 
 @dataclass
@@ -31,8 +33,9 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[dict], turns: Sequence
     """All `turns` (indices of messages) in one piece where the prompt of each turn begins with the pieces before it;
     else, for templates that write earlier turns in another way (without their thoughts), in as many as it takes."""
     messages, pieces = [_unended(tokenizer, message) for message in messages], []
+    encoder = Growing(tokenizer)
     for i in turns:
-        prompt, response = turn(tokenizer, messages[: i + 1], tools)
+        prompt, response = turn(tokenizer, messages[: i + 1], tools, encoder)
         before = [*pieces[-1].prompt, *pieces[-1].response] if pieces else []
         if pieces and prompt[: len(before)] == before:
             pieces[-1].add(prompt[len(before) :], False)
@@ -40,6 +43,29 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[dict], turns: Sequence
             pieces.append(Turns(prompt))
         pieces[-1].add(response, True)
     return pieces
+
+
+def answered(
+    tokenizer: Tokenizer, prompt: str | Sequence[dict], text: str, tools: list[dict] | None = None, ended: bool = True
+) -> Turns:
+    """A text below a prompt: below messages that ask for it the assistant's turn, as in `conversation`; else, and where
+    it was cut before it `ended`, what goes on from the prompt."""
+    if ended and not isinstance(prompt, str) and prompt[-1]["role"] != "assistant":
+        return conversation(tokenizer, [*prompt, {"role": "assistant", "content": text}], [len(prompt)], tools)[0]
+    tokens = tokenizer.prompt_ids(prompt, tools)
+    response = continuation_ids(tokenizer, prompt, text, tools, ended)
+    return Turns(tokens, response, [True] * len(response))
+
+
+def continuation_ids(
+    tokenizer: Tokenizer, prompt: str | Sequence[dict], text: str, tools: list[dict] | None = None, ended: bool = True
+) -> list[int]:
+    """Tokens of a text that goes on from `prompt_ids(prompt, tools)`, and if it `ended` the token that ends it, once:
+    the text's own where it holds one already, else `stop_id`. Thoughts that the prompt opens are not opened again."""
+    text, end = tokenizer.without_end(text)
+    before = prompt if isinstance(prompt, str) else tokenizer.render(list(prompt), tools=tools)
+    tokens = tokenizer.encode_behind(before, text if isinstance(prompt, str) else _behind(before, text))
+    return [*tokens, tokenizer.stop_id if end is None else end] if ended else tokens
 
 
 def common_start(sequences: Sequence[Sequence]) -> Sequence:
@@ -51,7 +77,32 @@ def common_start(sequences: Sequence[Sequence]) -> Sequence:
     return first[: next(different)]
 
 
-def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[list[int], list[int]]:
+class Growing:
+    """Tokens of texts that begin alike: of each only what follows the last end of a turn in the one before is encoded.
+
+    That changes no token: special tokens are cut out of a text before anything else is done to it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.end = tokenizer, ""
+        self.text, self.ids = "", []  # the text before, up to its last end of a turn
+        if tokenizer.stop_ids:
+            end = tokenizer.decode([tokenizer.stop_id], skip_special_tokens=False)
+            self.end = end if end and tokenizer.encode(end) == [tokenizer.stop_id] else ""
+
+    def encode(self, text: str) -> list[int]:
+        end, known = self.end, self.ids
+        if known and text.startswith(self.text):
+            ids = [*known[:-1], *self.tokenizer.encode(end + text[len(self.text) :])]
+        else:
+            ids = self.tokenizer.encode(text)
+        if end and ids.count(self.tokenizer.stop_id) == text.count(end) > 0:
+            last = len(ids) - ids[::-1].index(self.tokenizer.stop_id)
+            self.text, self.ids = text[: text.rindex(end) + len(end)], ids[:last]
+        return ids
+
+
+def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None, encoder=None) -> tuple[list[int], list[int]]:
     """The prompt of the last message and its tokens, the token that ends the turn included. InputError for a template
     that leaves the turn's thoughts or tool calls out."""
     if tools:
@@ -60,13 +111,14 @@ def turn(tokenizer: Tokenizer, messages: Sequence[dict], tools=None) -> tuple[li
     asked = _asked(tokenizer, before, tools)
     whole = tokenizer.render(list(messages), add_generation_prompt=False, tools=tools)
     # A template may open thoughts in the prompt that the turn itself has not: then the turn begins before them.
-    opening = common_start([asked, whole])
-    answer, content = whole[len(opening) :], messages[-1]["content"]
+    openings = [asked, *(ending.sub("", asked) for ending in ENDINGS)]
+    opening = next((opening for opening in openings if whole.startswith(opening)), "")
+    answer, content = whole[len(opening) :], messages[-1]["content"] or ""
     rewritten = opening != asked and len(opening) < len(tokenizer.render(before, False, tools=tools))
     if rewritten or _letters(_behind(opening, content)) not in _letters(answer):  # as where thoughts are cut out
         opening, answer = asked, _behind(asked, content)
-    _refuse_unwritten(messages[-1], answer)
-    return tokenizer.encode(opening), _ended(tokenizer, tokenizer.encode_behind(opening, answer))
+    _refuse_unwritten(messages[-1], answer, "" if whole.startswith(opening) else whole)
+    return (encoder or tokenizer).encode(opening), _ended(tokenizer, tokenizer.encode_behind(opening, answer))
 
 
 def _asked(tokenizer: Tokenizer, before: list[dict], tools) -> str:
@@ -91,17 +143,23 @@ def _behind(opening: str, content: str) -> str:
 
 def _unended(tokenizer: Tokenizer, message: dict) -> dict:
     """The assistant's message without a stop token at its end, which the template writes."""
-    if message["role"] != "assistant":
+    if message["role"] != "assistant" or not message["content"]:
         return message
     return {**message, "content": tokenizer.without_end(message["content"])[0]}
 
 
-def _refuse_unwritten(message: dict, answer: str) -> None:
+def _refuse_unwritten(message: dict, answer: str, whole: str) -> None:
     calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
     thoughts = [message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)]
     for name, texts in (("tool_calls", calls), ("thoughts", thoughts)):
-        if any(_letters(text) not in _letters(answer) for text in texts):
-            raise InputError(f"the chat template does not write the {name} of an assistant's turn: use another model")
+        if all(_letters(text) in _letters(answer) for text in texts):
+            continue
+        if all(text in whole for text in texts):
+            raise InputError(
+                "the chat template writes turns of the assistant that follow one another in another way: join them "
+                "into one message"
+            )
+        raise InputError(f"the chat template does not write the {name} of an assistant's turn: use another model")
 
 
 def _ended(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
