@@ -204,6 +204,11 @@ OTHERS = [  # reference answer, completion, score
     ("111", r"\boxed{111_2}", 0),
     ("5 thousand", r"\boxed{5 thousand}", 1),
     ("5 thousand", r"\boxed{5}", 0),
+    (r"5\text{ million}", "5", 0),
+    ("1.5 million", r"\boxed{15 million}", 0),
+    (r"5\text{ million}", r"\boxed{5\text{ thousand}}", 0),
+    (r"5\text{ million}", r"\boxed{5\text{ million}}", 1),
+    (r"5\text{ million}", r"$5$ million.", 1),
 ]
 
 

@@ -20,7 +20,8 @@ the text's last one; without a box
 it is the last number. Several boxes are one answer if they are equal, else none; thoughts are left out (see
 `after_thoughts`). A box holds one number, also in parentheses, with nothing else than `name =` before it, units and
 \text{} without digits: no operator, other bracket or command, or single letter. A reference answer is read as a box is:
-`$18`, `\frac{1}{2}`, `18.` and `3 apples` are numbers. `2 Samuel` is none, as a unit there has small letters.
+`$18`, `\frac{1}{2}`, `18.` and `3 apples` are numbers. `2 Samuel` is none, as a unit there has small letters,
+but for currencies and a few others; `The answer is`, bold type and \[ \] around it do not count.
 """
 
 import math
@@ -74,9 +75,14 @@ IN_BOX = re.compile(  # before and after the number, whose place is the #
     r"[\s}$%€£¥¤.]*(?:°\s*[CF]?[\s}$.]*)?(?:(?!pi\b)[A-Za-z]{2,}(?![A-Za-z])(?:/[A-Za-z]++)?[\s}$.]*)*"
 )
 
-NAME = re.compile(
-    r"(?<![\\A-Za-z])[A-Z][A-Za-z]|[A-Za-z]\s*:"
-)  # a reference answer with one is no number with its unit
+NAME = re.compile(  # a reference answer with one is no number with its unit
+    r"(?<![\\A-Za-z])(?!(?:USD|EUR|GBP|JPY|CNY|INR|AUD|CAD|CHF"
+    r"|(?:Year|Month|Week|Day|Hour|Minute|Second|Dollar|Cent|Euro|Pound|Meter|Metre|Mile)s?)\b)"
+    r"[A-Z][A-Za-z]|[A-Za-z]\s*:"
+)
+SAID = re.compile(
+    r"(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is|:)\s+)?(?:\*\*(.*)\*\*|\\\[(.*)\\\]|(.*))", re.DOTALL | re.I
+)
 
 
 def answer_number(text: str) -> Fraction | None:
@@ -118,6 +124,8 @@ def reference_number(answer) -> Fraction | None:
     text = str(answer)
     if BOX.search(text):
         return answer_number(text)
+    said = SAID.fullmatch(text.strip().removesuffix("."))
+    text = next((part for part in said.groups() if part), text)
     number = whole_number(text)
     return _only_number(text) if number is None and not NAME.search(text) else number
 
