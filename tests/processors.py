@@ -12,7 +12,6 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 SETTINGS = {
-    "default": "",
     "AVX2": "ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2",
     "SSE4": "ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41",
     "MKL_CBWR": "MKL_CBWR=COMPATIBLE",
@@ -51,9 +50,8 @@ def run(name: str, setting: str, commands: list[list[str]]) -> bool:
 
 def main() -> int:
     if "--quick" in sys.argv:
-        chosen = {name: setting for name, setting in SETTINGS.items() if name != "default"}  # `make test` runs that
-        return not all([run(*setting, [command(QUICK, chosen=FEW)]) for setting in chosen.items()])
-    passed = [run(*setting, [command(NUMERIC, "--dist=worksteal")]) for setting in SETTINGS.items() if setting[1]]
+        return not all([run(*setting, [command(QUICK, chosen=FEW)]) for setting in SETTINGS.items()])
+    passed = [run(*setting, [command(NUMERIC, "--dist=worksteal")]) for setting in SETTINGS.items()]
     # The default, by two runs of tests that disturb one another; alone it is what `make test` runs.
     halves = [command(NUMERIC[part::2], "--dist=worksteal") for part in (0, 1)]
     return not all([*passed, run("default, on shared cores", "", halves)])
