@@ -16,6 +16,7 @@ from minirl.train.run import Display
 
 ROOT = Path(__file__).parents[1] / "minirl"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+OF_ANOTHER = re.compile(rf"minirl (\w+) ({FLAG.pattern})")  # advice to take another command
 PROGRAM = {"--help", "--version"}
 # Sentences that the fixed data and options of the demo never meet, and that of a run which says that it is resumable.
 FIXED = {"--resume", "--device", "--group", "--max-tokens", "--overlong-prompts", "--system", "--template"}
@@ -81,7 +82,7 @@ def flags(tree: ast.AST) -> Iterator[str]:
     documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
-            yield from FLAG.findall(node.value)
+            yield from FLAG.findall(OF_ANOTHER.sub("", node.value))
 
 
 def roots() -> dict[str, list[Place]]:
@@ -99,6 +100,13 @@ def test_sentences_name_only_options_that_the_command_has(command):
     options = set(cli._options(cli.COMMANDS[command][0])) | PROGRAM | ELSEWHERE.get(command, set())
     named = {(flag, place) for place in reachable(roots()[command]) for flag in flags(BODIES[place])}
     assert not {(flag, place) for flag, place in named if flag not in options}
+
+
+def test_advice_to_take_another_command_names_its_options():
+    found = {match for path in ROOT.rglob("*.py") for match in OF_ANOTHER.findall(path.read_text(encoding="utf-8"))}
+    assert ("reward", "--kind") in found
+    for command, flag in found:
+        assert command == "COMMAND" or flag in {*cli._options(cli.COMMANDS[command][0]), *PROGRAM}
 
 
 def test_the_walk_reaches_sentences_far_below_a_command():

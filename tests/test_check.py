@@ -260,7 +260,7 @@ def test_a_disk_that_will_be_too_small_is_said(capsys, monkeypatch):
     for words in (["check", "sft"], ["sft", "--out", "run"]):  # a check has no rule of its own
         cli.main([*words, *args])
         said = capsys.readouterr().out
-        assert "not enough for all of them in the end: free some space, or raise --save-every" in said
+        assert "not enough for all of them in the end: free some space, or raise save_every" in said
         assert said.count("disk: ") == 1 and "(3 checkpoints of" in said
     cli.main(["check", "sft", *args, "--save-every", "4", "--out", "other"])
     said = capsys.readouterr().out

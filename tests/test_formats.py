@@ -383,7 +383,7 @@ def test_prompts_that_are_too_long_are_dropped_on_request_and_counted(checkpoint
         data = str(write(tmp_path / "data.jsonl", *lines))
         more = {} if kind is SFTConfig else {"eval_share": 0.0}
         shared = {"steps": 1, "batch": 1, "dtype": "float32", "device": "cpu", **more}
-        with pytest.raises(InputError, match=r"line 2: its prompt has .* tokens, .*--overlong-prompts drop"):
+        with pytest.raises(InputError, match=r"line 2: its prompt has .* tokens, .*overlong_prompts = drop"):
             train(kind(str(checkpoint), data, str(tmp_path / "stops"), **shared), Lines())
         shown = Lines()
         train(kind(str(checkpoint), data, str(tmp_path / kind.__name__), overlong_prompts="drop", **shared), shown)

@@ -88,7 +88,7 @@ def show_disk(disk: Disk, display: Display, always: bool = False) -> None:
     if disk.free < disk.checkpoint + disk.model:
         raise InputError(f"{disk}: not enough for one checkpoint: free some space, or choose another --out")
     if disk.free < disk.needed:
-        display.line(f"{disk}: not enough for all of them in the end: free some space, or raise --save-every")
+        display.line(f"{disk}: not enough for all of them in the end: free some space, or raise save_every")
     elif always:
         display.line(str(disk))
 

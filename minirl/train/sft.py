@@ -210,7 +210,7 @@ def fits(tokens: int, max_length: int, where: str, overlong: list[str] | None) -
         overlong.append(where)
         return False
     hint = (
-        ": shorten it or leave it out (sft and prefer: --overlong-prompts drop)"
+        ": shorten it or leave it out (sft and prefer: overlong_prompts = drop)"
         if tokens
         else ": write something to answer"
     )
