@@ -16,7 +16,7 @@ from minirl.model import ModelConfig
 from minirl.tasks import Task
 from minirl.tokenizer import Tokenizer
 from minirl.train.run import Display, tracked
-from minirl.train.sft import named
+from minirl.train.sft import named, overlong_line
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Prompts:
         """Sentences about what was dropped, and about completions that end before `max_tokens`."""
         count, lines = len(self.examples), []
         if self.dropped:
-            total = count + self.dropped
-            lines.append(f"{self.dropped} of {total} {side} prompts leave no room for a completion and are dropped")
+            lines.append(overlong_line(self.dropped, count + self.dropped, side))
         left = self.room - self.lengths
         if short := int((left < max_tokens).sum()):
             which = f"{short} of {count} {side} prompts leave room for fewer than max_tokens = {max_tokens}"

@@ -217,8 +217,8 @@ def fits(tokens: int, max_length: int, where: str, overlong: list[str] | None) -
     raise InputError(f"{where}: its prompt has {tokens} tokens, and between 1 and {max_length - 1} fit{hint}")
 
 
-def overlong_line(count: int, total: int) -> str:
-    return f"{count} of {total} training prompts leave no room for a completion and are dropped"
+def overlong_line(count: int, total: int, side: str = "training") -> str:
+    return f"{count} of {total} {side} prompts leave no room for a completion and are dropped"
 
 
 def refuse_unknown_tokens(rows: Sequence[Row], vocab: int, where: str = "") -> None:
