@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Pinned for the set-up alone; `pip install minirl` takes any from the lower bound in pyproject.toml.
 TORCH := torch==2.13.0
-GPU_TESTS ?= $(shell grep -l '^from minirl.kernels' tests/test_*.py)
+GPU_TESTS ?= $(shell grep -lr '^from minirl.kernels' tests --include='test_*.py')
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-processors lint bench gpu clean

@@ -8,5 +8,6 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["minirl", "minirl.*"]), "minirl.kernels"],
     package_dir={"minirl": "minirl", "minirl.kernels": "kernels"},
-    include_package_data=False,  # code only: whatever a run reads is given by path
+    package_data={"minirl": ["py.typed"]},  # for type checkers; whatever else a run reads is given by path
+    include_package_data=False,
 )

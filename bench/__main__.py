@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
 
 def kernels(args) -> None:
     from bench import kernel_suite, measure, plots, targets
-    from minirl.train.run import pick_device
+    from minirl.policy import pick_device
 
     device = pick_device(args.device)
     if device.type == "cpu":
@@ -80,7 +80,7 @@ def title_of(records: list[dict], host: dict) -> str:
 
 
 def run_checks(device) -> dict:
-    """Each property with what was found, or why it was not looked at."""
+    """Return each property with its result, or the reason why it was not measured."""
     from bench import checks, measure
 
     found = {}
@@ -97,7 +97,7 @@ def run_checks(device) -> dict:
 
 
 def training_step(args) -> dict:
-    """On a CPU: peak memory and time of a whole step, each side in a process of its own."""
+    """Measure peak memory and time of a whole training step on a CPU, each side in a process of its own."""
     from bench.training_step import Size, compare
 
     size = Size(256, width=128, row=128) if args.quick else Size(4096)
@@ -113,7 +113,7 @@ def training_step(args) -> dict:
 
 
 def decode_step(args) -> dict:
-    """On a CPU: the parts of a decode step, and the share of top-p sampling."""
+    """Time the parts of a decode step on a CPU, and the share of top-p sampling."""
     from bench.decode_step import Size, compare
 
     size = Size(64, vocab=4096, layers=2) if args.quick else Size()
@@ -139,7 +139,7 @@ def compile_suite(args) -> None:
 
 
 def script(name: str, *options: str) -> None:
-    """One of the scripts beside this file, in a process of its own."""
+    """Run one of the scripts in this folder in a process of its own."""
     done = subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *options], cwd=common.ROOT)
     if done.returncode:
         sys.exit(done.returncode)
@@ -173,14 +173,14 @@ SUITES = {
 
 
 def need(suite: Suite, args) -> None:
-    """End with one sentence where a suite cannot run."""
+    """End the program with one sentence where a suite cannot run."""
     common.need(*suite.needs)
     if suite.checkpoint:
         common.need_checkpoint(args.model)
 
 
 def run_all(args) -> None:
-    """Every suite in a process of its own. One that cannot run here is named, and the others go on."""
+    """Run every suite in a process of its own. One that cannot run here is named, and the others go on."""
     failed = []
     for name, suite in SUITES.items():
         started = time.perf_counter()
@@ -205,7 +205,7 @@ def main() -> None:
     import torch
 
     from bench import measure
-    from minirl.train.run import pick_device
+    from minirl.policy import pick_device
 
     device = pick_device(args.device)
     if device.type == "cpu":

@@ -1,5 +1,5 @@
-"""What must hold of the kernels besides speed: the same bits twice, for every chunk size and order of rows; no new
-compilation for new lengths; and matrices of more than 2³¹ elements.
+"""Check the kernels for more than speed: equal bits in two runs, for every chunk size and order of rows; no new
+compilation for new lengths; right results on matrices of more than 2³¹ elements.
 """
 
 import torch
@@ -16,7 +16,7 @@ def _small(device: torch.device, rows: int = 96) -> operations.Inputs:
 
 
 def _head(x: operations.Inputs, rows=None, **options) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, d_hidden and d_weight of the rows, in their order."""
+    """Return logp, entropy, d_hidden and d_weight of the rows, in their order."""
     rows = torch.arange(x.shape.rows, device=x.targets.device) if rows is None else rows
     hidden = x.hidden.detach()[rows].requires_grad_()
     args = (hidden, x.weight, x.targets[rows], x.advantages[rows], x.weights[rows], operations.PLAIN)
@@ -48,7 +48,7 @@ def row_orders(device: torch.device) -> bool:
 
 
 def new_compilations(device: torch.device) -> int:
-    """Kernels that triton compiles for 50 numbers of rows, after the first."""
+    """Count the kernels that triton compiles for 50 numbers of rows, after the first."""
     from triton import knobs
 
     count = 0
@@ -72,7 +72,7 @@ def new_compilations(device: torch.device) -> int:
 
 
 def beyond_32_bits(device: torch.device) -> float:
-    """The largest error of the last rows' log-probs and entropies, of logits with more than 2³¹ elements."""
+    """Return the largest error of log-probs and entropies in the last rows of logits with more than 2³¹ elements."""
     rows, vocab = 16384, 151_936
     logits = torch.empty(rows, vocab, device=device, dtype=torch.bfloat16).normal_(std=2.0)
     targets = torch.randint(vocab, (rows,), device=device)

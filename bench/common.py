@@ -1,4 +1,4 @@
-"""What the files beside this one share: their checks, the machine in words, medians, tables. Imports no torch.
+"""Helpers of the benchmarks: checks before a run, a description of the machine, medians, tables. Imports no torch.
 
 A process that starts another must stay small: at the fork Linux counts its memory in the child's `ru_maxrss`.
 Importing this file finds minirl in this repository where it is not installed (`kernels/` is `minirl.kernels`).
@@ -34,7 +34,7 @@ Report = Callable[..., None]  # passes one event, keyword arguments, to the proc
 
 
 def arguments(doc: str, repeats: str, times: int) -> argparse.ArgumentParser:
-    """The options of both scripts. `repeats` says what is repeated so many times."""
+    """Make the parser with the options that the scripts share. `repeats` names what --repeats counts."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     add = parser.add_argument
     add("model", nargs="?", default="models/smollm2", help="a Hugging Face directory (default: %(default)s)")
@@ -75,7 +75,7 @@ def need_checkpoint(path: str) -> None:
 
 
 def machine(device: str) -> dict:
-    """What a reader needs to judge the numbers. `device` is what the work ran on, in words."""
+    """Return the processor, package versions and `device` (a name of what the work ran on) that a reader needs."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -90,7 +90,7 @@ def machine(device: str) -> dict:
 
 
 def describe(machine: dict) -> str:
-    """The machine in one line."""
+    """Return one line that describes the machine."""
     amx = "with AMX" if machine["amx"] else "without AMX"
     words = [f"{machine['cpu']} {amx}, {machine['cores']} cores", f"run on {machine['device']}"]
     return ", ".join(words + [f"{name} {machine[name]}" for name in PACKAGES if name in machine])
@@ -105,7 +105,7 @@ def _cpu_field(name: str) -> str | None:
 
 
 def device_name(device) -> str:
-    """A torch device in words."""
+    """Return the name of a torch device for a reader."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -114,7 +114,7 @@ def device_name(device) -> str:
 
 
 def now(device) -> float:
-    """Seconds on a clock, read when a GPU has done all that it was given."""
+    """Return seconds on a clock, after all work that a GPU was given has ended."""
     import torch
 
     if torch.device(device).type == "cuda":
@@ -123,7 +123,7 @@ def now(device) -> float:
 
 
 def peak_gb(device: str = "cpu") -> float:
-    """The largest memory of this process so far in GB: allocated on the GPU where it works on one, else resident."""
+    """Return this process's peak memory so far in GB: allocated on the GPU where it works on one, else resident."""
     if device != "cpu":
         import torch
 
@@ -136,13 +136,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio_text(values: Sequence[float]) -> str:
-    """Median and range of ratios that were measured pair by pair."""
+    """Return the median and range of ratios that were measured pair by pair, as text."""
     s = spread(values)
     return f"{s['median']:.2f} (of {len(values)} pairs; {s['min']:.2f} to {s['max']:.2f})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left and numbers to the right."""
+    """Return a text table: the first column aligned left, the others right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     pad = [str.ljust, *[str.rjust] * (len(head) - 1)]
@@ -150,12 +150,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def progress(text: str) -> None:
-    """A line on stderr that tells a waiting person where things stand."""
+    """Print a line of progress to stderr, so that stdout holds only the results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def write_json(args: argparse.Namespace, result: dict, path: str | Path | None = None) -> None:
-    """Everything that was measured, and the options it was measured with, to `path` or where --json asks for it."""
+    """Write the measurements and the options that gave them to `path`, or else to the path of --json."""
     path = path or args.json
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,8 @@ def write_json(args: argparse.Namespace, result: dict, path: str | Path | None =
 
 
 def reporter(device: str) -> Report:
-    """What a child process reports with: a line of JSON to its stdout, which from now on nothing else can write to."""
+    """Return the function with which a child process reports: it writes lines of JSON to stdout, and from now on
+    nothing else can write there."""
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
 
@@ -176,7 +177,7 @@ def reporter(device: str) -> Report:
 
 
 def events_of(command: Sequence[str]) -> Iterator[dict]:
-    """What a child process reports, as it comes; its stderr is shown only where it fails."""
+    """Yield the reports of a child process as they come; its stderr is shown only where it fails."""
     with tempfile.TemporaryFile("w+") as noise:
         with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=noise, text=True) as child:
             yield from map(json.loads, child.stdout)
@@ -186,8 +187,8 @@ def events_of(command: Sequence[str]) -> Iterator[dict]:
 
 
 def minirl(command: str, log: Path | None = None, threads: int | None = None) -> tuple[str, dict]:
-    """What a command of minirl prints, and its CPU seconds, wall seconds and peak memory; with a log it prints there.
-    A RuntimeError holds its last words where it fails."""
+    """Run a command of minirl; return its output, CPU seconds, wall seconds and peak memory in GB. With `log` the
+    output goes to that file too. A RuntimeError holds the end of the output where the command fails."""
     if log is None:
         with tempfile.TemporaryDirectory() as folder:
             return minirl(command, Path(folder) / "log", threads)
@@ -206,9 +207,8 @@ def minirl(command: str, log: Path | None = None, threads: int | None = None) ->
 
 
 def run_child(command: Sequence[str], name: str) -> dict:
-    """A child process that reports imported, built, step (several times) and done: its steps without the first one,
-    and its memory along the way.
-    """
+    """Run a child process that reports imported, built, step (several times) and done; return its steps without the
+    first one, which warms it up, and its memory at each stage."""
     last, steps = {}, []
     for event in events_of(command):
         last[event["event"]] = event

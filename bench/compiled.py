@@ -1,4 +1,4 @@
-"""Compile every launch of the kernels for GPUs that are not here, and read what came out.
+"""Compile every launch of the kernels for GPUs that this machine need not have, and check the machine code.
 
     python -m bench compile
 
@@ -34,7 +34,7 @@ WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  
 
 
 class Launch(NamedTuple):
-    """What `backend.launch` was given, and what for."""
+    """The arguments of one call of `backend.launch`, and the use that it was made for."""
 
     use: str
     kernel: JITFunction
@@ -58,7 +58,7 @@ class Compiled(NamedTuple):
 
 
 class _Pretended:
-    """Says to triton that a GPU of this compute capability is here. Compiling asks for no more."""
+    """A driver that tells triton that a GPU of this compute capability is present, which is all that compiling asks."""
 
     def __init__(self, target: int):
         self.target = target
@@ -74,7 +74,7 @@ class _Pretended:
 
 
 def record(uses: dict[str, Callable[[], object]]) -> list[Launch]:
-    """The launches of some calls, none of which runs: what the calls return is not filled in."""
+    """Return the launches of some calls without running any, so that the results of the calls hold no values."""
     if backend.INTERPRETED:
         raise RuntimeError("kernels compile only in a process without TRITON_INTERPRET; unset it")
     launches, use = [], ""
@@ -96,13 +96,13 @@ def record(uses: dict[str, Callable[[], object]]) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, target: int):
-    """triton's compiled kernel; equal launches give equal `hash`es."""
+    """Return triton's compiled kernel; launches that compile to the same code have the same `hash`."""
     driver.set_active(_Pretended(target))
     return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, dict[str, int]]:
-    """Registers a thread, bytes of stack, and every load and local-memory instruction with its count."""
+    """Return registers a thread, bytes of stack, and every load and local-memory instruction with its count."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -115,7 +115,7 @@ def read_cubin(cubin: bytes) -> tuple[int, int, dict[str, int]]:
 
 
 def load_width(instruction: str) -> int:
-    """Bytes a thread reads: 16 for LDG.E.128.CONSTANT, 4 for LDG.E."""
+    """Return the bytes that a thread reads: 16 for LDG.E.128.CONSTANT, 4 for LDG.E."""
     return next((WIDTHS[part] for part in instruction.split(".") if part in WIDTHS), 4)
 
 
@@ -131,8 +131,8 @@ def _inspect(launch: Launch, target: int, compiled) -> Compiled:
 def compile_all(
     launches: list[Launch], in_all_forms=TARGETS, progress: Callable[[str], None] = lambda text: None
 ) -> list[Compiled]:
-    """Every kernel among the launches for every target: in all different forms for some targets, for the others in the
-    form of its first launch. Disassembly runs beside compilation."""
+    """Compile every kernel among the launches for every target: in all different forms for the targets of
+    `in_all_forms`, in the form of its first launch for the others. Disassembly runs in other threads meanwhile."""
     seen, jobs = set(), []
     first = {launch.kernel: launch for launch in reversed(launches)}
     with ThreadPoolExecutor(2) as pool:
@@ -147,7 +147,7 @@ def compile_all(
 
 
 def kernels_of(package: ModuleType = minirl.kernels) -> set[str]:
-    """Names of all kernels that the package launches, by their names."""
+    """Return the names of all kernels of the package, which end in _kernel."""
     modules = [m for name in dir(package) if isinstance(m := getattr(package, name), ModuleType)]
     found = {v.fn.__name__ for m in modules for v in vars(m).values() if isinstance(v, JITFunction)}
     return {name for name in found if name.endswith("_kernel")}
@@ -157,7 +157,7 @@ def kernels_of(package: ModuleType = minirl.kernels) -> set[str]:
 
 
 def uses(rows: int = 4, vocab: int = VOCAB, width: int = 16) -> dict[str, Callable[[], object]]:
-    """Calls that between them launch every kernel in every form that training and sampling use."""
+    """Return calls that together launch every kernel in every form that training and sampling use."""
     calls = {}
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -253,7 +253,7 @@ def show(rows: list[Compiled]) -> str:
 
 
 def failures(rows: list[Compiled]) -> list[str]:
-    """One sentence for each row that breaks the rules: no spills, and 16-byte loads in every sweep over a row."""
+    """Return a sentence for each row that breaks the rules: no spills, and 16-byte loads in every sweep over a row."""
     bad = []
     for r in rows:
         where = f"{r.kernel} ({r.use}) on sm_{r.target}"

@@ -1,5 +1,5 @@
-"""A decode step on a CPU and the share of it that truncated sampling takes: the model, then the draw by top-p with the
-ids that it kept, which training replays. In one process and in turns, so that noise meets all parts.
+"""Time a decode step on a CPU and the share of it that truncated sampling takes: the model, then the draw by top-p with
+the ids that it kept, which training uses again. All parts take turns in one process, so that noise is shared evenly.
 """
 
 from typing import NamedTuple
@@ -38,7 +38,8 @@ def _forward(size: Size) -> measure.Run:
 
 
 def _draw(size: Size, **options) -> measure.Run:
-    """From logits with a deviation of 2, those of the other suites: a model without training has flatter ones."""
+    """Return a run that draws from logits with a standard deviation of 2, as in the other suites: those of an untrained
+    model are flatter, and top-p would keep more of them."""
     from minirl.kernels import sample_tokens
     from minirl.sampler import _kept_ids
 
@@ -54,7 +55,7 @@ def _draw(size: Size, **options) -> measure.Run:
 
 
 def compare(size: Size, rounds: int) -> dict:
-    """Seconds of each part, and the share of top-p sampling in the step that it is part of."""
+    """Return the seconds of each part, and the share of a step that top-p sampling takes."""
     runs = {"forward": _forward(size), "plain draw": _draw(size), "top-p 0.9": _draw(size, top_p=0.9)}
     for run in runs.values():
         run()

@@ -1,10 +1,10 @@
-"""One GRPO step (rollout, rewards, update) of minirl beside one of TRL's GRPOTrainer, in processes of their own.
+"""Compare a GRPO step (rollout, rewards, update) of minirl with one of TRL's GRPOTrainer, in separate processes.
 
     python bench/grpo_step_vs_trl.py models/smollm2 --json grpo.json
 
 Both have the same checkpoint, prompts in the same order, reward function, number of sampled rows, temperature 1, one
-update a rollout, beta 0, learning rate, gradients clipped to norm 1, AdamW, and no gradient checkpointing. What is not
-the same is printed below the numbers. The first step of a process warms it up and is dropped.
+update a rollout, beta 0, learning rate, gradients clipped to norm 1, AdamW, and no gradient checkpointing. The
+differences are printed below the numbers. The first step of a process warms it up and is dropped.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from statistics import fmean, median
 
 import common
 
-from minirl.rewards.rules import last_number
-from minirl.tasks import load_task
+from minirl.judge.answers import last_number
+from minirl.lab.tasks import load_task
 
 SIDES = ("minirl", "trl")
 TRL = {"loss_type": "grpo", "beta": 0.0, "lr_scheduler_type": "constant", "gradient_checkpointing": False}
@@ -37,20 +37,24 @@ own in the first step), and at the end."""
 
 
 def run_minirl(args, report: common.Report) -> None:
-    from minirl.train.grpo import GRPO, GRPOConfig
-    from minirl.train.run import Display, Run
+    from minirl.grpo import GRPOConfig, grpo_step, prepare
+    from minirl.lab.rewards import rewards_of
+    from minirl.lab.training import source_of
+    from minirl.run import Run, Step
 
     report("imported")
     shared = {k: getattr(args, k) for k in ("model", "prompts", "group", "max_tokens", "lr", "seed", "dtype", "device")}
     shared["micro_batch_tokens"] = args.micro_batch_tokens
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(out=f"{folder}/run", steps=args.steps + 1, **shared)
-        trainer = GRPO(config, Run(config.out, {}), Display(), load_task("arithmetic", heldout_size=0))
+        task, run = load_task("arithmetic", heldout_size=0), Run(config.out, {})
+        parts = prepare(run, config, source_of(config, task)[0], rewards_of(config, task))
         report("built")
         for step in range(args.steps + 1):
             started = common.now(args.device)
-            m = trainer.step(step)
-            seconds, signal = common.now(args.device) - started, m["group/signal_frac"]
+            grpo_step(of := Step(run, step, config.steps), config, parts)
+            m, seconds = of.metrics, common.now(args.device) - started
+            signal = m["group/signal_frac"]
             report("step", seconds=seconds, length=m["len/mean"], reward=m["reward/mean"], signal=signal)
 
 
@@ -61,10 +65,12 @@ def run_trl(args, report: common.Report) -> None:
     from trl import GRPOTrainer
 
     report("imported")
-    from minirl.train.sft import take
+    from minirl.batch import endless_epochs
 
     train = load_task("arithmetic", heldout_size=0).train
-    examples = [train[i] for i in take(len(train), args.seed, 0, (args.steps + 1) * args.prompts)]  # minirl's order
+    examples = [
+        train[i] for i in endless_epochs(len(train), args.seed, 0, (args.steps + 1) * args.prompts)
+    ]  # minirl's order
 
     def correct(prompts, completions, answer, **columns):
         return last_number(prompts, [messages[0]["content"] for messages in completions], answer)
@@ -103,7 +109,7 @@ def trl_config(args, folder: str):
 
 
 def step_clock(device: str, report: common.Report):
-    """A callback that reports each of TRL's steps, from before the rollout to after the optimizer."""
+    """Return a callback that reports each of TRL's steps, from before the rollout to after the optimizer."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -122,8 +128,8 @@ def step_clock(device: str, report: common.Report):
 
 
 def run_side(args) -> None:
-    """One side in this process, reported event by event to the process that started it."""
-    from minirl.train.run import pick_device
+    """Run one side in this process and report each event to the process that started it."""
+    from minirl.policy import pick_device
 
     args.device = pick_device(args.device).type
     report = common.reporter(args.device)
@@ -171,7 +177,7 @@ def arguments() -> argparse.Namespace:
 
 
 def compare(args) -> dict[str, list[dict]]:
-    """The processes of both sides, one after another; every second round the other side goes first."""
+    """Run the processes of both sides one after another; every second round the other side goes first."""
     rounds = {side: [] for side in SIDES}
     for seed in range(1, args.repeats + 1):
         for side in SIDES if seed % 2 else reversed(SIDES):

@@ -1,5 +1,5 @@
-"""The suite `kernels`: every operation at every shape, minirl beside its rivals and beside the limit of the device that
-was measured in the same run.
+"""Run the suite `kernels`: every operation at every shape, minirl beside its rivals and the limit of the device, which
+is measured in the same run.
 
 Minimal traffic is passes · N · V · bytes of a logit (statistics read the logits once; log-probs with their gradient
 read twice and write once; the fused loss reads once, its second sweep coming from the cache, and writes once). Minimal
@@ -23,7 +23,7 @@ DRAWS = 1024  # rows of a sampling step at most
 
 
 class Plan(NamedTuple):
-    """What to measure, and for how long."""
+    """The shapes to measure, the time for each, and the rivals to leave out."""
 
     shapes: list[Shape]
     by_vocab: list[Shape]
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 
 def plan(device: torch.device, quick: bool) -> Plan:
-    """Real vocabularies on a GPU; on a CPU small shapes, which say how the ways compare there and no more."""
+    """Choose real vocabularies on a GPU, and small shapes on a CPU, whose results hold for a CPU only."""
     late = {"compile": "left out by --quick"} if quick else {}
     swept = {"compile": "not in the sweeps: it would compile for every point"}
     if device.type == "cuda":
@@ -72,7 +72,7 @@ class Bench:
         return shape._replace(rows=min(shape.rows, DRAWS)) if name.startswith("sample") else shape
 
     def measure(self, name: str, shape: Shape, leave_out: dict[str, str]) -> dict:
-        """One operation at one shape: every rival's time, memory and errors, or the sentence why not."""
+        """Measure one operation at one shape: time, memory and errors of every rival, or the reason why it has none."""
         operation, shape = OPERATIONS[name], self.shape_of(name, shape)
         x = operations.make_inputs(operation.kind, shape, self.device, self.dtype, operation.silent)
         exact = operations.exact(name, x)
@@ -90,7 +90,7 @@ class Bench:
         return record | {"rivals": rivals}
 
     def _warm(self, rival: str, make: Callable, x: Inputs, exact: dict, leave_out: dict) -> tuple[dict, object]:
-        """Its errors and the run itself; what fails is only named."""
+        """Run a rival once; return its errors and the run, or the reason why it cannot be measured and None."""
         if rival in leave_out:
             return {"reason": leave_out[rival]}, None
         try:
@@ -105,7 +105,7 @@ class Bench:
             return {"reason": measure.sentence(error), "failed": True}, None
 
     def _memory(self, name: str, rival: str, shape: Shape, run) -> int | str:
-        """Bytes at the peak above the inputs; where the child process failed, what it said."""
+        """Return the bytes at the peak above the inputs, or the error of a child process that failed."""
         if self.clock.cuda:
             return measure.peak_on_gpu(run)
         try:
@@ -129,7 +129,7 @@ class Bench:
 
 
 def _restoring(run, x: Inputs) -> None:
-    """Before each run, of whichever rival, the logits are what they were at first."""
+    """Make a run's `reset` restore the logits too, which another rival may have overwritten."""
     own = getattr(run, "reset", None)
 
     def reset():
@@ -142,7 +142,7 @@ def _restoring(run, x: Inputs) -> None:
 
 
 def memory_of(name: str, rival: str, shape: Shape, dtype: torch.dtype) -> int:
-    """In a process of its own, on a CPU."""
+    """Return the bytes of a rival's run on a CPU; to be called in a process of its own."""
     operation = OPERATIONS[name]
     x = operations.make_inputs(operation.kind, shape, torch.device("cpu"), dtype, operation.silent)
     return measure.peak_here(operation.rivals[rival](x))
@@ -161,7 +161,7 @@ def _rates(record: dict, seconds: float) -> dict:
 
 
 def run(bench: Bench, only: str | None, save: Callable[[dict], None]) -> dict:
-    """All records; `save` is called with what there is whenever a shape is done."""
+    """Measure everything and return the records; `save` gets those so far after each shape."""
     result = {"copy_bytes_per_s": bench.copy_rate, "records": [], "by_vocab": [], "by_rows": []}
     common.progress(f"copy: {bench.copy_rate / 1e9:.1f} GB/s")
     names = [name for name in MAIN if only in (None, name)]
@@ -193,7 +193,7 @@ def _shown(bench: Bench, name: str, shape: Shape, leave_out: dict, axis: str = "
 
 
 def table(record: dict) -> str:
-    """An operation at a shape: a line a rival."""
+    """Return the table of an operation at one shape, with a line for each rival."""
     shape = Shape(**record["shape"])
     where = f"sequences: {shape.sequences}, T {shape.rows // shape.sequences}" if not shape.vocab else str(shape)
     title = f"{record['title']}; {where}, {record['dtype'].removeprefix('torch.')}"

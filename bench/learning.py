@@ -1,12 +1,13 @@
-"""What every algorithm learns: all presets and commands from the same supervised start, on the embedded sums.
+"""Measure what every algorithm learns: all presets and commands from the same supervised start, on the embedded sums.
 
     python -m bench.learning                    three seeds, some 40 minutes on two cores
     python -m bench.learning --only grpo ppo    some rows
     python -m bench.learning --seeds 0
 
 A row is a command line that anybody can run. Its start is the model of `minirl demo` after SFT, which guesses most
-answers; its end is what `minirl eval` says of 256 held-out sums, 8 samples each. Online rows sample 32 prompts x 8
-completions for 60 steps, two slow ones for 160. Written to --out: learning.json, learning.md (the table) and plots.
+answers; its end is the accuracy that `minirl eval` finds on 256 held-out sums, 8 samples each. Online rows
+sample 32 prompts x 8 completions for 60 steps, two slow ones for 160. Written to --out: learning.json, learning.md (the
+table) and plots.
 """
 
 import argparse
@@ -88,20 +89,20 @@ METHODS = {
 
 
 class Lab:
-    """A folder of runs: runs/learning/seed-0/grpo and so on. What is there already, from the same command, stays."""
+    """A folder of runs, runs/learning/seed-0/grpo and so on. Runs of the same command that exist already are kept."""
 
     def __init__(self, work: Path, jobs: int):
         self.work, self.jobs, self.done, self.total, self.began = work, jobs, 0, 0, time.perf_counter()
         self.failed: set[str] = set()  # the names of what failed for some seed
 
     def run_all(self, steps: Sequence[tuple[int, str, str]]) -> None:
-        """Commands (seed, name, command), `jobs` of them at a time, each on one core."""
+        """Run commands (seed, name, command), `jobs` of them at a time, each on one core."""
         self.total = self.done + len(steps)
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda step: self._try(*step), steps))
 
     def _try(self, seed: int, name: str, command: str) -> None:
-        """The others go on when one fails."""
+        """Run a command and note it where it fails: the others go on."""
         try:
             self._step(seed, name, command)
         except RuntimeError as error:
@@ -115,7 +116,7 @@ class Lab:
         return self.work / f"seed-{seed}" / name.replace(", ", "-").replace(" ", "-")
 
     def fill(self, seed: int, command: str) -> str:
-        """The places of the start, of its outcomes and of the reward model."""
+        """Put the folders of the start, its outcomes and the reward model into a command."""
         places = {name: self.folder(seed, name) for name in ("start", "outcomes")}
         places |= {"reward": self.folder(seed, "reward") / "model"}
         for name, folder in places.items():
@@ -123,7 +124,7 @@ class Lab:
         return command
 
     def _step(self, seed: int, name: str, command: str) -> None:
-        """One command and the evaluation of its model, unless both are there."""
+        """Run a command and evaluate its model, unless both results exist already."""
         folder, command = self.folder(seed, name), self.fill(seed, command)
         file = folder / "result.json"
         if not file.exists() or json.loads(file.read_text())["command"] != command:
@@ -153,10 +154,10 @@ class Lab:
 
 
 def starts(lab: Lab, seeds: Iterable[int]) -> None:
-    """The supervised start of each seed, its sampled and checked answers, and a reward model that learned from them."""
-    from minirl.demo import demonstrations
+    """Make the supervised start of each seed, its sampled and checked answers, and a reward model trained on them."""
     from minirl.files import write_jsonl
-    from minirl.tasks import parse_task
+    from minirl.lab.demo import demonstrations
+    from minirl.lab.tasks import parse_task
 
     lab.run_all([(seed, "start", f"demo --seeds {seed} --grpo-steps 1") for seed in seeds])
     for seed in seeds:
@@ -168,7 +169,7 @@ def starts(lab: Lab, seeds: Iterable[int]) -> None:
 
 
 def summary(lab: Lab, seeds: Sequence[int], names: Sequence[str]) -> list[dict]:
-    """A line a method: accuracies of all seeds before and after."""
+    """Return a record for each method: accuracies of all seeds before and after."""
     lines = []
     for name in names:
         before, after = ([lab.result(seed, which) for seed in seeds] for which in ("start", name))
@@ -193,7 +194,8 @@ def summary(lab: Lab, seeds: Sequence[int], names: Sequence[str]) -> list[dict]:
 
 
 def hacked(lab: Lab, seed: int, name: str) -> bool:
-    """Did the reward model's score of the samples end higher than it began, and the rule's accuracy lower?"""
+    """Tell whether the reward model's score of the samples rose from the first step to the last while the accuracy by
+    the rule fell."""
     lines = (lab.folder(seed, name) / "metrics.jsonl").read_text().splitlines()[1:]
     first, last = json.loads(lines[0]), json.loads(lines[-1])
     return last["reward_model/mean"] > first["reward_model/mean"] and last["reward/correct"] < first["reward/correct"]
@@ -222,7 +224,7 @@ HEAD = ("method", "before", "after", "greedy after", "gain, points", "CPU s", "p
 
 
 def reward_models(lab: Lab, seeds: Sequence[int]) -> list[dict]:
-    """Held-out measures of the reward models, the last of each run."""
+    """Return the last held-out metrics of each seed's reward model."""
     lines = [json.loads((lab.folder(s, "reward") / "metrics.jsonl").read_text().splitlines()[-1]) for s in seeds]
     return [{name.removeprefix("eval/"): value for name, value in x.items() if name.startswith("eval/")} for x in lines]
 

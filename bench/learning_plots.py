@@ -1,4 +1,4 @@
-"""What `bench.learning` draws: learning curves, what every method gains, and reward models against the rule."""
+"""Draw the results of `bench.learning`: learning curves, gains of the methods, reward models against the rule."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#888888"
 
 
 def series(lab, seed: int, name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a metric in a run."""
+    """Return the steps and values of a metric in a run."""
     records = map(json.loads, (lab.folder(seed, name) / "metrics.jsonl").read_text().splitlines())
     pairs = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
     return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=float)
 
 
 def curves(axes, lab, seeds: Sequence[int], name: str, metric: str, label: str, colour: str, width: int = 1) -> None:
-    """A thin line a seed and their mean; `width` steps are averaged."""
+    """Draw a thin line for each seed and a thick one for their mean, smoothed over `width` steps."""
     found = [series(lab, seed, name, metric) for seed in seeds]
     steps = sorted(set.intersection(*(set(x.tolist()) for x, _ in found)))
     rows = [[dict(zip(x.tolist(), y.tolist(), strict=True))[step] for step in steps] for x, y in found]
@@ -37,7 +37,7 @@ def curves(axes, lab, seeds: Sequence[int], name: str, metric: str, label: str, 
 
 
 def draw(lab, seeds: Sequence[int], names: Sequence[str], lines: list[dict], out: Path) -> Iterator[Path]:
-    """Every picture that the rows at hand allow; yields the files."""
+    """Draw every picture for which the needed methods were run; yield the files."""
     if set(CURVES) <= set(names):
         figure, axes = plt.subplots(figsize=(7, 4.2))
         for name, (label, colour) in CURVES.items():
@@ -52,7 +52,7 @@ def draw(lab, seeds: Sequence[int], names: Sequence[str], lines: list[dict], out
 
 
 def online(lab, seeds: Sequence[int], file: Path) -> Path:
-    """A reward model that learns on beside one that does not: how right it is, and where it leads the policy."""
+    """Draw a frozen reward model beside one that is refreshed: its accuracy, and the policy's accuracy by the rule."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     for name, label, colour in ((FROZEN, "frozen", ORANGE), (ONLINE, "refreshed every 4 steps", BLUE)):
         curves(left, lab, seeds, name, "reward_model/accuracy", label, colour, width=9)
@@ -64,7 +64,8 @@ def online(lab, seeds: Sequence[int], file: Path) -> Path:
 
 
 def judged(lab, seeds: Sequence[int], file: Path) -> Path:
-    """PPO against a learned reward only: its score, and what the rule says, which the policy never sees."""
+    """Draw PPO with a learned reward only: the reward model's score, and accuracy by the rule, which the policy never
+    sees."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     metric = next(name for name in _names(lab, seeds[0], JUDGED) if name.startswith("reward/model:"))
     for seed in seeds:
@@ -82,7 +83,7 @@ def _names(lab, seed: int, name: str) -> list[str]:
 
 
 def methods(lines: list[dict], file: Path) -> Path:
-    """A row a method: grey where it starts, a dot a seed where it ends."""
+    """Draw a row for each method: grey marks where the seeds start, dots where they end."""
     figure, axes = plt.subplots(figsize=(7.5, 0.27 * len(lines) + 1.2))
     for y, line in enumerate(reversed(lines)):
         start, colour = np.mean(line["before"]), GREY if line["why"] else BLUE

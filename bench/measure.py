@@ -1,4 +1,4 @@
-"""Time, memory and the limits of the device: how everything here is measured."""
+"""Measure time, memory and the limits of the device, for all benchmarks."""
 
 import ctypes
 import gc
@@ -20,19 +20,20 @@ Run = Callable[[], dict]  # does the work once and returns what it computed, by 
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Median, and the 20th and 80th percentile."""
+    """Return the median and the 20th and 80th percentile."""
     x = torch.tensor(seconds, dtype=torch.float64)
     median, p20, p80 = (x.quantile(q).item() for q in (0.5, 0.2, 0.8))
     return {"median": median, "p20": p20, "p80": p80, "rounds": len(seconds)}
 
 
 def reset(run: Run) -> None:
-    """Put back what a run overwrites."""
+    """Restore the inputs that a run overwrites, where it has a `reset`."""
     getattr(run, "reset", lambda: None)()
 
 
 class Clock:
-    """Seconds of one run: by events on a GPU, after a flush that also gives the host a head start; else by the wall."""
+    """A clock that returns the seconds of one run: by events on a GPU, else by the wall. On a GPU the cache is flushed
+    first; while that runs, the host can queue the work that is timed."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -53,10 +54,10 @@ class Clock:
 
 
 def time_rivals(runs: dict[str, Run], clock: Clock, rounds: int, budget: float) -> dict[str, dict[str, float]]:
-    """Quantiles of each, measured in turns so that noise meets all of them; they have been warmed up before.
+    """Return quantiles of each run, measured in turns so that noise is shared evenly; the caller has warmed them up.
 
-    `rounds` at most, and as many as fit into `budget` seconds, but never fewer than MIN_ROUNDS. A run's `reset` comes
-    before it, untimed.
+    It measures as many rounds as fit into `budget` seconds, at most `rounds` and at least MIN_ROUNDS. A run's `reset`
+    is called before it and not timed.
     """
     seconds, started = {name: [] for name in runs}, time.perf_counter()
     for done in range(rounds):
@@ -72,7 +73,7 @@ def time_rivals(runs: dict[str, Run], clock: Clock, rounds: int, budget: float) 
 
 
 def peak_on_gpu(run: Run) -> int:
-    """Bytes that the allocator held at most during a run, above what was there before."""
+    """Return the peak of allocated bytes during a run, above those allocated before it."""
     reset(run)
     gc.collect()
     torch.cuda.synchronize()
@@ -84,7 +85,7 @@ def peak_on_gpu(run: Run) -> int:
 
 
 def peak_here(run: Run) -> int:
-    """Bytes by which this process grew at most during a run, after one that warmed it up (Linux)."""
+    """Return the bytes by which this process grew at most during a run, after a warm-up run (Linux)."""
     reset(run)
     run()
     reset(run)
@@ -102,9 +103,9 @@ def status(field: str) -> int:
 
 
 def in_child(function: Callable, *args):
-    """function(*args) in a process of its own, forked from one that has only imported what is installed.
+    """Return function(*args) of a new process, forked from one that holds nothing but imported packages.
 
-    Its result, or a RuntimeError with what it raised; one that is killed, for its memory say, is a RuntimeError too.
+    A RuntimeError tells what it raised, or that it was killed, for example for its memory.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.operations", "trl.trainer.utils", "liger_kernel.chunked_loss"])
@@ -134,7 +135,7 @@ def _report(pipe, threads: int, function: Callable, args: tuple) -> None:
 
 
 def sentence(error: BaseException) -> str:
-    """An error in one line of at most 160 characters."""
+    """Return an error in one line of at most 160 characters."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"[:160]
 
@@ -143,7 +144,7 @@ def sentence(error: BaseException) -> str:
 
 
 def copy_rate(clock: Clock, device: torch.device, rounds: int) -> float:
-    """Bytes a second, read and written, of copying one large buffer to another."""
+    """Return bytes a second, reads and writes together, of copying one large buffer to another."""
     size = (2 << 30) if clock.cuda else (256 << 20)
     a, b = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
     b.copy_(a)
@@ -152,8 +153,8 @@ def copy_rate(clock: Clock, device: torch.device, rounds: int) -> float:
 
 
 def head_products(clock: Clock, hidden, weight, rounds: int) -> dict[str, float]:
-    """Seconds of the three products that a loss behind a head cannot do without: logits [N, V], their gradient times
-    the weight [N, D], and its transpose times the hidden states [V, D]; 2NVD operations each."""
+    """Return the seconds of the three products that any loss from hidden states needs: logits [N, V], their gradient
+    times the weight [N, D], and its transpose times the hidden states [V, D]; 2NVD operations each."""
     logits = hidden.detach() @ weight.detach().t()
     h, w = hidden.detach(), weight.detach()
     runs = {
@@ -167,8 +168,8 @@ def head_products(clock: Clock, hidden, weight, rounds: int) -> dict[str, float]
 
 
 def error_of(outputs: dict, exact: dict) -> dict[str, float]:
-    """Of each thing computed, against float64: the largest difference of a log-prob or entropy; of a gradient 1 −
-    cosine, and its largest difference over its largest entry."""
+    """Return the errors of outputs against float64: the largest difference of a log-prob or entropy; for a gradient 1 −
+    cosine, and the largest difference over the largest entry."""
     errors = {}
     for name, right in exact.items():
         if name not in outputs:
@@ -185,7 +186,7 @@ def error_of(outputs: dict, exact: dict) -> dict[str, float]:
 
 
 def device_slug(device: torch.device) -> str:
-    """The name of a results folder: cpu, h200, ..."""
+    """Return the name of a results folder: cpu, h200, ..."""
     if device.type == "cpu":
         return "cpu"
     words = torch.cuda.get_device_name(device).lower().replace("nvidia", "").replace("geforce", "").split()

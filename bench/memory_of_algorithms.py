@@ -1,10 +1,10 @@
-"""Peak memory of GRPO and of PPO with all its models, on one checkpoint: what a critic and a reward model cost.
+"""Measure the peak memory of GRPO and PPO on one checkpoint, with and without a critic and a reward model.
 
     python -m bench.memory_of_algorithms [models/smollm2]
 
-Each algorithm is a process of its own and takes two steps of 8 prompts x 4 completions on one-digit sums. Beside the
-peak stands what the models alone need: 16 bytes a trained weight in fp32 (weight, gradient, two moments), 4 a frozen
-one. The reward model is made on the spot, from the checkpoint's own right and wrong answers.
+Each algorithm is a process of its own and takes two steps of 8 prompts x 4 completions on one-digit sums. The table
+also gives the memory of the models alone: 16 bytes a trained weight in fp32 (weight, gradient, two moments), 4 a frozen
+one. The reward model is trained first, on the checkpoint's own right and wrong answers.
 """
 
 import json
@@ -27,7 +27,7 @@ WAYS = (  # algorithm, trained models, frozen models, command
 
 
 def make_reward_model(model: str, dtype: str, folder: Path) -> Path:
-    """From what the checkpoint answers, right and wrong."""
+    """Train a reward model on right and wrong answers of the checkpoint, and return its folder."""
     common.progress("a reward model, from right and wrong answers of the checkpoint")
     common.minirl(f"outcomes --model {model} {TASK} --prompts 32 --samples 8 --temperature 1 --out {folder / 'data'}")
     data = f"--data {folder / 'data' / 'pairs.jsonl'} --heldout 0 --steps 2 --batch 4"
@@ -36,10 +36,10 @@ def make_reward_model(model: str, dtype: str, folder: Path) -> Path:
 
 
 def models_gb(model: str, trained: str, frozen: str) -> float:
-    """Weights, gradients and moments in fp32."""
-    from minirl.checkpoint import load_model
+    """Return GB of the models alone: weights, gradients and moments in fp32."""
+    from minirl.model import Transformer
 
-    weights = sum(p.numel() for p in load_model(model).parameters())
+    weights = sum(p.numel() for p in Transformer.from_pretrained(model).parameters())
     count = [len(names.split(",")) if names else 0 for names in (trained, frozen)]
     return weights * (16 * count[0] + 4 * count[1]) / 1e9
 

@@ -1,6 +1,6 @@
-"""What is measured: each operation with its inputs, minirl's way and everybody else's.
+"""Define the operations to measure: their inputs, minirl's implementation, and those of its rivals.
 
-Eager is the plain textbook in PyTorch: fp32 log-softmax and autograd. Every way returns log-prob and entropy beside
+Eager is the textbook formula in PyTorch: fp32 log-softmax and autograd. Every rival returns log-prob and entropy beside
 loss and gradients where it can; Liger has no entropy. Shapes: N rows, V vocabulary, D width, B sequences of N / B rows.
 """
 
@@ -22,7 +22,7 @@ SLICE = 64  # rows that helpers here compute at a time
 
 
 class Unavailable(Exception):
-    """One sentence: why a rival is not measured."""
+    """Raised with the reason why a rival is not measured."""
 
 
 class Shape(NamedTuple):
@@ -57,7 +57,7 @@ class Inputs:
         self.weights = torch.full_like(self.advantages, 1 / self.shape.rows)
 
     def rows(self, part: slice, dtype: torch.dtype) -> "Inputs":
-        """Some rows, in another precision, with the weights of the whole."""
+        """Return some rows in another precision. Weights stay 1/N of all rows, so that parts add up to the whole."""
 
         def take(x, wide=True):
             x = None if x is None else x.detach()[part]
@@ -75,7 +75,7 @@ class Inputs:
 
 
 def make_inputs(kind: str, shape: Shape, device, dtype: torch.dtype, silent: bool = False, seed: int = 0) -> Inputs:
-    """Random inputs whose logits have a deviation of 2; `silent`: half of the sequences have advantage 0."""
+    """Make random inputs whose logits have a deviation of 2. `silent`: half of the sequences have advantage 0."""
     g = torch.Generator(device).manual_seed(seed)
 
     def noise(*size, scale=1.0, dtype=torch.float32):
@@ -119,7 +119,7 @@ def eager_logprobs(logits, targets):
 
 
 def eager_chosen(logits, targets):
-    """The entropy is only logged: it carries no gradient."""
+    """Return log-probs of the targets, and the entropy without gradient, as it is only logged."""
     logp = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(-1)
@@ -127,7 +127,7 @@ def eager_chosen(logits, targets):
 
 
 def eager_loss(logp, x: Inputs, beta: float):
-    """GRPO: clip and, with beta, k3 (2402.03300)."""
+    """Return the loss of GRPO: clip and, with beta, k3 (2402.03300)."""
     ratio = (logp - x.old_logp).exp()
     loss = -torch.min(ratio * x.advantages, ratio.clamp(1 - EPS, 1 + EPS) * x.advantages)
     if beta:
@@ -149,7 +149,7 @@ def eager_draw(logits, top_p: float):
 
 
 def eager_gae(rewards, values, mask, gamma=0.99, lam=0.95):
-    """One step of time after another (1506.02438 eq. 16)."""
+    """Compute GAE step by step backwards in time (1506.02438 eq. 16)."""
     nxt, advantage, out = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), []
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * nxt - values[:, t]
@@ -166,7 +166,8 @@ Log = Callable[[torch.Tensor, torch.Tensor], tuple]  # (logits or hidden states,
 
 
 def _differentiated(x: Inputs, loss: Callable[[], tuple], reset: Callable | None = None) -> Run:
-    """Forward and backward of `loss() -> (loss, logp, entropy)` to the logits, or to hidden states and weight."""
+    """Return a run of `loss() -> (loss, logp, entropy)` and its gradients: of the logits, or of hidden states and
+    weight."""
     leaves = {"d_logits": x.logits} if x.logits is not None else {"d_hidden": x.hidden, "d_weight": x.weight}
 
     def run() -> dict:
@@ -181,7 +182,7 @@ def _differentiated(x: Inputs, loss: Callable[[], tuple], reset: Callable | None
 
 
 def _restored(x: Inputs) -> Callable:
-    """Puts the logits back that an in-place way overwrites."""
+    """Return a function that restores the logits after an in-place operation has overwritten them."""
     x.saved = x.logits.detach().clone() if x.saved is None else x.saved
     return lambda: x.logits.detach().copy_(x.saved)
 
@@ -194,7 +195,7 @@ def _need(package: str, x: Inputs, gpu: bool = False) -> None:
 
 
 def _compiled(function):
-    """For shapes as they are; sweeps over many shapes leave it out."""
+    """Compile for exactly the shapes at hand; sweeps over many shapes leave these rivals out."""
     return torch.compile(function, dynamic=False)
 
 
@@ -237,7 +238,7 @@ def _liger_stats(x: Inputs) -> Run:
 
 
 def _with_last(x: Inputs) -> torch.Tensor:
-    """[B, L + 1, V]: Liger's kernels leave out the last logits of a sequence."""
+    """Return logits [B, L + 1, V]: Liger's kernels ignore the last logits of a sequence."""
     b, length = x.shape.sequences, x.shape.rows // x.shape.sequences
     logits = x.logits.detach().new_zeros(b, length + 1, x.shape.vocab)
     logits[:, :-1] = x.logits.detach().view(b, length, -1)
@@ -296,7 +297,7 @@ def _our_policy(x: Inputs, inplace: bool = False) -> Run:
 
 
 def _policy_of(log: Log, beta: float):
-    """(x) -> loss, logp, entropy of logits, by somebody's log-probs and the textbook's loss."""
+    """Return a function of the inputs that gives loss, logp and entropy: a rival's log-probs, the textbook loss."""
 
     def policy(x: Inputs):
         logp, entropy = log(x.logits, x.targets)
@@ -317,7 +318,7 @@ def _eager_policy(x: Inputs, wrap=lambda f: f) -> Run:
 
 
 class _Parts(NamedTuple):
-    """What `eager_loss` reads of the inputs, as tensors that torch.compile follows."""
+    """The tensors that `eager_loss` reads, in a form that torch.compile can trace."""
 
     advantages: torch.Tensor
     old_logp: torch.Tensor
@@ -377,7 +378,7 @@ def _head_logprobs(log, x: Inputs) -> Run:
 
 
 def _trl_chunked(x: Inputs):
-    """TRL's log-probs from hidden states, in tiles of rows and vocabulary."""
+    """Return TRL's function for log-probs from hidden states, in tiles of rows and vocabulary."""
     _need("trl", x)
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils
@@ -391,7 +392,7 @@ def _trl_chunked(x: Inputs):
 
 
 def _liger_cross_entropy(x: Inputs) -> Run:
-    """A mean of log-probs alone: one weight for all rows, no entropy, and it returns no log-prob of a row."""
+    """Return a run of Liger's mean of log-probs: one weight for all rows, no entropy, no log-prob of a single row."""
     _need("liger_kernel", x, gpu=True)
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -529,7 +530,7 @@ OPERATIONS = {
 
 
 def exact(operation: str, x: Inputs) -> dict:
-    """The outputs in float64: of the first rows, and the whole gradient of the weight. {} where there is none."""
+    """Return outputs in float64: those of the first rows, and the whole gradient of the weight; {} for sampling."""
     kind = operation.removesuffix("_half")
     if kind == "gae":
         rewards, values, mask = x.scan

@@ -1,4 +1,4 @@
-"""The same numbers as transformers on a real checkpoint, in fp32: perplexity of English text, and greedy completions.
+"""Check for equal numbers to transformers on a real checkpoint, in fp32: perplexity and greedy completions.
 
     python bench/parity_with_transformers.py models/smollm2
 

@@ -1,4 +1,4 @@
-"""Time and memory against the vocabulary and against the rows, a line a rival and the measured limit dashed."""
+"""Plot time and memory against the vocabulary and the rows: a line for each rival, the measured limit dashed."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ AXES = {"by_vocab": ("vocab", "vocabulary V"), "by_rows": ("rows", "rows N")}
 
 
 def draw(records: list[dict], axis: str, title: str, path: Path) -> None:
-    """A column an operation: seconds above, peak memory above the inputs below; both axes are logarithmic."""
+    """Draw a column for each operation: time in the upper row, peak memory beyond the inputs in the lower one; both
+    axes are logarithmic."""
     operations = list(dict.fromkeys(r["operation"] for r in records))
     figure, panels = plt.subplots(2, len(operations), figsize=(5.5 * len(operations), 7), sharex=True, squeeze=False)
     for column, name in zip(panels.T, operations, strict=True):
@@ -39,7 +40,7 @@ def draw(records: list[dict], axis: str, title: str, path: Path) -> None:
 
 
 def _numbers(record: dict, rival: str) -> tuple[float | None, float | None]:
-    """Milliseconds and megabytes. Less than 0.1 MB cannot be told from nothing."""
+    """Return milliseconds and megabytes, at least 0.1 MB: less cannot be measured, and a logarithmic axis has no 0."""
     numbers = record["rivals"].get(rival, {})
     if "seconds" not in numbers:
         return None, None

@@ -1,10 +1,10 @@
-"""minirl's Sampler beside transformers' `generate`: one process, the same checkpoint, prompts and stop tokens.
+"""Compare minirl's Sampler with transformers' `generate`: one process, the same checkpoint, prompts and stop tokens.
 
     python bench/sampler_vs_transformers.py models/smollm2 --json sampler.json
 
 Both draw from the full distribution at temperature 1, so the lengths of their completions must agree within noise: the
-table shows them. The sides take turns, after one warm-up each. Counted are useful tokens, those up to and including the
-stop token; what is computed for rows that have already ended costs time and counts for nothing. Either side runs with
+table shows them. The sides take turns, after one warm-up each. Only useful tokens count, those up to and including the
+stop token; work on rows that have already ended costs time and adds no tokens. Either side runs with
 its defaults: transformers with left padding, scaled-dot-product attention and a dynamic cache, without torch.compile.
 """
 
@@ -91,7 +91,7 @@ def measure(draw: Draw, seed: int, stop_ids: tuple[int, ...], device) -> Measure
 
 
 def compare(args, dtype) -> dict[str, list[Measured]]:
-    """Rounds of both sides, taken in turns after a warm-up of each."""
+    """Measure rounds of both sides, in turns after a warm-up of each."""
     from minirl.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(args.model)
@@ -110,7 +110,7 @@ def compare(args, dtype) -> dict[str, list[Measured]]:
 
 
 def summary(rounds: list[Measured], group: int) -> dict:
-    """The numbers of one side; `group` lengths in a row belong to one prompt."""
+    """Return the numbers of one side; `group` consecutive lengths belong to one prompt."""
     of_prompt = [[n for r in rounds for n in r.lengths[i : i + group]] for i in range(0, len(rounds[0].lengths), group)]
     return {
         "tokens_per_s": common.spread([r.tokens_per_s for r in rounds]),
@@ -149,7 +149,7 @@ def main() -> None:
     common.need("transformers")
     common.need_checkpoint(args.model)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from minirl.train.run import pick_device, pick_dtype
+    from minirl.policy import pick_device, pick_dtype
 
     args.device = pick_device(args.device)
     rounds = compare(args, pick_dtype(args.dtype, args.device))

@@ -1,8 +1,8 @@
-"""The sandbox under load: random candidates of which some hang.
+"""Put the sandbox under load: random programs, some of which hang.
 
     python -m bench.sandbox [--candidates 10000] [--hanging 0.05] [--workers 8] [--seconds 0.5]
 
-Checks before it prints: every candidate has an outcome and the right one, and no process and no folder is left.
+It fails unless every candidate has the right outcome and no process and no folder is left.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from minirl.sandbox import Job, Pool
+from minirl.judge.pool import Job, Pool
 
 HANGS = (
     "while True: pass",
@@ -26,7 +26,7 @@ FAILS = ("def f(x): return x", "1 / 0", "import os\nos._exit(0)", "def f(", "imp
 
 
 def candidates(count: int, hanging: float, rng: random.Random) -> list[tuple[str, Job]]:
-    """Programs that add a number, and what becomes of each."""
+    """Make programs that add a number, each with its expected fate: passes, fails or hangs."""
     found = []
     for _ in range(count):
         n = rng.randint(1, 10**6)
@@ -43,7 +43,7 @@ def fate(outcome) -> str:
 
 
 def processes() -> int:
-    """Of this process's descendants that are alive."""
+    """Count the living descendants of this process."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,10 +1,10 @@
-"""A reward of steps for the embedded sums, `37+85=(12,12)122`: the working in brackets, then the answer."""
+"""Reward the steps of the embedded sums, `37+85=(12,12)122`: the working in brackets, then the answer."""
 
 import re
 
 
 def working(prompts, completions, **columns) -> list:
-    """Half a point at the closing bracket if both partial sums are right; nothing for an answer that shows none."""
+    """Give half a point at the closing bracket if both partial sums are right; nothing for an answer without them."""
     return [_steps(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
 

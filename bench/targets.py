@@ -1,4 +1,4 @@
-"""What the kernels have to reach, and what was measured: a table of passed, failed and not measured."""
+"""Compare measurements with the targets of the kernels: a table of passed, failed and not measured."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Target(NamedTuple):
 
 
 def _record(result: dict, operation: str, **shape) -> dict:
-    """The first record of an operation at such a shape, or {}."""
+    """Return the first record of an operation at a shape with these sizes, or {}."""
     fits = (r for r in result["records"] if r["operation"] == operation)
     return next((r for r in fits if shape.items() <= r["shape"].items()), {})
 
@@ -39,7 +39,7 @@ def _ratio(record: dict, over: str, under: str, name: str) -> float | None:
 
 
 def on_gpu(result: dict, why: str) -> list[Target]:
-    """Line 3: bf16, N = 8192, V = 151,936."""
+    """Judge the kernels on a GPU: bf16, N = 8192, V = 151,936."""
     stats, policy = _record(result, "stats", **MAIN), _record(result, "policy", **MAIN)
     head = _record(result, "linear_policy", **MAIN, width=1536)
     times = [_number(r, "minirl", "seconds") for r in (stats, head)]
@@ -63,7 +63,7 @@ def on_gpu(result: dict, why: str) -> list[Target]:
 
 
 def on_cpu(result: dict, why: str) -> list[Target]:
-    """Line 4: a training step with V = 151,936 and 4,096 tokens."""
+    """Judge a training step on a CPU with V = 151,936 and 4,096 tokens, and the sampling of a decode step."""
     step = result.get("training_step", {})
     real = step.get("size", {}).get("tokens") == 4096
     why = why or ("not measured: --quick takes fewer tokens" if step and not real else "")
@@ -78,7 +78,7 @@ def on_cpu(result: dict, why: str) -> list[Target]:
 
 
 def without_signal(result: dict) -> list[Target]:
-    """Line 5: what half of the rows without signal cost of all of them, at the largest shape measured."""
+    """Judge the time with half of the rows without signal over that of all rows, at the largest shape measured."""
     half = [r for r in result["records"] if r["operation"] == "linear_policy_half"]
     if not half:
         return [_judge("half of the rows without signal / all rows, time", 0.6, None, " x")]
@@ -90,7 +90,7 @@ def without_signal(result: dict) -> list[Target]:
 
 
 def checks(result: dict) -> list[Target]:
-    """Line 6."""
+    """Judge the checks of `bench.checks`: equal bits, no new compilations, large matrices."""
     out = []
     for name, what, target in (
         ("two_runs", "bitwise equal: two runs", True),

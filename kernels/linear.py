@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .backend import Backend, use_triton
 from .logprobs import Stats, active_entries, check_rows, gradient_triton, stats_triton
-from .per_token import TokenLoss, check_tokens, token_loss, token_loss_triton
+from .per_token import Terms, TokenInputs, TokenLoss, token_loss, token_loss_triton
 from .policy_loss import scale_
 
 WORKSPACE = {"cpu": 128 << 20, "cuda": 512 << 20}  # bytes of a chunk of logits and of its gradient
@@ -32,14 +32,14 @@ MIN_ROWS = 16
 
 
 class Kept(NamedTuple):
-    """The tokens that truncated sampling kept, a list a row: row i holds `ids[offsets[i] : offsets[i + 1]]`; an empty
-    list means all."""
+    """Hold the tokens that truncated sampling kept, a list a row: that of row i is `ids[offsets[i] : offsets[i + 1]]`,
+    and an empty one means all."""
 
     ids: Tensor  # [K] int
     offsets: Tensor  # [N + 1] int
 
     def outside(self, rows: Tensor, vocab: int) -> Tensor:
-        """bool [len(rows), V], True where a token could not be drawn."""
+        """Mark [len(rows), V] the tokens that could not be drawn."""
         start, count = self.offsets[rows].long(), (self.offsets[rows + 1] - self.offsets[rows]).long()
         row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), count)
         within = torch.arange(len(row), device=rows.device) - (count.cumsum(0) - count)[row]
@@ -50,7 +50,7 @@ class Kept(NamedTuple):
 
 
 class Head(NamedTuple):
-    """softcap(hidden @ weight.T + bias), and how to work on it."""
+    """Compute softcap(hidden @ weight.T + bias) for some rows at a time, and work on it."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -63,21 +63,21 @@ class Head(NamedTuple):
     triton: bool
 
     def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """The numbers of the rows, in chunks of about one size."""
-        return rows.chunk(-(-len(rows) // self.most)) if len(rows) else ()
+        """Cut the numbers of the rows into chunks of about one size."""
+        return rows.chunk(-(-len(rows) // self.chunk_rows)) if len(rows) else ()
 
     @property
-    def most(self) -> int:
-        """Rows of a chunk: whole tiles, or a smaller one where the workspace has no room for TILE rows."""
+    def chunk_rows(self) -> int:
+        """Count the rows of a chunk: whole tiles, or a smaller one where the workspace has no room for TILE rows."""
         cost = self.dtype.itemsize + (self.weight.dtype.itemsize if self.dtype != self.weight.dtype else 0)
         rows = self.workspace // (cost * len(self.weight))
         step = next((step for step in (TILE, 3 * MIN_ROWS) if step <= rows), MIN_ROWS)
         return max(rows // step * step, MIN_ROWS)
 
     def logits(self, hidden: Tensor, rows: Tensor, buffer: Tensor | None) -> Tensor:
-        """Of some rows, [n, V], in the memory of `buffer` where that has room."""
-        n, tile = len(rows), min(TILE, self.most)
-        h = at_least(hidden[rows], tile)
+        """Make the logits of some rows, [n, V], in the memory of `buffer` where that has room."""
+        n, tile = len(rows), min(TILE, self.chunk_rows)
+        h = pad_rows(hidden[rows], tile)
         if buffer is None or len(buffer) < len(h):
             buffer = h.new_empty(len(h), len(self.weight), dtype=self.dtype)
         multiply = product if h.is_cuda else partial(tiled_product, tile=tile)
@@ -89,32 +89,32 @@ class Head(NamedTuple):
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z if self.kept is None else z.masked_fill_(self.kept.outside(rows, len(self.weight)), float("-inf"))
 
-    def of(self, rows: Tensor) -> float | Tensor:
+    def temperature_of(self, rows: Tensor) -> float | Tensor:
         return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
 
     def stats(self, z: Tensor, targets: Tensor, rows: Tensor) -> Stats:
-        return (stats_triton if self.triton else stats_torch)(z, targets[rows], self.of(rows), self.active)
+        return (stats_triton if self.triton else stats_torch)(z, targets[rows], self.temperature_of(rows), self.active)
 
     def gradient(
         self, z: Tensor, targets: Tensor, rows: Tensor, stats: Stats, c: Tensor, e: Tensor, live: Tensor
     ) -> Tensor:
-        """∂L/∂z of the live ones among the rows of a chunk, [len(live), V], in the dtype of the weights."""
+        """Give ∂L/∂z of the live ones among the rows of a chunk, [len(live), V], in the dtype of the weights."""
         inplace = z.dtype == self.weight.dtype and (len(live) == len(z) or not self.triton)
         out = z[: len(live)] if inplace else z.new_empty(len(live), z.shape[1], dtype=self.weight.dtype)
         write = gradient_triton if self.triton else gradient_torch
         live = None if len(live) == len(z) else live
-        write(z, targets[rows], self.of(rows), stats, c, e, out, live, self.softcap, self.active)
+        write(z, targets[rows], self.temperature_of(rows), stats, c, e, out, live, self.softcap, self.active)
         return out
 
 
-def at_least(rows: Tensor, multiple: int = MIN_ROWS) -> Tensor:
-    """On a CPU the rows with zeros below them up to the next multiple."""
+def pad_rows(rows: Tensor, multiple: int = MIN_ROWS) -> Tensor:
+    """On a CPU, add rows of zeros up to the next multiple."""
     missing = -len(rows) % multiple if rows.device.type == "cpu" else 0
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def tiled_product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, tile: int = TILE) -> Tensor:
-    """out = a @ b + bias on a CPU, `tile` rows at a time, in the dtype of `out`."""
+    """Compute out = a @ b + bias on a CPU, `tile` rows at a time, in the dtype of `out`."""
     a, b = a.to(out.dtype), b.to(out.dtype)
     for x, y in zip(a.split(tile), out.split(tile), strict=True):
         torch.mm(x, b, out=y) if bias is None else torch.addmm(bias, x, b, out=y)
@@ -122,7 +122,7 @@ def tiled_product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None,
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
-    """out = beta·out + a @ b, accumulated in fp32 and rounded once, to the dtype of `out`.
+    """Compute out = beta·out + a @ b, accumulated in fp32 and rounded once, to the dtype of `out`.
 
     A GPU's matrix units give fp32 for bf16 operands; on a CPU such operands are converted (fp32 out) first.
     """
@@ -135,7 +135,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
 
 
 def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor, active: int | None = None) -> Stats:
-    """What `stats_triton` computes, of fp64 logits in fp64."""
+    """Compute `Stats` as `stats_triton` does, of fp64 logits in fp64."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     out = Stats(*(z.new_empty(len(z), dtype=dtype) for _ in Stats._fields))
     for part in slices(z):
@@ -163,7 +163,7 @@ def stats_torch(z: Tensor, targets: Tensor, temperature: float | Tensor, active:
 def gradient_torch(
     z, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None, active=None
 ) -> None:
-    """What `gradient_triton` computes. `out` may be the first rows of z: a row is read before it is overwritten."""
+    """Write ∂L/∂z as `gradient_triton` does; `out` may be the first rows of z: a row is read before it is written."""
     active = z.shape[1] if active is None else active
     for part in slices(out):
         chosen = part if rows is None else rows[part]
@@ -213,18 +213,22 @@ def linear_token_logprobs(
     workspace: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs(hidden @ weight.T + bias, targets, ...)` in chunks of at most `workspace` bytes of logits.
+    """Get `token_logprobs(hidden @ weight.T + bias, targets, ...)` in chunks of `workspace` bytes of logits at most.
 
     hidden [N, D], weight [V, D], targets [N] -> (logp [N], entropy [N]). Gradients reach hidden, weight and bias; the
     backward pass makes the logits again, for rows whose incoming gradient is not zero. Rows of the weight from `active`
     on are no token's: no probability falls on them, and their gradient is exactly 0. logits_dtype, where not given:
     fp32 on a GPU, because rounding them to bf16 is what parts a trainer from its sampler; that of `hidden` on a CPU.
     """
-    head = _head(hidden, weight, targets, temperature, kept, active, bias, softcap, logits_dtype, workspace, backend)
+    more = {"active": active, "bias": bias, "softcap": softcap, "logits_dtype": logits_dtype, "workspace": workspace}
+    head = _head(hidden, weight, targets, temperature, kept, backend=backend, **more)
     return _LinearTokenLogprobs.apply(hidden, weight, bias, targets, head)
 
 
-def _head(hidden, weight, targets, temperature, kept, active, bias, softcap, dtype, workspace, backend) -> Head:
+def _head(
+    hidden, weight, targets, temperature=1.0, kept=None, *,
+    active=None, bias=None, softcap=None, logits_dtype=None, workspace=None, backend="auto",
+) -> Head:  # fmt: skip
     check_rows(hidden.shape[:1], hidden, targets=targets, temperature=temperature)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
         raise ValueError(
@@ -238,7 +242,7 @@ def _head(hidden, weight, targets, temperature, kept, active, bias, softcap, dty
     if workspace is not None and workspace < 1:
         raise ValueError(f"workspace = {workspace}: give the bytes of a chunk of logits")
     triton = use_triton(backend, hidden)
-    dtype = dtype or (torch.float32 if hidden.is_cuda and hidden.dtype != torch.float64 else hidden.dtype)
+    dtype = logits_dtype or (torch.float32 if hidden.is_cuda and hidden.dtype != torch.float64 else hidden.dtype)
     workspace = workspace or WORKSPACE.get(hidden.device.type, WORKSPACE["cuda"])
     detached = None if bias is None else bias.detach()
     active = active_entries(active, len(weight))
@@ -246,7 +250,7 @@ def _head(hidden, weight, targets, temperature, kept, active, bias, softcap, dty
 
 
 class _Gradients:
-    """What the chunks add up to: by hidden states, weight and bias, as far as each is wanted."""
+    """Add up the gradients of the chunks by hidden states, weight and bias, as far as each is wanted."""
 
     def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, ...]):
         self.hidden, self.head = hidden, head
@@ -258,9 +262,9 @@ class _Gradients:
         self.empty = True
 
     def add(self, dz: Tensor, rows: Tensor) -> None:
-        """dz [n, V] of the rows."""
+        """Multiply dz [n, V] of the rows back."""
         if self.by_hidden is not None:
-            padded = at_least(dz)
+            padded = pad_rows(dz)
             part = self.hidden.new_empty(len(padded), self.hidden.shape[1])
             product(padded, self.head.weight, part)
             self.by_hidden[rows] = part[: len(dz)]
@@ -310,75 +314,65 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    options: TokenLoss,
-    *,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    rollout_logp: Tensor | None = None,
-    log_ratio: Tensor | None = None,
-    omega: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    kept: Kept | None = None,
-    active: int | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logits_dtype: torch.dtype | None = None,
-    workspace: int | None = None,
-    backend: Backend = "auto",
+    hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, weights: Tensor, options: TokenLoss, **more
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fused_policy_loss` from hidden states: Σ of `token_loss` over the rows, its gradient computed beside it.
+    """Compute `fused_policy_loss` from hidden states: the sum of `token_loss` over the rows, its gradient beside it.
 
     hidden [N, D], weight [V, D], bias [V], the rest [N] -> (loss, logp [N], entropy [N]); gradients reach hidden,
-    weight and bias. A row that can have no gradient (weight 0; advantage 0 where nothing else pulls) is not computed:
-    its logp and entropy are 0. The other arguments are those of `linear_token_logprobs`. The gradient is rounded to the
-    dtype of `hidden` before a loss scaler could enlarge it: use bf16 or fp32, not fp16.
+    weight and bias. `more` are the other `TokenInputs` (old_logp, ref_logp, rollout_logp, log_ratio, omega) and the
+    options of `linear_token_logprobs`, by their names. A row that can have no gradient (weight 0; advantage 0 where
+    nothing else pulls) is not computed: its logp and entropy are 0. The gradient is rounded to the dtype of `hidden`
+    before a loss scaler could enlarge it: use bf16 or fp32, not fp16.
     """
-    tokens = {"advantages": advantages, "weights": weights, "old_logp": old_logp, "ref_logp": ref_logp}
-    tokens |= {"rollout_logp": rollout_logp, "log_ratio": log_ratio, "omega": omega}
-    check_tokens(options, len(hidden), **tokens)
-    head = _head(hidden, weight, targets, temperature, kept, active, bias, softcap, logits_dtype, workspace, backend)
-    alive = weights != 0
+    given = {name: more.pop(name) for name in TokenInputs._fields if name in more}
+    inputs = TokenInputs(advantages, weights, **given)
+    return linear_policy_terms(hidden, weight, targets, inputs, options, **more)[:3]
+
+
+def linear_policy_terms(
+    hidden: Tensor, weight: Tensor, targets: Tensor, inputs: TokenInputs, options: TokenLoss, **head
+) -> tuple[Tensor, Tensor, Tensor, Terms]:
+    """Compute `linear_policy_loss` and keep the terms of each token [N], so that metrics need no second evaluation. All
+    terms of a row that is not computed are 0."""
+    bias, inputs = head.get("bias"), inputs.checked(options, len(hidden))
+    head = _head(hidden, weight, targets, **head)
+    alive = inputs.weights != 0
     if options.follows_advantage:
-        alive &= advantages != 0
+        alive &= inputs.advantages != 0
     alive = alive.nonzero().squeeze(1)
-    tokens = {name: None if x is None else x.detach() for name, x in tokens.items()}
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return _LinearPolicyLoss.apply(hidden, weight, bias, targets, head, options, tokens, alive, wanted)
+    loss, logp, entropy, *terms = _LinearPolicyLoss.apply(
+        hidden, weight, bias, targets, head, options, inputs, alive, wanted
+    )
+    return loss, logp, entropy, Terms(*terms)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, head: Head, options: TokenLoss, tokens, alive, wanted):
+    def forward(ctx, hidden, weight, bias, targets, head: Head, options, inputs: TokenInputs, alive, wanted):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        loss, logp, entropy = torch.zeros(3, len(hidden), dtype=dtype, device=hidden.device)
-        sums, buffer = _Gradients(hidden, head, wanted), None
-        z = None
+        logp, entropy, *parts = hidden.new_zeros(8, len(hidden), dtype=dtype)
+        terms = Terms(*parts, *hidden.new_zeros(3, len(hidden), dtype=torch.bool))
+        sums, buffer, z = _Gradients(hidden, head, wanted), None, None
+        evaluate = token_loss_triton if head.triton else token_loss
         for rows in head.chunks(alive):
             buffer = z = head.logits(hidden, rows, buffer)
             stats = head.stats(z, targets, rows)
-            own = {name: None if x is None else x[rows] for name, x in tokens.items()}
-            if head.triton:
-                loss[rows], c, e = token_loss_triton(options, stats.logp, stats.entropy, **own)
-            else:
-                terms = token_loss(options, stats.logp, stats.entropy, **own)
-                loss[rows], c, e = terms.loss, terms.c, terms.e
-            logp[rows], entropy[rows] = stats.logp, stats.entropy
-            live = ((c != 0) | (e != 0)).nonzero().squeeze(1) if any(wanted) else alive[:0]
+            t = evaluate(options, stats.logp, stats.entropy, inputs.map(lambda x, rows=rows: x[rows]))
+            for whole, part in zip((logp, entropy, *terms), (stats.logp, stats.entropy, *t), strict=True):
+                whole[rows] = part
+            # A clipped token has no gradient either, which only its logits tell: its row leaves the products below.
+            live = ((t.c != 0) | (t.e != 0)).nonzero().squeeze(1) if any(wanted) else alive[:0]
             if len(live):
-                sums.add(head.gradient(z, targets, rows, stats, c, e, live), rows[live])
+                sums.add(head.gradient(z, targets, rows, stats, t.c, t.e, live), rows[live])
         del buffer, z  # before the sum by weight is rounded to the dtype of the weight
         ctx.gradients = sums.result()
-        ctx.mark_non_differentiable(logp, entropy)
-        return loss.sum(), logp, entropy
+        ctx.mark_non_differentiable(logp, entropy, *terms)
+        return terms.loss.sum(), logp, entropy, *terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, grad_logp, grad_entropy):
+    def backward(ctx, grad_loss, *others):
         # Given away, not kept: autograd would copy what it does not own alone, [V, D] in fp32.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:

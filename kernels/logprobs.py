@@ -3,7 +3,7 @@
 The forward sweep reads a row once and keeps a running maximum, Σ e^x and Σ x·e^x of shifted logits; the backward sweep
 reads it again and writes its gradient, over the logits if that is asked for. Nothing of size [N, V] is made in between.
 
-Shapes: N rows, V vocabulary. Whatever the dtype of the logits, everything behind them is fp32 (fp64 for fp64 logits).
+Shapes: N rows, V vocabulary. For any dtype of the logits, all that follows is fp32 (fp64 for fp64 logits).
 A head may have more rows than there are tokens, so that its size is round: the first `active` of the V logits count and
 the rest is as if it were not there. Rows keep their stride V, since a slice would cost the kernels their 16-byte loads.
 """
@@ -34,7 +34,7 @@ def token_logprobs(
     inplace: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy of p = softmax(logits[:, :active] / temperature) over the kept set.
+    """Give log p(target) and the entropy of p = softmax(logits[:, :active] / temperature) over the kept set.
 
     logits [N, V], targets [N], temperature a number or [N], kept bool [N, V] -> (logp [N], entropy [N] in nats).
     The gradient of logits from `active` on is exactly 0; None makes all of them count.
@@ -59,7 +59,7 @@ def token_logprobs(
 
 
 def active_entries(active: int | None, vocab: int) -> int | None:
-    """How many of the logits count, None where all of them do; ValueError for a number that cannot be."""
+    """Check how many of the logits count; None where all of them do, ValueError for a number that cannot be."""
     if active is not None and not 0 < active <= vocab:
         raise ValueError(f"active = {active}: of {vocab} logits at least one must count, and at most all")
     return None if active == vocab else active
@@ -73,7 +73,7 @@ def scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def check_rows(rows: torch.Size, matrix: Tensor, **vectors) -> None:
-    """One number a row, or a ValueError that names what does not fit."""
+    """Refuse what is not one number a row, by its name, with a ValueError."""
     if matrix.dim() != 2:
         raise ValueError(f"expected a matrix with a row a token, got shape {list(matrix.shape)}")
     for name, x in vectors.items():
@@ -88,15 +88,15 @@ def check_rows(rows: torch.Size, matrix: Tensor, **vectors) -> None:
 
 
 @triton.jit
-def of_active(z, column, active):
-    """The logits z of some columns, -inf where no token has that id. They are loaded up to the row's round end all the
-    same: a mask that ends elsewhere would be loaded one by one."""
+def mask_inactive(z, column, active):
+    """Give the logits z of some columns, -inf where no token has that id. They are loaded up to the row's round end all
+    the same: under a mask that ends elsewhere they would be loaded one by one."""
     return z if active is None else tl.where(column < active, z, float("-inf"))
 
 
 @triton.jit
 def row_stats(row, vocab, active, inv_t, BLOCK: tl.constexpr):
-    """One read of a row z -> max z, log Σ e^{(z − max)/T} and the entropy; `row` points to its first logit.
+    """Read a row z once -> max z, log Σ e^{(z − max)/T} and the entropy; `row` points to its first logit.
 
     Each lane keeps sums of its own over the eight logits that it reads at a time, so that no thread waits for another
     before the row's end; the next tile is on its way while one is summed.
@@ -108,7 +108,7 @@ def row_stats(row, vocab, active, inv_t, BLOCK: tl.constexpr):
     weighted = tl.zeros([BLOCK // LANE], tl.float32)  # Σ e^{(z − max)/T}·(z − max)
     tile = tl.load(row + offset, mask=offset < vocab, other=float("-inf"))
     for start in range(BLOCK, vocab + BLOCK, BLOCK):
-        z = of_active(tile.to(tl.float32), start - BLOCK + offset, active)
+        z = mask_inactive(tile.to(tl.float32), start - BLOCK + offset, active)
         tile = tl.load(row + start + offset, mask=start + offset < vocab, other=float("-inf"))
         new = tl.maximum(largest, tl.max(z, 1))
         # What has only seen -inf has no maximum to shift by.
@@ -132,7 +132,7 @@ def row_gradient(
     row, out, vocab, active, target, inv_t, largest, log_total, entropy, c, e, softcap,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out_j = (1/T)[c·(1[j = target] − p_j) − e·p_j(log p_j + H)]; a row with c = e = 0 is zeroed without being read.
+    """Write out_j = (1/T)[c·(1[j = target] − p_j) − e·p_j(log p_j + H)]; where c = e = 0, zeros without reading.
 
     Logits that are softcap·tanh(x/softcap) get the gradient by x, with the factor 1 − (z/softcap)². REVERSE sweeps from
     the row's end, which a forward sweep just before has left in the cache.
@@ -145,7 +145,7 @@ def row_gradient(
     tile = tl.load(row + column, mask=column < readable, other=float("-inf"))
     for _ in range(0, tiles):
         here = column
-        z = of_active(tile.to(tl.float32), here, active)
+        z = mask_inactive(tile.to(tl.float32), here, active)
         column += -BLOCK if REVERSE else BLOCK
         tile = tl.load(row + column, mask=(column >= 0) & (column < readable), other=float("-inf"))
         logp = (z - largest) * inv_t - log_total
@@ -162,7 +162,7 @@ def row_gradient(
 
 @triton.jit
 def token_at(row, target, vocab, active):
-    """The target's logit; NaN for a target outside the vocabulary, where PyTorch raises."""
+    """Load the target's logit; NaN for a target outside the vocabulary, where PyTorch raises."""
     inside = (target >= 0) & (target < (vocab if active is None else active))
     return tl.load(row + tl.where(inside, target, 0), mask=inside, other=float("nan")).to(tl.float32)
 
@@ -203,8 +203,8 @@ def _gradient_kernel(
 
 
 class Stats(NamedTuple):
-    """Of each row, fp32 [N]. log Σ e^{z/T} comes in two parts, since a shift of the logits by 1e4 would cost their sum
-    three digits: log p_j = (z_j − largest)/T − log_total."""
+    """Hold numbers of each row, fp32 [N]. log Σ e^{z/T} comes in two parts, log p_j = (z_j − largest)/T − log_total,
+    since a shift of the logits by 1e4 would cost their sum three digits."""
 
     logp: Tensor
     entropy: Tensor
@@ -213,28 +213,28 @@ class Stats(NamedTuple):
 
 
 def tiling(vocab: int, most: int = BLOCK) -> dict[str, int]:
-    """Logits of a tile, and the warps that give each thread 16 of them: two 16-byte loads of bf16."""
+    """Choose the logits of a tile, and the warps that give each thread 16 of them: two 16-byte loads of bf16."""
     block = max(256, min(most, triton.next_power_of_2(vocab)))
     return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
-def plain(targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:
-    """As the kernels read them: side by side, or one number."""
+def kernel_arguments(targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    """Give both as the kernels read them: side by side, or one number."""
     per_row = isinstance(temperature, Tensor)
     return targets.contiguous(), temperature.contiguous() if per_row else float(temperature)
 
 
-def vectors(rows: Tensor, count: int) -> list[Tensor]:
-    """fp32 numbers, one a row. Each an allocation of its own: Triton compiles anew for what is not aligned, as parts
-    of a larger tensor would be for some numbers of rows."""
+def empty_vectors(rows: Tensor, count: int) -> list[Tensor]:
+    """Allocate vectors of fp32 numbers, one a row. Each is an allocation of its own: Triton compiles anew for what is
+    not aligned, as parts of a larger tensor would be for some numbers of rows."""
     return [rows.new_empty(len(rows), dtype=torch.float32) for _ in range(count)]
 
 
 def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor, active: int | None = None) -> Stats:
-    """One read of logits [N, V], whose rows may have any stride."""
-    out = Stats(*vectors(logits, len(Stats._fields)))
+    """Compute `Stats` in one read of logits [N, V], whose rows may have any stride."""
+    out = Stats(*empty_vectors(logits, len(Stats._fields)))
     if len(logits):
-        args = (logits, logits.stride(0), *plain(targets, temperature), *out, logits.shape[1], active)
+        args = (logits, logits.stride(0), *kernel_arguments(targets, temperature), *out, logits.shape[1], active)
         per_row = isinstance(temperature, Tensor)
         run.launch(_stats_kernel, (len(logits),), *args, PER_ROW=per_row, **tiling(logits.shape[1]))
     return out
@@ -243,11 +243,11 @@ def stats_triton(logits: Tensor, targets: Tensor, temperature: float | Tensor, a
 def gradient_triton(
     logits, targets, temperature, stats: Stats, c, e, out: Tensor, rows=None, softcap=None, active=None
 ) -> None:
-    """∂L/∂z with c = ∂L/∂logp and e = ∂L/∂H [N], into `out` [N, V], which may be `logits`; or of the given rows [n]
-    alone, into [n, V], which may not. With `softcap`, by what went into it."""
+    """Write ∂L/∂z, with c = ∂L/∂logp and e = ∂L/∂H [N], into `out` [N, V], which may be `logits`; or of the given rows
+    [n] alone, into [n, V], which may not. With `softcap`, z is what went into the cap."""
     if len(out):
         per_row = isinstance(temperature, Tensor)
-        args = (logits, logits.stride(0), rows, out, out.stride(0), *plain(targets, temperature))
+        args = (logits, logits.stride(0), rows, out, out.stride(0), *kernel_arguments(targets, temperature))
         args += (stats.largest, stats.log_total, stats.entropy, c, e, logits.shape[1], active, softcap)
         run.launch(_gradient_kernel, (len(out),), *args, PER_ROW=per_row, **tiling(logits.shape[1]))
 
@@ -266,10 +266,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         logits, targets, *stats = ctx.saved_tensors
         out = logits if ctx.inplace else logits.new_empty(logits.shape)
-        c, e = (
-            grad_logp.contiguous(),
-            grad_entropy.contiguous(),
-        )  # autograd hands a sum's gradient out as an expanded number
+        c, e = grad_logp.contiguous(), grad_entropy.contiguous()  # a sum's gradient comes as an expanded number
         gradient_triton(logits, targets, ctx.temperature, Stats(*stats), c, e, out, active=ctx.active)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
@@ -277,6 +274,6 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def rows_together(logits: Tensor) -> Tensor:
-    """The same matrix with the logits of a row side by side, and no two rows in one place."""
+    """Give the matrix with the logits of a row side by side, and no two rows in one place: they may be overwritten."""
     apart = logits.stride(0) >= logits.shape[1] or len(logits) < 2
     return logits if logits.stride(1) == 1 and apart else logits.contiguous()

@@ -15,6 +15,8 @@ and K is its integral: finite differences of K give κ on both sides of the guar
 """
 
 import math
+from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, get_args
 
@@ -23,15 +25,17 @@ from torch import Tensor
 
 from . import backend as run
 from .backend import tl, triton
-from .logprobs import vectors
+from .logprobs import empty_vectors
 
 GUARD = 20.0  # exp never sees a log-ratio beyond ±GUARD, and the ratio's derivative is 0 there
 GUARD_ = tl.constexpr(GUARD)
+TOKEN_LEVELS = ("token", "none")  # whose ratio a token knows by itself
+TOKEN_IMPORTANCES = ("none", "token_truncate", "token_mask")
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The options of the loss that concern one token at a time; they are orthogonal."""
+    """Choose what the loss does to one token at a time; the options are orthogonal."""
 
     ratio_level: Literal["token", "none"] = "token"
     """ρ of a token (PPO), or 1 (REINFORCE)."""
@@ -77,7 +81,7 @@ class TokenLoss:
 
     @property
     def follows_advantage(self) -> bool:
-        """Whether a token with A = 0 has no gradient at all."""
+        """Tell whether a token with A = 0 has no gradient at all."""
         return self.kl == "none" and not self.kl_old_coef and not self.entropy_coef
 
 
@@ -85,7 +89,7 @@ class TokenLoss:
 
 
 def guarded_exp(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(clamp(x, ±20)) and its derivative, which is 0 outside the guard."""
+    """Give exp(clamp(x, ±20)) and its derivative, which is 0 outside the guard."""
     y = x.clamp(-GUARD, GUARD).exp()
     return y, y.masked_fill(x.abs() > GUARD, 0)
 
@@ -154,60 +158,81 @@ def k3_is(d, token_lr):
 KLS = {"k2": k2, "k3": k3, "k3_is": k3_is}  # (d = ℓ − ℓr, ℓ − ℓo) -> K, κ
 
 
-def importance_weight(u: Tensor, mode: str, o: TokenLoss) -> tuple[Tensor, Tensor]:
-    """ω from u = π_old/π_sampler, and where it was set to 0; `mode` is "truncate" or "mask"."""
-    outside = (u < o.importance_floor) | (u > o.importance_cap) if mode == "mask" else _never(u)
+def importance_weight(u: Tensor, mode: Literal["truncate", "mask"], o: TokenLoss) -> tuple[Tensor, Tensor]:
+    """Give the importance weight from u = π_old/π_sampler, and where it was set to 0."""
+    outside = {"truncate": _never, "mask": lambda u: (u < o.importance_floor) | (u > o.importance_cap)}[mode](u)
     return u.clamp(max=o.importance_cap).masked_fill(outside, 0), outside
 
 
-class Terms(NamedTuple):
-    """Of each token: the parts of the loss, its derivatives by ℓ and H, and what the clips did."""
+# ---- the definition: one token --------------------------------------------------------------------------------------
 
-    policy: Tensor
-    kl: Tensor
-    entropy: Tensor
-    c: Tensor
-    e: Tensor
-    ratio: Tensor
-    cut: tuple[Tensor, Tensor, Tensor]
+
+class TokenInputs(NamedTuple):
+    """Hold the constants of the loss, one number a token; None is not given."""
+
+    advantages: Tensor
+    weights: Tensor  # w; 0 = masked, and nothing that stands there reaches the result
+    old_logp: Tensor | None = None  # ℓo; None: ρ = 1, a single on-policy update
+    ref_logp: Tensor | None = None  # ℓr
+    rollout_logp: Tensor | None = None  # ℓb
+    log_ratio: Tensor | None = None  # takes the place of ℓ − ℓo in ρ: the ratio of a whole row
+    omega: Tensor | None = None  # a factor of S beside the token's importance weight: the weight of a whole row
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TokenInputs":
+        """Apply the function to every tensor that is given."""
+        return TokenInputs(*(None if x is None else function(x) for x in self))
+
+    def checked(self, o: TokenLoss, rows: int) -> "TokenInputs":
+        """Detach all, once it is sure that what the options need is there, one number a row; else a ValueError."""
+        given = {name: x for name, x in self._asdict().items() if x is not None}
+        for name, x in given.items():
+            if x.shape != (rows,):
+                raise ValueError(f"{name} has shape {list(x.shape)}, and there are {rows} rows: pass one number a row")
+        for needed, name, why in (
+            (o.kl != "none", "ref_logp", f"kl={o.kl!r}"),
+            (o.importance.startswith("token") and "omega" not in given, "rollout_logp", f"importance={o.importance!r}"),
+            (o.ratio_level not in TOKEN_LEVELS and "old_logp" in given, "log_ratio", f"ratio_level={o.ratio_level!r}"),
+            (o.importance not in TOKEN_IMPORTANCES, "omega", f"importance={o.importance!r}"),
+        ):
+            if needed and name not in given:
+                raise ValueError(f"{why} needs {name}, one number a row")
+        return self.map(Tensor.detach)
+
+
+class Terms(NamedTuple):
+    """Hold the loss of each token by its parts, its derivatives by ℓ and H, and what the surrogate cut."""
+
+    policy: Tensor  # w·ω·S
+    kl: Tensor  # w·(β·K + β_old·K_old)
+    entropy: Tensor  # −w·α·H
+    c: Tensor  # ∂loss/∂ℓ
+    e: Tensor  # ∂loss/∂H
+    ratio: Tensor  # ρ
+    high: Tensor  # bool: ρ was cut from above, here and below by the clip or by the weight's limits
+    low: Tensor  # bool: from below
+    dual: Tensor  # bool: by the dual clip
 
     @property
     def loss(self) -> Tensor:
         return self.policy + self.kl + self.entropy
 
 
-def token_loss(
-    options: TokenLoss,
-    logp: Tensor,
-    entropy: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    *,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    rollout_logp: Tensor | None = None,
-    log_ratio: Tensor | None = None,
-    omega: Tensor | None = None,
-) -> Terms:
-    """The loss of each token and its derivatives; all tensors have one shape and carry no gradient.
+def token_loss(options: TokenLoss, logp: Tensor, entropy: Tensor | None, inputs: TokenInputs) -> Terms:
+    """Compute the loss of each token and its derivatives; all tensors have one shape and carry no gradient."""
+    o, on = options, inputs.weights != 0
 
-    weights: w, what a token's loss counts in the sum; 0 = masked, and nothing there reaches the result. old_logp=None:
-    ρ = 1, a single on-policy update. log_ratio replaces ℓ − ℓo in ρ, omega the importance weight: for ratios and
-    weights of whole rows, which no token knows.
-    """
-    o, on, weights = options, weights != 0, weights.to(logp.dtype)
-    old_logp = logp if old_logp is None else old_logp
+    def fill(x):  # selected, not multiplied: 0 · NaN is NaN
+        return torch.where(on, x, 0).to(logp.dtype)
 
-    def fill(x):
-        return None if x is None else torch.where(on, x, 0).to(logp.dtype)
-
-    A, logp, old, ref, rollout, H = map(fill, (advantages, logp, old_logp, ref_logp, rollout_logp, entropy))
+    logp, H = fill(logp), None if entropy is None else fill(entropy)
+    A, w, old, ref, rollout, log_ratio, omega = inputs.map(fill)
+    old = logp if old is None else old
     token_lr = logp - old
     if log_ratio is None:
         log_ratio = torch.zeros_like(logp) if o.ratio_level == "none" else token_lr
-    ratio, slope = guarded_exp(fill(log_ratio))
+    ratio, slope = guarded_exp(log_ratio)
     S, g, cut = SURROGATES[o.surrogate](ratio, slope, A, logp, o)
-    omega = torch.ones_like(logp) if omega is None else fill(omega)
+    omega = torch.ones_like(logp) if omega is None else omega
     if o.importance.startswith("token") and rollout is not None:
         omega = omega * importance_weight(guarded_exp(old - rollout)[0], o.importance.partition("_")[2], o)[0]
 
@@ -222,72 +247,39 @@ def token_loss(
         K_old, slope_old = k3(-token_lr)  # ρ − 1 − log ρ, the k3 of KL(π_old‖π_θ) on samples of π_old
         K, kappa = K + o.kl_old_coef * K_old, kappa - o.kl_old_coef * slope_old
 
-    e = -o.entropy_coef * weights
+    e = -o.entropy_coef * w
     bonus = e * H if o.entropy_coef else torch.zeros_like(logp)
-    return Terms(weights * omega * S, weights * K, bonus, weights * (kappa - omega * A * g), e, ratio, cut)
-
-
-def check_tokens(o: TokenLoss, rows: int, **tokens: Tensor | None) -> None:
-    """What the options need is there, one number a row; a ValueError says what is not."""
-    for name, x in tokens.items():
-        if x is not None and x.shape != (rows,):
-            raise ValueError(f"{name} has shape {list(x.shape)}, and there are {rows} rows: pass one number a row")
-    given = {name for name, x in tokens.items() if x is not None}
-    for needed, name, why in (
-        (o.kl != "none", "ref_logp", f"kl={o.kl!r}"),
-        (o.importance.startswith("token") and "omega" not in given, "rollout_logp", f"importance={o.importance!r}"),
-        (o.ratio_level.startswith("seq") and "old_logp" in given, "log_ratio", f"ratio_level={o.ratio_level!r}"),
-        (o.importance.partition("_")[0] in ("seq", "geo"), "omega", f"importance={o.importance!r}"),
-    ):
-        if needed and name not in given:
-            raise ValueError(f"{why} needs {name}, one number a row")
+    return Terms(w * omega * S, w * K, bonus, w * (kappa - omega * A * g), e, ratio, *cut)
 
 
 # ---- the same in Triton ----------------------------------------------------------------------------------------------
+# token_terms repeats token_loss line by line. A choice that it does not know fails to compile: a surrogate that was
+# added to the definition alone must not train as another one on a GPU.
+
+KernelOptions = namedtuple("KernelOptions", [field.name for field in fields(TokenLoss)])
 
 
-class Knobs(NamedTuple):
-    """The numbers among the options: run-time arguments, so that another clip range compiles nothing anew."""
-
-    eps_low: float
-    eps_high: float
-    dual_clip: float
-    w_min: float
-    w_max: float
-    tau_pos: float
-    tau_neg: float
-    kl_coef: float
-    kl_clamp: float
-    kl_old_coef: float
-    entropy_coef: float
-    importance_cap: float
-    importance_floor: float
-
-
-def knobs(o: TokenLoss) -> Knobs:
-    return Knobs(*(float(math.inf if getattr(o, name) is None else getattr(o, name)) for name in Knobs._fields))
-
-
-class Tokens(NamedTuple):
-    """Pointers to one number a row, or None."""
-
-    advantages: Tensor
-    weights: Tensor
-    old_logp: Tensor | None
-    ref_logp: Tensor | None
-    rollout_logp: Tensor | None
-    log_ratio: Tensor | None
-    omega: Tensor | None
-
-
-def pointers(o: TokenLoss, tokens: dict[str, Tensor | None]) -> Tokens:
-    """fp32 and contiguous, as the kernels read them; only what the options need."""
-    unused = {"rollout_logp"} if not o.importance.startswith("token") else set()
-    unused |= {"ref_logp"} if o.kl == "none" else set()
-    given = {name: x for name, x in tokens.items() if x is not None and name not in unused}
-    return Tokens(
-        **{name: None for name in Tokens._fields} | {n: x.detach().float().contiguous() for n, x in given.items()}
+def kernel_options(o: TokenLoss) -> KernelOptions:
+    """Give the options as kernels take them. Choices are compiled in; numbers come at run time, so that another clip
+    range compiles nothing anew; None is infinity."""
+    # What PolicyLoss adds concerns whole rows and comes in as log_ratio and omega: no kernel of its own is needed.
+    level = o.ratio_level if o.ratio_level in TOKEN_LEVELS else "token"
+    importance = o.importance if o.importance in TOKEN_IMPORTANCES else "none"
+    chosen = {"ratio_level": level, "importance": importance, "surrogate": o.surrogate, "kl": o.kl}
+    numbers = {name: getattr(o, name) for name in KernelOptions._fields if name not in chosen}
+    return KernelOptions(
+        **{name: tl.constexpr(choice) for name, choice in chosen.items()},
+        **{name: math.inf if x is None else float(x) for name, x in numbers.items()},
     )
+
+
+def kernel_inputs(o: TokenLoss, inputs: TokenInputs) -> TokenInputs:
+    """Give the inputs as kernels take them, fp32 and contiguous, and only what the options need: each None makes a form
+    of the kernel of its own."""
+    ref = None if o.kl == "none" else inputs.ref_logp
+    rollout = inputs.rollout_logp if o.importance.startswith("token") else None
+    needed = inputs._replace(ref_logp=ref, rollout_logp=rollout)
+    return needed.map(lambda x: x.detach().float().contiguous())
 
 
 @triton.jit
@@ -309,7 +301,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _k3(d):
-    """e^{−d} + d − 1 and its slope. Below ½ the plain form loses its digits, and the Taylor series has them all."""
+    """Give e^{−d} + d − 1 and its slope; below ½ by the Taylor series, as the plain form would lose its digits."""
     x = -_clamped(d)
     series = 1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040)))))
     series += (1.0 / 40320 + x * (1.0 / 362880 + x / 3628800.0)) * (x * x * x) * (x * x * x)
@@ -339,7 +331,8 @@ def _at(pointer, i):
 
 @triton.jit
 def token_values(t, i):
-    """What `Tokens` points to for the rows i, asked for before it is needed; 0 where there is nothing."""
+    """Load the `TokenInputs` of the rows i, 0 where there is nothing; before the sweep over a row that needs them, so
+    that they arrive while it runs."""
     return (
         _at(t.advantages, i), _at(t.weights, i), _at(t.old_logp, i), _at(t.ref_logp, i), _at(t.rollout_logp, i),
         _at(t.log_ratio, i), _at(t.omega, i),
@@ -347,94 +340,94 @@ def token_values(t, i):
 
 
 @triton.jit
-def token_terms(
-    logp, entropy, t, values, o, RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr
-):
-    """`token_loss`: loss, c and e. `t` tells which of the values there are."""
+def token_terms(logp, entropy, t, values, o):
+    """Repeat `token_loss`, and give its `Terms`; `t` tells which of the values are given."""
     A, w, old, ref, rollout, log_ratio, omega = values
     if t.old_logp is None:
         old = logp
     token_lr = logp - old
     if t.log_ratio is not None:
         ratio, slope = _guarded_exp(log_ratio)
-    elif RATIO == "none":
+    elif o.ratio_level == "none":
         ratio, slope = _guarded_exp(tl.zeros_like(logp))
     else:
         ratio, slope = _guarded_exp(token_lr)
 
-    if SURROGATE == "clip":
+    high = tl.zeros_like(w) != 0  # false where a surrogate does not cut
+    low = high
+    dual = high
+    if o.surrogate == "clip":
         high = (A > 0) & (ratio > 1.0 + o.eps_high)
         low = (A < 0) & (ratio < 1.0 - o.eps_low)
         dual = (A < 0) & (ratio > o.dual_clip)
         held = tl.where(dual, o.dual_clip, tl.where(low, 1.0 - o.eps_low, tl.where(high, 1.0 + o.eps_high, ratio)))
         S = -A * held
         g = tl.where(high | low | dual, 0.0, slope)
-    elif SURROGATE == "is_pg":
-        g = tl.where(ratio == ratio, tl.minimum(tl.maximum(ratio, o.w_min), o.w_max), ratio)
+    elif o.surrogate == "is_pg":
+        high = ratio > o.w_max
+        low = ratio < o.w_min
+        g = tl.where(high, o.w_max, tl.where(low, o.w_min, ratio))
         S = -g * A * logp
-    else:
+    elif o.surrogate == "sapo":
         tau = tl.where(A > 0, o.tau_pos, o.tau_neg)
         x = tau * (ratio - 1.0)
         S = -4.0 / tau * _sigmoid(x) * A
         g = 4.0 * _sigmoid(x) * _sigmoid(-x) * slope
+    else:
+        tl.static_assert(False, "token_terms does not know this surrogate: write it here as in token_loss")
 
     if t.omega is None:
         omega = tl.zeros_like(A) + 1.0
     if t.rollout_logp is not None:
         u, _ = _guarded_exp(old - rollout)
-        if MASK:
+        if o.importance == "token_mask":
             u = tl.where((u < o.importance_floor) | (u > o.importance_cap), 0.0, u)
+        else:
+            tl.static_assert(o.importance == "token_truncate", "token_terms does not know this importance weight")
         omega *= tl.where(u > o.importance_cap, o.importance_cap, u)
 
     K_old, slope_old = _k3(-token_lr)
-    value = tl.where(o.kl_old_coef == 0, 0.0, o.kl_old_coef * K_old)
+    # Selected, not multiplied: K_old of an ℓo that no option asks for may be NaN.
+    K_sum = tl.where(o.kl_old_coef == 0, 0.0, o.kl_old_coef * K_old)
     kappa = tl.where(o.kl_old_coef == 0, 0.0, -o.kl_old_coef * slope_old)
-    if KL != "none":
+    if o.kl != "none":
         d = logp - ref
-        if KL == "k2":
+        if o.kl == "k2":
             K = d * d * 0.5
             k = d
-        elif KL == "k3":
+        elif o.kl == "k3":
             K, k = _k3(d)
-        else:
+        elif o.kl == "k3_is":
             K, k = _k3_is(d, token_lr)
+        else:
+            tl.static_assert(False, "token_terms does not know this kl: write it here as in token_loss")
         over = o.kl_clamp < K
-        value += o.kl_coef * tl.where(over, o.kl_clamp, K)
+        K_sum += o.kl_coef * tl.where(over, o.kl_clamp, K)
         kappa += o.kl_coef * tl.where(over, 0.0, k)
 
-    e = -o.entropy_coef * w
-    loss = w * (omega * S + value) + e * entropy
-    c = w * (kappa - omega * A * g)
     on = w != 0
-    return tl.where(on, loss, 0.0), tl.where(on, c, 0.0), tl.where(on, e, 0.0)
+    e = tl.where(on, -o.entropy_coef * w, 0.0)
+    c = tl.where(on, w * (kappa - omega * A * g), 0.0)
+    policy = tl.where(on, w * omega * S, 0.0)
+    kl = tl.where(on, w * K_sum, 0.0)
+    bonus = tl.where(on & (o.entropy_coef != 0), e * entropy, 0.0)
+    return policy, kl, bonus, c, e, tl.where(on, ratio, 1.0), on & high, on & low, on & dual
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _token_kernel(
-    logp, entropy, t, o, loss, c, e, rows,
-    RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _token_kernel(logp, entropy, t, o, out, rows, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < rows
     i = tl.where(inside, i, 0)
-    value, by_logp, by_entropy = token_terms(
-        tl.load(logp + i), tl.load(entropy + i), t, token_values(t, i), o, RATIO, SURROGATE, KL, MASK
-    )
-    tl.store(loss + i, value, mask=inside)
-    tl.store(c + i, by_logp, mask=inside)
-    tl.store(e + i, by_entropy, mask=inside)
+    terms = token_terms(tl.load(logp + i), tl.load(entropy + i), t, token_values(t, i), o)
+    for k in tl.static_range(len(terms)):
+        tl.store(out[k] + i, terms[k], mask=inside)
 
 
-def kinds(o: TokenLoss) -> dict[str, object]:
-    """The choices among the options: each combination is a kernel of its own."""
-    ratio = "none" if o.ratio_level == "none" else "token"
-    return {"RATIO": ratio, "SURROGATE": o.surrogate, "KL": o.kl, "MASK": o.importance.endswith("mask")}
-
-
-def token_loss_triton(options: TokenLoss, logp: Tensor, entropy: Tensor, **tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_loss` in one launch: loss, c and e of each row."""
-    loss, c, e = vectors(logp, 3)
-    block = 256
-    args = (logp, entropy, pointers(options, tokens), knobs(options), loss, c, e, len(logp))
-    run.launch(_token_kernel, (triton.cdiv(len(logp), block),), *args, **kinds(options), BLOCK=block)
-    return loss, c, e
+def token_loss_triton(options: TokenLoss, logp: Tensor, entropy: Tensor, inputs: TokenInputs) -> Terms:
+    """Compute `token_loss` of rows [N] in one launch."""
+    cut = [logp.new_empty(len(logp), dtype=torch.bool) for _ in range(3)]
+    out, block = Terms(*empty_vectors(logp, 6), *cut), 256
+    args = (logp, entropy, kernel_inputs(options, inputs), kernel_options(options), out, len(logp))
+    run.launch(_token_kernel, (triton.cdiv(len(logp), block),), *args, BLOCK=block)
+    return out

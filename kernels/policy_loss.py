@@ -15,17 +15,17 @@ from .logprobs import (
     BLOCK,
     active_entries,
     check_rows,
+    empty_vectors,
     inverse_temperature,
-    plain,
+    kernel_arguments,
     row_gradient,
     row_stats,
     rows_together,
     tiling,
     token_at,
     token_logprobs,
-    vectors,
 )
-from .per_token import TokenLoss, check_tokens, kinds, knobs, pointers, token_loss, token_terms, token_values
+from .per_token import TokenInputs, TokenLoss, kernel_inputs, kernel_options, token_loss, token_terms, token_values
 
 FUSED_BYTES = 32 << 10  # of logits in a tile, where one program has a multiprocessor to itself: 32 warps of bf16
 
@@ -37,39 +37,31 @@ def fused_policy_loss(
     weights: Tensor,
     options: TokenLoss,
     *,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    rollout_logp: Tensor | None = None,
-    log_ratio: Tensor | None = None,
-    omega: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     active: int | None = None,
     inplace: bool = False,
     backend: Backend = "auto",
+    **inputs: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ of `token_loss` over rows of logits [N, V], with its gradient; log-prob and entropy of the targets without.
+    """Sum `token_loss` over rows of logits [N, V], with its gradient; log-prob and entropy of the targets without.
 
-    targets and all of `token_loss`'s inputs are [N] -> (loss, logp [N], entropy [N]). Weights are what a token counts
-    in the loss, 1/N each for a mean; a row of weight 0 is not read, its logp and entropy are 0. The first `active`
-    logits of a row count. `inplace` writes the gradient over the logits, in the forward pass already: whoever needs
-    them later gets an error from autograd; the definition never overwrites.
+    targets, advantages and weights [N] -> (loss, logp [N], entropy [N]); `inputs` are the others of `TokenInputs` [N]
+    by their names: old_logp, ref_logp, rollout_logp, log_ratio, omega. Weights are what a token counts in the loss, 1/N
+    each for a mean; a row of weight 0 is not read, its logp and entropy are 0. The first `active` logits of a row
+    count. `inplace` writes the gradient over the logits, in the forward pass already: whoever needs them later gets an
+    error from autograd; the definition never overwrites.
     """
-    tokens = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
-    tokens |= {"log_ratio": log_ratio, "omega": omega}
-    tokens = {name: None if x is None else x.detach() for name, x in tokens.items()}
-    advantages, weights = advantages.detach(), weights.detach()
     check_rows(logits.shape[:1], logits, targets=targets, temperature=temperature)
-    check_tokens(options, len(logits), advantages=advantages, weights=weights, **tokens)
+    inputs = TokenInputs(advantages, weights, **inputs).checked(options, len(logits))
     active = active_entries(active, logits.shape[1])
     if use_triton(backend, logits):
-        inputs = pointers(options, tokens | {"advantages": advantages, "weights": weights})
         gradient = logits.requires_grad and torch.is_grad_enabled()
         return _FusedPolicyLoss.apply(logits, targets, temperature, options, inputs, gradient, inplace, active)
-    on = weights != 0
+    on = inputs.weights != 0
     # A row of weight 0 may hold anything: NaN · 0 would reach its gradient.
     logits, targets = torch.where(on[:, None], logits, 0), torch.where(on, targets, 0)
     logp, entropy = token_logprobs(logits, targets, temperature, active=active, backend="torch")
-    t = token_loss(options, logp.detach(), entropy.detach(), advantages, weights, **tokens)
+    t = token_loss(options, logp.detach(), entropy.detach(), inputs)
     # Both slopes are worth 0, and their gradients are c and e.
     slopes = torch.where(on, t.c * (logp - logp.detach()) + t.e * (entropy - entropy.detach()), 0)
     return t.loss.sum() + slopes.sum(), torch.where(on, logp.detach(), 0), torch.where(on, entropy.detach(), 0)
@@ -81,11 +73,9 @@ def fused_policy_loss(
 @triton.jit(do_not_specialize=["rows"])
 def _fused_kernel(
     logits, stride, out, out_stride, targets, temperature, t, o, loss, logp, entropy, rows, vocab, active,
-    RATIO: tl.constexpr, SURROGATE: tl.constexpr, KL: tl.constexpr, MASK: tl.constexpr,
     PER_ROW: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row after the other: statistics in one sweep, the loss, the gradient in a second sweep, from the end. As many
-    rows are under way as there are programs; few enough, and the second sweep finds them in the cache."""
+    """Take a row after the other: statistics in one sweep, the loss, the gradient in a second sweep, from the end."""
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         i = tl.cast(index, tl.int64)  # N·V passes 2³¹
         row = logits + i * stride
@@ -97,8 +87,8 @@ def _fused_kernel(
         largest, log_total, h = row_stats(row, tl.where(on, vocab, 0), active, inv_t, BLOCK)
         lp = tl.where(on, (at_target - largest) * inv_t - log_total, 0.0)
         h = tl.where(on, h, 0.0)
-        value, c, e = token_terms(lp, h, t, values, o, RATIO, SURROGATE, KL, MASK)
-        tl.store(loss + i, value)
+        policy, kl, bonus, c, e, _, _, _, _ = token_terms(lp, h, t, values, o)
+        tl.store(loss + i, policy + kl + bonus)
         tl.store(logp + i, lp)
         tl.store(entropy + i, h)
         if GRADIENT:
@@ -108,24 +98,24 @@ def _fused_kernel(
 
 
 def _programs(logits: Tensor) -> int:
-    """One for each multiprocessor: on an H200 their rows of 152k bf16 logits fill 40 of the 50 MB of cache."""
+    """Take one program for each multiprocessor, so that the second sweep over a row finds it in the cache: on an H200
+    the rows under way, of 152k bf16 logits, fill 40 of its 50 MB."""
     return torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 4
 
 
 class _FusedPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature, options, tokens, gradient, inplace, active):
+    def forward(ctx, logits, targets, temperature, options, inputs: TokenInputs, gradient, inplace, active):
         logits = rows_together(logits)
         n, vocab = logits.shape
-        loss, logp, entropy = vectors(logits, 3)
+        loss, logp, entropy = empty_vectors(logits, 3)
         out = logits if inplace or not gradient else logits.new_empty(n, vocab)
         if n:
             per_row = isinstance(temperature, Tensor)
-            args = (logits, logits.stride(0), out, out.stride(0), *plain(targets, temperature), tokens, knobs(options))
-            args += (loss, logp, entropy, n, vocab, active)
-            more = kinds(options) | tiling(vocab, FUSED_BYTES // logits.element_size())
-            grid = (min(n, _programs(logits)),)
-            run.launch(_fused_kernel, grid, *args, PER_ROW=per_row, GRADIENT=gradient, **more)
+            args = (logits, logits.stride(0), out, out.stride(0), *kernel_arguments(targets, temperature))
+            args += (kernel_inputs(options, inputs), kernel_options(options), loss, logp, entropy, n, vocab, active)
+            tiles, grid = tiling(vocab, FUSED_BYTES // logits.element_size()), (min(n, _programs(logits)),)
+            run.launch(_fused_kernel, grid, *args, PER_ROW=per_row, GRADIENT=gradient, **tiles)
         if gradient:
             if inplace:
                 torch.autograd.graph.increment_version(logits)
@@ -145,8 +135,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a number on the device. Where it is 1, as for `loss.backward()`, nothing is read or written, and the
-    host need not wait to know."""
+    """Multiply x by a number on the device, in place. Where it is 1, as for `loss.backward()`, nothing is read or
+    written, and the host need not wait to know."""
     if use_triton("auto", x) and x.is_contiguous():
         run.launch(_scale_kernel, (triton.cdiv(x.numel(), 8 * BLOCK),), x, factor.float(), x.numel(), BLOCK=BLOCK)
         torch.autograd.graph.increment_version(x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend as run
-from .backend import Backend, tl, triton, use_triton
+from .backend import Backend, tl, triton, use_triton, whole_rows
 from .logprobs import active_entries
 from .truncation import (
     BLOCK,
@@ -25,12 +25,11 @@ from .truncation import (
     row_offset,
     row_parts,
     truncation_floor,
-    whole_rows,
 )
 
 
 class Draw(NamedTuple):
-    """One token a row, and the distribution that it was drawn from (temperature and truncation included)."""
+    """Hold one token a row, and what is known of the distribution that it was drawn from (temperature, truncation)."""
 
     token: Tensor  # int64 [B]
     logp: Tensor  # fp32 [B], nats; NaN for a row that holds NaN or +inf, or nothing above -inf
@@ -42,7 +41,7 @@ class Draw(NamedTuple):
 
 
 def _absorb(key, part):
-    """One round of splitmix64 (Steele, Lea & Flood 2014): every bit of both reaches every bit of the result.
+    """Mix both by a round of splitmix64 (Steele, Lea & Flood 2014): each of their bits reaches every bit of the result.
 
     On int64 in torch and in Triton alike, whose products wrap; on integers modulo 2**64. The masks make the right
     shifts logical; the factors are splitmix64's as signed integers.
@@ -54,12 +53,12 @@ def _absorb(key, part):
 
 
 def _seed_key(seed: int) -> int:
-    """The seed is mixed before the sample is added: else sample k of seed s would be sample k - 1 of seed s + 1."""
+    """Mix the seed before the sample is added: else sample k of seed s would be sample k - 1 of seed s + 1."""
     return (_absorb(0, seed) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def keyed_uniform(seed: int, sample: Tensor, position: Tensor) -> Tensor:
-    """Uniforms in [0, 1), float64 with 53 random bits, from (seed, sample, position); int64 tensors of one shape."""
+    """Make uniforms in [0, 1), float64 of 53 random bits, from (seed, sample, position); int64 tensors of one shape."""
     key = _absorb(_absorb(_seed_key(seed), sample), position)
     return ((key >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
 
@@ -81,7 +80,7 @@ def sample_tokens(
     entropy: bool = True,
     backend: Backend = "auto",
 ) -> Draw:
-    """One token a row of softmax(logits[:, :active]/T) cut by `truncation_floor`, by the uniform of (seed, sample,
+    """Draw one token a row of softmax(logits[:, :active]/T) cut by `truncation_floor`, by the uniform of (seed, sample,
     position).
 
     logits [B, V] in fp32, bf16 or fp16 are not changed; sample and position are int64 [B]. T = 0 takes the most likely
@@ -114,13 +113,13 @@ def _scaled(z: Tensor, temperature: float) -> Tensor:
 
 
 def _exp_(x: Tensor, z: Tensor, floor: Floor | None, ids: Tensor | None = None) -> Tensor:
-    """exp(x) in place of x, 0 where the logits z, of all ids or of those given, are not kept."""
+    """Put exp(x) in place of x, 0 where the logits z, of all ids or of those given, are not kept."""
     return x.exp_() if floor is None else x.exp_().mul_(floor.mask(z, ids))
 
 
 def _sums(logits: Tensor, temperature: float, floor: Floor | None, entropy: bool):
-    """With x = z/T less its largest: the largest z/T [B, 1], the sum of exp(x) in each tile [B, ⌈V/BLOCK⌉] and, where
-    the entropy is wanted, that of x·exp(x) in the row [B]. Some rows at a time, so that x stays in a CPU's cache."""
+    """Give the largest z/T [B, 1] and, with x = z/T less it, the sum of exp(x) in each tile [B, ⌈V/BLOCK⌉] and that of
+    x·exp(x) in the row [B], if the entropy is wanted. Some rows at a time, so that x stays in a CPU's cache."""
     V, parts = logits.shape[1], []
     for part in row_parts(logits):
         z, limit = logits[part], None if floor is None else floor.rows(part)
@@ -136,7 +135,7 @@ def _sums(logits: Tensor, temperature: float, floor: Floor | None, entropy: bool
 
 
 def _pick(logits, temperature, floor, largest, sums, uniform) -> tuple[Tensor, Tensor]:
-    """The token where the cumulative sum passes uniform · total, and its log-prob, float64: the tile, then inside it.
+    """Find the token where the cumulative sum passes uniform · total, and its log-prob: the tile, then inside it.
 
     sums float64 [B, tiles] and largest [B, 1] of `_sums`, uniform float64 [B].
     """
@@ -165,14 +164,14 @@ _absorb_tile = triton.jit(_absorb)
 
 @triton.jit
 def _uniform_tile(seed_key, sample, position):
-    """`keyed_uniform`, bit by bit; int64 -> fp64."""
+    """Repeat `keyed_uniform` bit by bit; int64 -> fp64."""
     key = _absorb_tile(_absorb_tile(seed_key, sample), position)
     return ((key >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * (2.0**-53)
 
 
 @triton.jit
 def _kept(row, logits, stride, V, active, tile, floors, lasts, TILE: tl.constexpr):
-    """`load_tile` of the row with this number: -inf below the floor and past the last id at it, NaN stays; floors and
+    """Load a tile of the row with this number: -inf below the floor and past the last id at it, NaN stays; floors and
     lasts are None where nothing is cut."""
     z, at = load_tile(logits + row_offset(row, stride), V, active, tile, TILE)
     if floors is not None:
@@ -186,7 +185,7 @@ def _kept(row, logits, stride, V, active, tile, floors, lasts, TILE: tl.constexp
 
 @triton.jit
 def _sums_kernel(logits, stride, V, active, tiles, scale, floors, lasts, peaks, sums, shifted, TILE: tl.constexpr):
-    """The largest logit of each tile, Σ 2^bits and Σ bits·2^bits with bits = (z - largest)·log2(e)/T; each [B, tiles].
+    """Give the largest logit of a tile, Σ 2^bits and Σ bits·2^bits with bits = (z - largest)·log2(e)/T; all [B, tiles].
 
     The sum for the entropy is shifted by the largest: Σ z·exp(z) would cancel at a large offset of all logits.
     """
@@ -202,7 +201,7 @@ def _sums_kernel(logits, stride, V, active, tiles, scale, floors, lasts, peaks, 
 
 @triton.jit
 def _first_past(cumulative, shares, aim, at, SIZE: tl.constexpr):
-    """The first place whose cumulative sum passes `aim`, or else the last, of those that have a share (0 if none)."""
+    """Find the first place whose cumulative sum passes `aim`, else the last, among those with a share (0 if none)."""
     first = tl.min(tl.where((cumulative > aim) & (shares > 0), at, SIZE))
     return tl.minimum(first, tl.max(tl.where(shares > 0, at, 0)))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import backend as run
-from .backend import Backend, tl, triton, use_triton
+from .backend import Backend, tl, triton, use_triton, whole_rows
 
 BLOCK = 1024  # steps of a row that are scanned at once
 
@@ -17,7 +17,7 @@ BLOCK = 1024  # steps of a row that are scanned at once
 
 @torch.no_grad()
 def suffix_scan(a: Tensor, b: Tensor, backend: Backend = "auto") -> Tensor:
-    """x_t = b_t + a_t·x_{t+1} along T with x_T = 0; a, b [B, T] -> [B, T] in the dtype of b.
+    """Solve x_t = b_t + a_t·x_{t+1} along T with x_T = 0; a, b [B, T] -> [B, T] in the dtype of b.
 
     By doubling, log₂ T steps on whole tensors in the dtype that is given; on a GPU one program a row, in float64.
     """
@@ -46,10 +46,11 @@ def gae(
     bootstrap: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """δ_t = r_t + γV_{t+1} − V_t, A_t = δ_t + γλA_{t+1} -> (A, A + V), [B, T], 0 under the mask (1506.02438 eq. 16).
+    """Give A and A + V [B, T], 0 under the mask: δ_t = r_t + γV_{t+1} − V_t, A_t = δ_t + γλA_{t+1} (1506.02438 eq. 16).
 
-    V and A are carried across holes in the mask; V after the last counted token is bootstrap [B], or 0. A row with a
-    reward of NaN has A = 0. Results are fp32 at least, float64 where the values are.
+    λ = 0 is TD, λ = 1 is Monte Carlo minus V. V after the last counted token is bootstrap [B]: 0 for a finished row
+    (default 0 for all), V(s_T) for a truncated one. V and A are carried across holes in the mask, such as tool output.
+    A row with a reward of NaN has A = 0. Results are fp32 at least, float64 where the values are.
     """
     if not rewards.shape == values.shape == mask.shape or rewards.dim() != 2:
         shapes = f"{list(rewards.shape)}, {list(values.shape)} and {list(mask.shape)}"
@@ -80,13 +81,13 @@ def _use_triton(backend: Backend, x: Tensor) -> bool:
 
 @triton.jit
 def _compose(a, x, a_t, x_t):
-    """The step (a_t, x_t) behind the steps (a, x) that were read before it."""
+    """Put the step (a_t, x_t) behind the steps (a, x) that were read before it."""
     return a * a_t, x_t + a_t * x
 
 
 @triton.jit
 def _scan(a, b, carry):
-    """x of a block in the order of reading; and its last, which the next block starts from."""
+    """Give x of a block in the order of reading, and its last, which the next block starts from."""
     a, b = tl.associative_scan((a, b), 0, _compose)
     x = b + a * carry
     read = tl.arange(0, x.shape[0])
@@ -107,7 +108,7 @@ def _suffix_scan_kernel(a, b, x, a_stride, b_stride, T, BLOCK: tl.constexpr):
 
 @triton.jit
 def _extent(rewards, mask, T, BLOCK: tl.constexpr):
-    """Steps of a row up to its last counted one, and whether a counted reward is NaN."""
+    """Count the steps of a row up to its last counted one, and tell whether a counted reward is NaN."""
     length = tl.full([], 0, tl.int32)
     broken = tl.full([], 0, tl.int32)
     for start in range(0, T, BLOCK):
@@ -144,12 +145,8 @@ def _gae_kernel(
         tl.store(returns + row * T + t, (A + V).to(returns.dtype.element_ty), mask=t >= 0)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _suffix_scan_triton(a: Tensor, b: Tensor) -> Tensor:
-    a, b, (B, T) = _rows(a), _rows(b), b.shape
+    a, b, (B, T) = whole_rows(a), whole_rows(b), b.shape
     x = torch.empty(B, T, dtype=b.dtype, device=b.device)
     run.launch(_suffix_scan_kernel, (B,), a, b, x, a.stride(0), b.stride(0), T, BLOCK=BLOCK, num_warps=4)
     return x
@@ -157,7 +154,7 @@ def _suffix_scan_triton(a: Tensor, b: Tensor) -> Tensor:
 
 def _gae_triton(rewards, values, mask, gamma, lam, bootstrap, dtype) -> tuple[Tensor, Tensor]:
     B, T = values.shape
-    rows = [_rows(rewards), _rows(values), _rows(mask).view(torch.uint8)]
+    rows = [whole_rows(rewards), whole_rows(values), whole_rows(mask).view(torch.uint8)]
     # As a tensor, since a Python float would reach the kernel in fp32.
     rates = torch.tensor([gamma, gamma * lam], dtype=torch.float64, device=values.device)
     after = None if bootstrap is None else bootstrap.double().contiguous()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backend as run
-from .backend import Backend, tl, triton, use_triton
-from .logprobs import active_entries, of_active
+from .backend import Backend, tl, triton, use_triton, whole_rows
+from .logprobs import active_entries, mask_inactive
 
 BLOCK = 256  # entries that the definition adds up at a time
 CACHED = 1 << 17  # entries of the logits that a CPU keeps in its cache through all that is done with them
@@ -27,7 +27,7 @@ class Floor(NamedTuple):
     id: Tensor  # int64 [B]; V - 1 where every token with that logit is kept
 
     def mask(self, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """fp32, 1 for a token that is kept and 0 for the others, of logits [B, V] or of those of some ids, both [B, n].
+        """Give fp32 1 for a token that is kept and 0 for others, of logits [B, V] or of those of some ids, both [B, n].
 
         Comparing into floats and multiplying takes a CPU a tenth of the time of a mask of bools.
         """
@@ -59,7 +59,7 @@ def truncation_floor(
     active: int | None = None,
     backend: Backend = "auto",
 ) -> Floor | None:
-    """The floor of what top-k, then top-p, then min-p leave of softmax(logits[:, :active]/T); None if nothing is cut.
+    """Find the floor of what top-k, then top-p, then min-p leave of softmax(logits[:, :active]/T); None if all is left.
 
     logits [B, V]; tokens come in the order of larger logits first, then smaller ids. top_k: the first k (0 = off).
     top_p: the fewest first ones with mass >= p (Holtzman et al. 1904.09751), of the distribution that top-k left.
@@ -92,7 +92,7 @@ def truncation_floor(
 
 
 def row_parts(logits: Tensor) -> list[slice]:
-    """Some rows at a time, as many as a CPU's cache holds; one part at least, which may be empty."""
+    """Cut the rows into parts that a CPU's cache holds; one part at least, which may be empty."""
     B, V = logits.shape
     rows = max(1, B if logits.is_cuda else CACHED // V)
     return [slice(i, i + rows) for i in range(0, max(B, 1), rows)]
@@ -103,7 +103,7 @@ def _everything(z: Tensor) -> Floor:
 
 
 def _last_kept(z: Tensor, temperature: float, top_k: int, top_p: float) -> Floor:
-    """The n-th token of each row of z [B, V] in the order, n = top_k, or less where top_p is reached before."""
+    """Find the n-th token of each row of z [B, V] in the order, n = top_k, or less where top_p is reached before."""
     x = _ascending(-z)  # the order, without ids
     n = torch.full((len(z), 1), top_k or z.shape[1], device=z.device)
     if top_p < 1.0:
@@ -122,8 +122,8 @@ def _last_kept(z: Tensor, temperature: float, top_k: int, top_p: float) -> Floor
 
 
 def _reaching(shares: Tensor, p: float) -> Tensor:
-    """How many entries from the first on bring p of a row's sum, [B, n] -> [B, 1]: the block, then inside it. A float64
-    sum at every entry would take a CPU longer than the sort."""
+    """Count the entries from the first on that bring p of a row's sum, [B, n] -> [B, 1]: the block, then inside it. A
+    float64 sum at every entry would take a CPU longer than the sort."""
     shares = torch.nn.functional.pad(shares, (0, -shares.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     blocks = shares.sum(-1).double()
     mass = blocks.cumsum(-1)
@@ -134,7 +134,7 @@ def _reaching(shares: Tensor, p: float) -> Tensor:
 
 
 def _ascending(x: Tensor) -> Tensor:
-    """The values of each row sorted, in place on a CPU: NumPy's sort needs no ids beside them, and takes a twentieth of
+    """Sort the values of each row, in place on a CPU: NumPy's sort needs no ids beside them, and takes a twentieth of
     the time of PyTorch's."""
     if x.device.type != "cpu":
         return x.sort(-1).values
@@ -150,27 +150,27 @@ _LOWEST = tl.constexpr(LOWEST)
 
 @triton.jit
 def row_offset(row, stride):
-    """The place of a row's first entry; int64, since B·V passes 2**31."""
+    """Give the place of a row's first entry; int64, since B·V passes 2**31."""
     return row.to(tl.int64) * stride
 
 
 @triton.jit
 def load_tile(row, V, active, tile, TILE: tl.constexpr):
-    """fp32 [TILE] logits of a tile of the row at pointer `row`, and their ids; -inf past `active`."""
+    """Load a tile of the row at pointer `row`: fp32 logits [TILE], -inf past `active`, and their ids."""
     at = tile * TILE + tl.arange(0, TILE)
     z = tl.load(row + at, mask=at < V, other=float("-inf")).to(tl.float32)
-    return of_active(z, at, active), at
+    return mask_inactive(z, at, active), at
 
 
 @triton.jit
 def bits_of(z, scale, largest):
-    """(z - largest)·scale, the logarithm to base 2 of the share relative to the largest; all -inf gives -inf."""
+    """Give (z - largest)·scale, log₂ of the share relative to the largest; all -inf gives -inf."""
     return (z - tl.where(largest == float("-inf"), 0.0, largest)) * scale
 
 
 @triton.jit
 def _key(z):
-    """fp32 -> int64 of the same order."""
+    """Map fp32 to int64 of the same order, so that a search can halve the range of all numbers."""
     bits = z.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
@@ -183,7 +183,7 @@ def _unkey(key):
 
 @triton.jit
 def _measures(row, V, active, a, b, c, scale, largest, MASS: tl.constexpr, TILE: tl.constexpr):
-    """Count of the logits from the thresholds a, b and c up, or with MASS the sum of their shares."""
+    """Count the logits from the thresholds a, b and c up, or with MASS sum their shares."""
     in_a = tl.zeros([TILE], tl.float32)
     in_b = tl.zeros([TILE], tl.float32)
     in_c = tl.zeros([TILE], tl.float32)
@@ -198,7 +198,7 @@ def _measures(row, V, active, a, b, c, scale, largest, MASS: tl.constexpr, TILE:
 
 @triton.jit
 def _search(row, V, active, floor, target, scale, largest, MASS: tl.constexpr, TILE: tl.constexpr):
-    """The largest threshold with a measure of at least `target`, or the floor if there is none above it.
+    """Find the largest threshold with a measure of at least `target`, or the floor if there is none above it.
 
     Each sweep over the row tries three thresholds and so leaves a quarter of the fp32 numbers: 16 sweeps at most.
     """
@@ -215,7 +215,7 @@ def _search(row, V, active, floor, target, scale, largest, MASS: tl.constexpr, T
 
 @triton.jit
 def _above(row, V, active, floor, scale, largest, MASS: tl.constexpr, TILE: tl.constexpr):
-    """The measure of the logits above the floor, without it."""
+    """Measure the logits above the floor, without it."""
     higher = _unkey(_key(floor) + 1)
     above, _, _ = _measures(row, V, active, higher, higher, higher, scale, largest, MASS, TILE)
     return above
@@ -223,7 +223,7 @@ def _above(row, V, active, floor, scale, largest, MASS: tl.constexpr, TILE: tl.c
 
 @triton.jit
 def _tied_id(row, V, active, floor, count, TILE: tl.constexpr):
-    """The id of the count-th logit that equals the floor; V - 1 where there are not as many."""
+    """Find the id of the count-th logit that equals the floor; V - 1 where there are not as many."""
     found, seen = tl.full([], V - 1, tl.int32), tl.full([], 0, tl.int32)
     for tile in range(0, tl.cdiv(V, TILE)):
         z, at = load_tile(row, V, active, tile, TILE)
@@ -258,11 +258,6 @@ def _floor_kernel(logits, stride, V, active, scale, top_k, top_p, drop, floors, 
         floor, count = largest + drop, tl.full([], V, tl.float32)
     tl.store(floors + tl.program_id(0), floor)
     tl.store(ids + tl.program_id(0), _tied_id(row, V, active, floor, count.to(tl.int32), TILE).to(tl.int64))
-
-
-def whole_rows(logits: Tensor) -> Tensor:
-    """The logits of a row side by side, as the kernels read them; rows may lie anywhere."""
-    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _floor_triton(

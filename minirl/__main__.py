@@ -10,7 +10,7 @@ def main() -> None:
         print(f"minirl {__version__}")
         return
     try:
-        from minirl.cli import main as run
+        from minirl.lab.cli import main as run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("tyro", "rich", "matplotlib"):
             raise

@@ -1,9 +1,9 @@
 """From rewards to advantages: pure functions without gradient.
 
-Sequence estimators (the table OUTCOME) map rewards [B] and group_ids [B] to A [B]; token estimators map rewards and
-mask [B, T] to A [B, T]. NaN is a reward that could not be scored: its row has A = 0 and is in no mean and no deviation.
-Rewards that all agree (max − min ≤ 1e-8, hence also a group of one) give A = 0 exactly, never a rounding error over ε.
-Statistics are float64 inside; A is at least float32.
+Sequence estimators (the table OUTCOME) map rewards [B] and group_ids [B] to A [B]; token estimators, `gae` among them,
+map rewards and mask [B, T] to A [B, T]. NaN is a reward that could not be scored: its row has A = 0 and is in no mean
+and no deviation. Rewards that all agree (max − min ≤ 1e-8, hence also a group of one) give A = 0 exactly, never a
+rounding error over ε. Statistics are float64 inside; A is at least float32.
 """
 
 from typing import Literal
@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirl import kernels
 from minirl.errors import InputError
+from minirl.kernels import gae as gae
+from minirl.kernels import suffix_scan
 from minirl.kernels.per_token import k3
 
 SAME = 1e-8  # rewards closer than this are equal
@@ -56,36 +57,37 @@ def _scaled(centred, std):
 
 @torch.no_grad()
 def grpo(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1) -> Tensor:
-    """A_i = (R_i − μ_g)/(σ_g + ε) (2402.03300 §4.1.2)."""
+    """Give A_i = (R_i − μ_g)/(σ_g + ε) (2402.03300 §4.1.2)."""
     centred, std, _ = group_stats(rewards, group_ids, ddof)
     return _scaled(centred, std + eps)
 
 
 @torch.no_grad()
 def grpo_mean(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1) -> Tensor:
-    """A_i = R_i − μ_g (Dr. GRPO, 2503.20783)."""
+    """Give A_i = R_i − μ_g (Dr. GRPO, 2503.20783)."""
     return group_stats(rewards, group_ids, ddof)[0]
 
 
 @torch.no_grad()
 def rloo(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1) -> Tensor:
-    """A_i = R_i − mean_{j≠i} R_j = G/(G − 1)·(R_i − μ_g) (2402.14740)."""
+    """Give A_i = R_i − mean_{j≠i} R_j = G/(G − 1)·(R_i − μ_g) (2402.14740)."""
     centred, _, size = group_stats(rewards, group_ids, ddof)
     return centred * size / (size - 1).clamp(min=1)
 
 
 @torch.no_grad()
 def grpo_batch_std(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1, mask: Tensor | None = None) -> Tensor:
-    """A_i = (R_i − μ_g)/(σ_batch(R) + ε), σ over the rows with a counted token in mask [B, T] (2508.08221, 2510.13786).
+    """Give A_i = (R_i − μ_g)/(σ_batch(R) + ε), σ of the rows with a counted token in mask [B, T] (2508.08221,
+    2510.13786).
 
-    A row without one still counts in the mean of its group: there a reward of NaN leaves it out.
+    A row without one still counts in the mean of its group; only a reward of NaN leaves that too.
     """
     _, std = _batch_stats(rewards, mask, ddof)
     return _scaled(group_stats(rewards, group_ids, ddof)[0], std + eps)
 
 
 def _batch_stats(x, mask, ddof):
-    """Mean and deviation of x [B] over the rows that are not NaN and have a counted token in mask [B, T], if given; a
+    """Give mean and deviation of x [B] over the rows that are not NaN and, given mask [B, T], have a counted token; a
     mean of rounding errors alone is 0."""
     rows = ~x.isnan() if mask is None else ~x.isnan() & mask.bool().any(1)
     counted = x[rows].double()
@@ -104,7 +106,7 @@ def reinforce_pp_baseline(
     whiten_over: Literal["seq", "token"] = "seq",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A = R − μ_g, whitened over the batch's sequences -> [B], or over its tokens -> [B, T] (2501.03262).
+    """Give A = R − μ_g, whitened over the batch's sequences -> [B], or over its tokens -> [B, T] (2501.03262).
 
     mask [B, T]: only counted tokens, and sequences that have one, are in the batch's mean and deviation.
     """
@@ -119,7 +121,7 @@ def reinforce_pp_baseline(
 
 @torch.no_grad()
 def correct_only(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1, threshold: float = 0.5) -> Tensor:
-    """A_i = 1 where R_i > threshold, else 0: online rejection-sampling fine-tuning (2402.03300 App. A)."""
+    """Give A_i = 1 where R_i > threshold, else 0: online rejection-sampling fine-tuning (2402.03300 App. A)."""
     return (rewards > threshold).to(_dtype(rewards))
 
 
@@ -145,14 +147,14 @@ def _scorable(rewards, mask):  # [B, T]: the mask without the rows that hold a N
 
 @torch.no_grad()
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """R_t = Σ_{k≥t} γ^{k−t} r_k over the counted tokens of each row; [B, T] -> [B, T], 0 under the mask."""
+    """Give R_t = Σ_{k≥t} γ^{k−t} r_k over the counted tokens of each row; [B, T] -> [B, T], 0 under the mask."""
     mask = mask.bool()
-    return _fill(kernels.suffix_scan(_decay(gamma, mask), _fill(rewards, mask)), mask).to(_dtype(rewards))
+    return _fill(suffix_scan(_decay(gamma, mask), _fill(rewards, mask)), mask).to(_dtype(rewards))
 
 
 @torch.no_grad()
 def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, ddof: int = 1, shift_mean: bool = True) -> Tensor:
-    """(x − μ)/√(σ² + ε) over the counted entries, 0 if they are all equal; + μ if not shift_mean; 0 under the mask."""
+    """Scale to (x − μ)/√(σ² + ε) over the counted entries, 0 if all are equal or masked; + μ if not shift_mean."""
     mask = mask.bool()
     n, y = mask.sum(), _fill(x, mask)
     mean = y.sum() / n.clamp(min=1)
@@ -173,7 +175,7 @@ def reinforce(
     group_ids: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """A_t = R_t − b with token rewards [B, T] and R_t the reward-to-go, or R_0 for every token (Williams 1992).
+    """Give A_t = R_t − b for token rewards [B, T], R_t the reward-to-go, or R_0 for every token (Williams 1992).
 
     b is 0; group_mean, the mean return R_0 of the completions of the row's group, an estimate of the prompt's value
     V(s_0) = E[R_0], in which a long completion counts as much as a short one; batch_mean, the mean of R_t over the
@@ -208,7 +210,7 @@ def _baseline(baseline, R, whole, tokens, rows, group_ids):
 
 @torch.no_grad()
 def reinforce_pp(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0, eps: float = 1e-8) -> Tensor:
-    """Rewards-to-go of token rewards [B, T], whitened over all counted tokens of the batch (2501.03262)."""
+    """Give the rewards-to-go of token rewards [B, T], whitened over all counted tokens of the batch (2501.03262)."""
     mask = _scorable(rewards, mask.bool())
     return whiten(returns_to_go(rewards, mask, gamma), mask, eps=eps)
 
@@ -217,33 +219,16 @@ def reinforce_pp(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0, eps: floa
 def grpo_process(
     step_rewards: Tensor, step_ends: Tensor, group_ids: Tensor, *, eps: float = 1e-4, ddof: int = 1
 ) -> Tensor:
-    """Â_t = Σ_{steps that end at or after t} (r − μ_g)/(σ_g + ε), over all steps of the group (2402.03300 §4.1.3).
+    """Give Â_t = Σ_{steps that end at or after t} (r − μ_g)/(σ_g + ε), μ and σ of all steps of the group.
 
-    step_rewards [B, T] hold a step's reward where step_ends [B, T] marks its last token -> A [B, T], 0 after the last.
+    step_rewards [B, T] hold a step's reward where step_ends [B, T] marks its last token -> A [B, T], 0 after the last
+    (2402.03300 §4.1.3).
     """
     ends = step_ends.bool()
     ids = group_ids[:, None].expand(ends.shape)
     normalised = torch.zeros_like(step_rewards, dtype=_dtype(step_rewards))
     normalised[ends] = grpo(step_rewards[ends], ids[ends], eps=eps, ddof=ddof)
     return normalised.flip(1).cumsum(1).flip(1)
-
-
-@torch.no_grad()
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    bootstrap: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """δ_t = r_t + γV_{t+1} − V_t, A_t = δ_t + γλA_{t+1} -> (A, A + V), [B, T], 0 under the mask (1506.02438 eq. 16).
-
-    λ = 0 is TD, λ = 1 is Monte Carlo minus V. V after the last counted token is bootstrap [B]: 0 for a finished row
-    (default 0 for all), V(s_T) for a truncated one. V and A are carried across holes in the mask, such as tool output.
-    """
-    return kernels.gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
 
 
 # ---- KL in the reward ------------------------------------------------------------------------------------------------
@@ -258,7 +243,7 @@ def _penalty(logp, ref_logp, mask, beta, kl):  # [B, T]
 
 @torch.no_grad()
 def kl_in_reward(scores: Tensor, logp, ref_logp, mask, beta: float, kl: Literal["k1", "k3"] = "k1") -> Tensor:
-    """r_t = −β·KL_t, plus the score [B] at the last counted token -> [B, T]; logp is the old policy's (1909.08593)."""
+    """Give r_t = −β·KL_t, plus the score [B] at the last counted token; logp [B, T] of the old policy (1909.08593)."""
     mask = mask.bool()
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return (_fill(scores[:, None].expand(mask.shape), last) - _penalty(logp, ref_logp, mask, beta, kl)).to(_dtype(logp))
@@ -266,5 +251,5 @@ def kl_in_reward(scores: Tensor, logp, ref_logp, mask, beta: float, kl: Literal[
 
 @torch.no_grad()
 def kl_in_sequence_reward(scores: Tensor, logp, ref_logp, mask, beta: float, kl: Literal["k1", "k3"] = "k1") -> Tensor:
-    """R − β·Σ_t KL_t [B], the reward of a whole completion as one action (RLOO, 2402.14740)."""
+    """Give R − β·Σ_t KL_t [B], the reward of a whole completion as one action (RLOO, 2402.14740)."""
     return (scores.double() - _penalty(logp, ref_logp, mask.bool(), beta, kl).sum(1)).to(_dtype(logp))

@@ -24,12 +24,12 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "
 
 
 def prompt_of(value: object, where: str, name: str = "prompt") -> str | list[dict]:
-    """A text as it is, or messages; InputError for anything else."""
+    """Return a text as it is, or messages; InputError for anything else."""
     return value if isinstance(value, str) else messages_of(value, where, name)
 
 
 def messages_of(value: object, where: str, name: str = "messages") -> list[dict]:
-    """The messages of a list, or of a single message."""
+    """Read the messages of a list, or of a single message."""
     value = [value] if isinstance(value, dict) else value
     if isinstance(value, str) and value.lstrip().startswith("["):
         raise InputError(f"{where}: {name!r} is the text of a list: write the list itself, without quotes around it.")
@@ -77,7 +77,7 @@ def _role(name: object, what: str) -> str:
 
 
 def _text(content: object, what: str) -> str:
-    """The text of a content; parts are joined as they stand, without a character between them."""
+    """Read the text of a content; parts are joined as they stand, without a character between them."""
     parts = content if isinstance(content, list) else [content]
     texts = []
     for part in parts:
@@ -98,7 +98,7 @@ def _of_sharegpt(value: dict, what: str) -> dict:
 
 
 def _calls(calls: object, what: str) -> list[dict]:
-    """Tool calls as {"type": "function", "function": {"name", "arguments"}}; arguments that are the text of a JSON
+    """Read tool calls as {"type": "function", "function": {"name", "arguments"}}; arguments that are the text of a JSON
     object become that object, else a template would escape them a second time."""
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -114,8 +114,8 @@ def _calls(calls: object, what: str) -> list[dict]:
 
 
 def tools_of(row: dict, where: str) -> list[dict] | None:
-    """The column 'tools': functions as a list or as the text of one, each as {"type": "function", "function": {...}};
-    None where there are none."""
+    """Read the column 'tools', a list of functions or the text of one; each becomes {"type": "function", "function":
+    {...}}; None where there are none."""
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = _parsed(tools, f"{where}: 'tools'") if tools.strip() else None
@@ -131,8 +131,8 @@ def _tool(function: dict) -> dict:
 
 
 def with_system(prompt: str | list[dict], row: dict, where: str) -> str | list[dict]:
-    """The prompt with the text of the column 'system' or 'system_prompt' as its first message; without one, as it
-    is."""
+    """Return the prompt with the text of the column 'system' or 'system_prompt' as its first message; without one, as
+    it is."""
     system = row.get("system") or row.get("system_prompt")
     if not system:
         return prompt

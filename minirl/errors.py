@@ -1,4 +1,10 @@
-"""What a user can get wrong, said in one sentence."""
+"""Errors that a user can make, said in one sentence."""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST = 500  # characters of an exception's message
 
 
 class InputError(ValueError):
@@ -11,3 +17,27 @@ class InputError(ValueError):
 
 class NoChatTemplate(InputError):
     """Chat messages, for a tokenizer that has no template for them."""
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put a place before the sentence of an InputError that passes through."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def told(error: BaseException) -> str:
+    """Return what an exception says, whatever its __str__ does and however much it is."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "its message cannot be shown"
+    return f"{type(error).__name__}: {message[:LONGEST]}{'…' * (len(message) > LONGEST)}"
+
+
+def did_you_mean(word: str, choices) -> str:
+    """' (did you mean 'sum'?)' for an error message, or nothing where no choice is close."""
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,5 +1,5 @@
-"""Held-out accuracy: greedy, mean@k, pass@k and maj@k, each with a bootstrap interval over prompts; two models side by
-side; every completion with what it was worth."""
+"""Measure held-out accuracy: greedy, mean@k, pass@k and maj@k, each with an interval over prompts; the difference of
+two models on the same prompts; a record of every completion with its score."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,34 +10,38 @@ import numpy as np
 
 from minirl.errors import InputError
 from minirl.metrics import accuracy_interval, majority_at_k, mean_at_k, paired_difference, pass_at_k
-from minirl.rewards import Reward
-from minirl.rewards.scoring import TIMEOUT
+from minirl.prompts import measure
+from minirl.rewards import TIMEOUT, score_rollout
 from minirl.rollout import Rollout, sample
+from minirl.rules import Reward
+from minirl.run import Observer, Run, Step
 from minirl.sampler import Sampler, SamplingParams
-from minirl.tasks import Task
+from minirl.task import Task
 from minirl.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """The accuracies of one model on P prompts, and the completions that they were measured on."""
+
     metrics: dict[str, float]
-    values: dict[str, list[float]]  # of each accuracy a value a prompt, NaN where it has no score
+    values: dict[str, list[float]]  # each accuracy's value for every prompt, NaN where no sample has a score
     rollout: Rollout  # the k samples a prompt
     correct: np.ndarray  # [P, k] of 1, 0, what the checker gives in between, or NaN
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % over prompts, of each accuracy."""
+        """Return the 95 % interval over prompts of each accuracy."""
         return {name: accuracy_interval(values) for name, values in self.values.items()}
 
     @property
     def graded(self) -> bool:
-        """Whether there are scores other than 0 and 1."""
+        """Tell whether there are scores other than 0 and 1."""
         return not np.isin(self.correct[~np.isnan(self.correct)], (0, 1)).all()
 
     def over(self, other: "Evaluation") -> dict[str, tuple[float, float, float]]:
-        """How much better this model is than another on the same prompts: of each accuracy the mean difference and the
-        ends of its 95 % interval."""
+        """Return how much better this model is than another on the same prompts: for each accuracy the mean difference
+        and the ends of its 95 % interval."""
         return {name: paired_difference(values, other.values[name]) for name, values in self.values.items()}
 
 
@@ -57,14 +61,14 @@ def evaluate(
     sampled: list[Rollout] | None = None,
     name: str = "correct",
 ) -> Evaluation:
-    """Accuracy of `task.correct` on examples (default: all held-out ones) from k = params.n samples each, and
-    greedy.
+    """Measure the accuracy of `task.correct` on examples (default: all held-out ones) from k = params.n samples each,
+    and from one greedy completion each.
 
-    pass@k and maj@k are of k, with `curve` also of 1, 2, 4, ... up to it; `ties` is the rule of a tied vote (see
-    `majority_at_k`). What is drawn is appended to `sampled` before it is scored: the samples, then the greedy ones.
-    Right is a score of 1. What has no score is left out, what takes longer than `timeout` seconds is wrong; with no
-    score at all the accuracies are NaN, or an InputError where one is required. `on_bad` is that of
-    `minirl.rewards.score`, and `name` is what its sentences call the checker.
+    pass@n and maj@n are measured at n = k, with `curve` also at n = 1, 2, 4, ... below k; `ties` is the rule for a tied
+    vote (see `majority_at_k`). A score of 1 is right. Completions without a score are left out; one whose check takes
+    longer than `timeout` seconds is wrong. Without any score the accuracies are NaN, or with `require_score` an
+    InputError is raised. Rollouts are appended to `sampled` before they are scored: the samples, then the greedy
+    ones. `on_bad` is that of `minirl.rewards.score`, and `name` is what its sentences call the checker.
     """
     examples = task.heldout if examples is None else examples
     if not examples:
@@ -93,8 +97,54 @@ def evaluate(
     return Evaluation(metrics, {f"eval/{name}": v for name, v in values.items()}, rollout, correct)
 
 
+class HeldOut(Observer):
+    """The observer that measures held-out accuracy in grpo and ppo: before training, every `eval_every` steps and after
+    the last one."""
+
+    def __init__(self, task: Task, config):
+        self.task, self.config = task, config
+
+    def measured(self, run: Run) -> list[dict]:
+        """Return at most `eval_prompts` held-out examples, those that leave room for a completion."""
+        self.policy, self.display = run.held["policy"], run.display
+        about = self.policy.tokenizer, self.policy.model.config, self.config, run.display
+        return measure(self.task, "heldout", *about, most=self.config.eval_prompts).examples
+
+    def begin(self, run: Run) -> dict[str, float]:
+        """Measure before the first step, where an error in the task may still end the run."""
+        self.task = replace(self.task, heldout=self.measured(run))
+        if run.start:
+            return {}
+        before = self._measure(first=True)
+        run.display.line(f"before: held-out {before['eval/mean']:.3f} (greedy {before['eval/greedy']:.3f})")
+        return before
+
+    def after(self, step: Step) -> dict[str, float]:
+        """Measure after a step where it is due."""
+        due = step.due(self.config.eval_every) or step.done == step.total
+        return self._measure(first=False) if due else {}
+
+    def _measure(self, first: bool) -> dict[str, float]:
+        c, policy = self.config, self.policy
+        params = replace(c.sampling, stop_ids=policy.tokenizer.stop_ids)
+        result = evaluate(
+            policy.sampler,
+            policy.tokenizer,
+            self.task,
+            # The same seed each time, and never that of a training step, whose number is far below 2³¹.
+            replace(params, n=c.eval_samples, seed=(c.seed << 32) + (1 << 31)),
+            timeout=c.reward_timeout,
+            progress=lambda done, total: self.display.progress("evaluation", done, total),
+            require_score=first,
+            on_bad=c.on_bad_reward if first else "skip",  # later it must not cost the steps before it
+        )
+        for line in result.rollout.fault_lines().values():
+            self.display.line(f"held-out: {line}")
+        return result.metrics
+
+
 def completion_records(model: str, sampled: Sequence[Rollout], task: Task) -> list[dict]:
-    """A line for each completion that `evaluate` has sampled; what was not scored, or could not be, is None."""
+    """Return a record for each completion that `evaluate` has sampled; "correct" is None where it has no score."""
     return [
         {
             "model": model,
@@ -114,7 +164,8 @@ def completion_records(model: str, sampled: Sequence[Rollout], task: Task) -> li
 
 
 def numbers(results: Sequence[Evaluation]) -> dict:
-    """What was measured of one model, or of two on the same prompts, as JSON has it: NaN is null."""
+    """Return the measurements of one model, or of two on the same prompts with their differences, for a JSON file: NaN
+    becomes None, which JSON can hold."""
     found = [
         {
             "metrics": {name: _or_none(value) for name, value in result.metrics.items()},
@@ -137,7 +188,7 @@ def _or_none(value: float) -> float | None:
 
 
 def _lengths(rollout: Rollout, correct: np.ndarray) -> dict[str, float]:
-    """Lengths in tokens, of all and of right and wrong completions [B], and how they ended."""
+    """Return mean lengths in tokens of all, right and wrong completions [B], and the shares of how they ended."""
     lengths, ended = np.array(rollout.lengths), [c.finish_reason == "stop" for c in rollout.completions]
     return {
         "len_mean": float(lengths.mean()),
@@ -151,20 +202,24 @@ def _lengths(rollout: Rollout, correct: np.ndarray) -> dict[str, float]:
 
 
 def _correct(rollout: Rollout, checker: dict[str, Reward], timeout: float, on_bad: str) -> np.ndarray:
-    rollout.score({name: (1.0, rule) for name, rule in checker.items()}, timeout, on_bad=on_bad)
+    """Score a rollout with the checker alone and return its values [P, k]."""
+    score_rollout(rollout, {name: (1.0, rule) for name, rule in checker.items()}, timeout, on_bad=on_bad)
     return rollout.rewards.view(-1, rollout.group_size).numpy()
 
 
 def _passed(correct: np.ndarray, k: int) -> float:
-    """pass@k of the samples of a prompt that have a score, of all of these where they are fewer than k."""
+    """Return pass@k of one prompt from its samples that have a score; with fewer than k of them, k is their number."""
     scored = correct[~np.isnan(correct)]
     n = len(scored)
     return pass_at_k(n, int((scored == 1).sum()), min(k, n)) if n else math.nan
 
 
 def _majority(answers: np.ndarray, correct: np.ndarray, k: int, ties: str) -> float:
-    """Votes are right if their completion was: that works for any task, also where several answers are right. Of those
-    that have a score, of all of these where they are fewer than k; NaN where there is none."""
+    """Return maj@k of one prompt from its samples that have a score; with fewer than k of them, k is their number, and
+    without any the result is NaN.
+
+    An answer is right if a completion that gives it was scored right, which works for any task, even where several
+    answers are right."""
     scored = ~np.isnan(correct)
     if not scored.any():
         return math.nan

@@ -72,12 +72,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def is_number(x: object) -> bool:
-    """A finite number that fp32 can hold; JSON also has integers of any size, and Python counts True as one."""
+    """Return whether this is a finite number that fp32 can hold; JSON also has integers of any size, and Python counts
+    True as one."""
     return isinstance(x, int | float) and not isinstance(x, bool) and -3e38 < x < 3e38
 
 
 def kind_of(value: object) -> str:
-    """What a value of JSON is, in words for a sentence."""
+    """Name the kind of a JSON value, for a sentence."""
     match value:
         case None:
             return "null"
@@ -93,7 +94,7 @@ def kind_of(value: object) -> str:
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object from a file; an InputError names the file, and the line if its content is broken."""
+    """Read a JSON object from a file; an InputError names the file, and the line if its content is broken."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -117,26 +118,25 @@ class Placed(dict):
 
 
 def place_of(example: dict, otherwise: str) -> str:
-    """Where an example was read, for a sentence; `otherwise` if it was made."""
+    """Name the place where an example was read, for a sentence; `otherwise` if it was made."""
     return getattr(example, "where", None) or otherwise
 
 
 def contents(examples: Sequence[dict]) -> list[dict]:
-    """The examples without the places they were read from ("where"): what decides a run."""
+    """Return the examples without their places ("where"), which decide nothing about a run."""
     return [{name: value for name, value in example.items() if name != "where"} for example in examples]
 
 
-def read_jsonl(path: str | Path, take: Callable[[object, str], dict] = lambda example, where: example) -> list[dict]:
-    """The examples of a file (see `json_values`), at least one of them. `take` gets what a line holds and where it
-    stands, and returns the example, or raises an InputError if the line cannot be used."""
-    examples = [take(example, where) for example, where in json_values(path)]
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Read the values of a file (see `json_values`), at least one of them."""
+    examples = [example for example, _ in json_values(path)]
     if not examples:
         raise InputError(f"{path} holds no examples: give at least one line")
     return examples
 
 
 def json_values(path: str | Path) -> Iterator[tuple[object, str]]:
-    """What each line of a JSONL file holds, and where it stands; blank lines are left out. Of a .json file that holds
+    """Yield what each line of a JSONL file holds and its place; blank lines are left out. Of a .json file that holds
     a list, its entries. Any file may be packed by gzip. InputError names the file, and the line that is no JSON, or a
     list where there are lines."""
     path = Path(path)

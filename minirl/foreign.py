@@ -1,4 +1,4 @@
-"""Folders that look like a checkpoint and cannot be read as one: each is named for what it is, with what to do."""
+"""Recognise folders that look like a checkpoint but cannot be read as one, and say what they are and what to do."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ QUANTISERS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "com
 
 
 def refuse_foreign(folder: Path) -> None:
-    """An InputError for an adapter, a run's folder, or one whose weights are in another format alone."""
+    """Raise an InputError for an adapter, the folder of a run, or a folder with weights in another format only."""
     if (folder / "adapter_config.json").is_file() and not _safetensors(folder):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         whose = f" for {base}" if isinstance(base, str) and base else ""
@@ -32,7 +32,7 @@ def refuse_foreign(folder: Path) -> None:
         raise InputError(f"{folder} is the folder of a run, no model: give {folder / 'model'} or a checkpoint of it")
     if _safetensors(folder):
         return
-    if not (folder / "config.json").exists() and "gguf" in str(folder).lower():  # of the hub no *.gguf is fetched
+    if not (folder / "config.json").exists() and "gguf" in str(folder).lower():  # `resolve` fetches no *.gguf
         raise InputError(f"{folder} holds no model.safetensors: {GGUF}")
     for pattern, what in WEIGHTS.items():
         if any(folder.glob(pattern)):
@@ -40,28 +40,28 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def refuse_quantised(config: dict, folder: str | Path) -> None:
-    """An InputError for the config.json of a quantised model: its integers have no gradient."""
-    method = config.get("quantization_config")
-    by = None
-    if isinstance(config.get("quantization"), dict):  # MLX repeats it as a quantization_config without a method
-        by = f"MLX{_bits(config['quantization'])}"
+    """Raise an InputError for the config.json of a quantised model: its integers have no gradient."""
+    mlx, method = config.get("quantization"), config.get("quantization_config")
+    if isinstance(mlx, dict):  # first, as MLX repeats it as a quantization_config without a method
+        by = f"MLX{_bits(mlx)}"
     elif isinstance(method, dict):
         name = str(method.get("quant_method", "a quantiser that it does not name"))
         by = QUANTISERS.get(name, name) + _bits(method)
-    if by:
-        raise InputError(
-            f"{folder} holds weights quantised by {by}, and only float weights can be trained: "
-            "take the checkpoint that it was made from, or one that was converted back to bfloat16"
-        )
+    else:
+        return
+    raise InputError(
+        f"{folder} holds weights quantised by {by}, and only float weights can be trained: "
+        "take the checkpoint that it was made from, or one that was converted back to bfloat16"
+    )
 
 
 def _bits(options: dict) -> str:
-    """How many bits a weight has, where the options say so."""
+    """Return " to 4 bits" for options that give the width of a weight, else an empty text."""
     loaded = 4 * (options.get("load_in_4bit") is True) or 8 * (options.get("load_in_8bit") is True)
     bits = options.get("bits") or loaded
     return f" to {bits} bits" if type(bits) is int and bits else ""
 
 
 def _safetensors(folder: Path) -> bool:
-    """Whether model weights lie there under the names that are read."""
+    """Tell whether a folder has model weights under the names that minirl reads."""
     return any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))

@@ -1,27 +1,29 @@
-"""One policy loss. An algorithm is a row of options: see PRESETS, at the end.
+"""One policy loss. An algorithm is a row of options: see `minirl.presets`.
 
     loss = Σ_t w_t [ ω_t·S_t + β·K_t − α·H_t ]
 
 What happens to one token, S, K, their derivatives and the clips, is `minirl.kernels.token_loss`; here is what takes
-whole rows and whole optimizer steps: ratios and importance weights of sequences, the weights w_t, metrics. A
-micro-batch is only a memory knob: denominators are those of the whole optimizer step (`Totals`).
+whole rows and whole optimizer steps: ratios and importance weights of sequences, and the weights w_t. A micro-batch is
+only a memory knob: denominators are those of the whole optimizer step (`Totals`). `loss_and_metrics` is the one way in,
+from log-probs or from hidden states.
 """
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from minirl.errors import InputError
-from minirl.kernels import TokenLoss, linear_policy_loss, linear_token_logprobs, token_loss
-from minirl.kernels.per_token import GUARD, guarded_exp, importance_weight, k3
+from minirl.kernels import TokenInputs, TokenLoss, linear_policy_terms, linear_token_logprobs, token_loss
+from minirl.kernels.per_token import TOKEN_IMPORTANCES, TOKEN_LEVELS, Terms, guarded_exp, importance_weight
+from minirl.loss_metrics import Over, derived, distance_metrics, mismatch_metrics, ratio_metrics, value_metrics
 
 
 @dataclass(frozen=True)
 class PolicyLoss(TokenLoss):
-    """The options of the policy loss; they are orthogonal."""
+    """Choose a policy loss; the options are orthogonal."""
 
     ratio_level: Literal["token", "seq_mean", "seq_sum", "none"] = "token"
     """ρ of a token (PPO), from the mean (GSPO) or the sum (RLOO) of its row's log-ratios, or 1 (REINFORCE)."""
@@ -67,12 +69,24 @@ class PolicyLoss(TokenLoss):
                 raise InputError(f"PolicyLoss: {rule}; got {got}")
 
 
-# ---- aggregation -----------------------------------------------------------------------------------------------------
+# ---- inputs and weights ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Hold the constants of the loss, of B rows with at most T tokens. Nothing under mask 0, NaN included, is read."""
+
+    advantages: Tensor  # [B] or [B, T]
+    mask: Tensor  # [B, T], 1 where a token counts
+    old_logp: Tensor | None = None  # [B, T]; None: ρ = 1, a single on-policy update
+    ref_logp: Tensor | None = None  # [B, T]; may be None if options.kl is "none"
+    rollout_logp: Tensor | None = None  # [B, T], the sampler's
+    group_ids: Tensor | None = None  # [B]
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What only the whole optimizer step knows; each of its micro-batches gets the same one."""
+    """Hold the counts that only the whole optimizer step knows; each of its micro-batches gets the same ones."""
 
     sequences: int  # rows with at least one counted token
     tokens: int  # counted tokens
@@ -80,11 +94,11 @@ class Totals:
     group_ids: Tensor | None = None  # [K] sorted ids of the step's groups
     group_tokens: Tensor | None = None  # [K] counted tokens of each
     entropy_floor: float | None = None  # the entropy_quantile of the step: tokens below it are not trained on
-    scored: int | None = None  # counted tokens that are really computed, the denominator of metrics; None: all
+    metric_tokens: int | None = None  # the denominator of metrics where not all counted tokens are computed
 
     @classmethod
     def of(cls, mask, group_ids=None, entropy=None, entropy_quantile=None) -> "Totals":
-        """mask [B, T] and group_ids [B] of the whole step; entropy [B, T] and its quantile where that option is on."""
+        """Count mask [B, T] and group_ids [B] of the whole step; entropy [B, T] where its quantile is an option."""
         keep = mask.bool()
         lengths, ids, group_tokens, floor = keep.sum(1), None, None, None
         if group_ids is not None:
@@ -95,9 +109,13 @@ class Totals:
         groups = 0 if ids is None else int((group_tokens > 0).sum())
         return cls(int((lengths > 0).sum()), int(lengths.sum()), groups, ids, group_tokens, floor)
 
-    def scoring(self, tokens: int) -> "Totals":
-        """The same step when rows without gradient are left out: metrics are means over the `tokens` that remain."""
-        return replace(self, scored=tokens)
+    @property
+    def length(self) -> float:
+        return self.tokens / max(self.sequences, 1)  # the mean
+
+    def measured_over(self, tokens: int) -> "Totals":
+        """Let metrics be means over `tokens`, those that are computed; the loss is the same."""
+        return replace(self, metric_tokens=tokens)
 
 
 def _quantile(x: Tensor, share: float) -> float:
@@ -108,7 +126,7 @@ def _quantile(x: Tensor, share: float) -> float:
 
 
 def aggregation_weights(mask, options: PolicyLoss, totals: Totals, group_ids=None, dtype=torch.float32) -> Tensor:
-    """w [B, T], the weight of a token in the loss, with m = mask, L_i the counted tokens of row i, N those of the step:
+    """Give w [B, T], the weight of a token in the loss; m = mask, L_i the counted tokens of row i, N those of the step:
 
     seq_mean m/(N_seq·L_i) (2402.03300 eq. 3), token_mean m/N_tok (2503.14476), seq_sum_const m/(N_seq·L_const)
     (2503.20783), seq_sum m/N_seq, group_token_mean m/(N_groups·N_tok(g)).
@@ -136,7 +154,7 @@ def _group_tokens(group_ids, totals: Totals) -> Tensor:  # [B]
     return totals.group_tokens[torch.searchsorted(totals.group_ids, group_ids)]
 
 
-# ---- log-ratios of rows ----------------------------------------------------------------------------------------------
+# ---- ratios and weights of rows --------------------------------------------------------------------------------------
 
 
 def _row_sum(x, keep):  # [B, T]: every entry holds the sum of its row
@@ -155,186 +173,187 @@ LEVELS = {  # (log-ratio of the tokens, mask) -> log-ratio
 }
 
 
+def _waits_for_rows(o: PolicyLoss, old_logp) -> bool:
+    """Tell whether the loss of a token depends on the policy's log-probs of other tokens."""
+    if o.opsm_delta is not None or o.entropy_quantile is not None:
+        return True
+    if old_logp is None:  # every ratio is 1; the sampler's weights are taken against the policy itself
+        return o.importance not in TOKEN_IMPORTANCES
+    return o.ratio_level not in TOKEN_LEVELS
+
+
+def _sampler_weights(o: PolicyLoss, log_ratio, keep):
+    """Give u = exp(ℓo − ℓb) at the level of the importance weight, the weight, and where it was set to 0."""
+    level, _, mode = o.importance.partition("_")
+    levels = {"none": "token", "token": "token", "seq": "seq_sum", "geo": "seq_mean"}
+    u, _ = guarded_exp(LEVELS[levels[level]](log_ratio, keep))
+    weight, outside = importance_weight(u, mode or "truncate", o)
+    return u, (~outside).to(weight) if level == "geo" else weight, outside
+
+
+def _row_factors(o: PolicyLoss, x: LossInputs, logp, entropy, totals: Totals):
+    """Give what whole rows decide: the log-ratio, None where each token has its own; a constant factor of S, namely
+    importance weight × off-policy sequence mask (2512.02556 §3.1) × top-entropy mask; and what that mask drops."""
+    log_ratio, omega, dropped = None, torch.ones_like(x.advantages), None
+    old = logp if x.old_logp is None else x.old_logp
+    if o.ratio_level not in TOKEN_LEVELS and x.old_logp is not None:
+        log_ratio = LEVELS[o.ratio_level](logp - old, x.mask)
+    if o.importance not in TOKEN_IMPORTANCES:
+        omega = _sampler_weights(o, old - x.rollout_logp, x.mask)[1]
+    if o.opsm_delta is not None:
+        drift = (old if x.rollout_logp is None else x.rollout_logp) - logp
+        dropped = (x.advantages < 0) & (_row_mean(drift, x.mask) > o.opsm_delta)
+        omega = omega.masked_fill(dropped, 0)
+    if o.entropy_quantile is not None and totals.tokens:
+        omega = omega.masked_fill(entropy < totals.entropy_floor, 0)
+    return log_ratio, omega, dropped
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """One call's tensors [B, T]: constant, and 0 under the mask."""
+class Sweep(NamedTuple):
+    """Hold what one pass over the tokens found, [B, T] each."""
 
-    keep: Tensor
-    totals: Totals
-    A: Tensor | None = None
-    logp: Tensor | None = None
-    old: Tensor | None = None
-    ref: Tensor | None = None
-    rollout: Tensor | None = None
+    gradient: Tensor  # a scalar worth 0 whose gradient is that of the loss
+    logp: Tensor
+    entropy: Tensor | None
+    terms: Terms
+    computed: Tensor  # bool: the tokens that can have a gradient, which metrics are about
+
+
+class LogProbs(NamedTuple):
+    """Hold the policy's log-probs and, if an option needs them, entropies of the tokens, [B, T]; both with gradient."""
+
+    logp: Tensor
     entropy: Tensor | None = None
-    computed: Tensor | None = None  # the tokens that metrics are about, where those are not all
 
-    @property
-    def counted(self):
-        return self.keep if self.computed is None else self.computed
+    def known(self, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Give log-probs and entropies before the sweep; `wanted`: make them where they are not at hand."""
+        return self
 
-    def mean(self, x):  # over the tokens of the step, so that the means of its micro-batches add up
-        return torch.where(self.counted, x, 0).sum(dtype=torch.float64) / max(self.scored, 1)
+    def sweep(self, o: PolicyLoss, tokens: TokenInputs, logp: Tensor, entropy: Tensor | None) -> Sweep:
+        """Evaluate the loss of each token; logp and entropy are those of `known`, 0 under the mask and detached."""
+        t, on = token_loss(o, logp, entropy, tokens), tokens.weights != 0
 
-    @property
-    def scored(self):
-        return self.totals.tokens if self.totals.scored is None else self.totals.scored
+        def slope(by, x, x0):  # worth 0, and its gradient is `by`
+            return (by * (torch.where(on, x.to(by.dtype), 0) - x0)).sum()
 
-    def max(self, x):
-        return torch.where(self.counted, x, -math.inf).amax() if x.numel() else x.new_tensor(-math.inf)
+        gradient = slope(t.c, self.logp, logp)
+        if o.entropy_coef:
+            gradient = gradient + slope(t.e, self.entropy, entropy)
+        return Sweep(gradient, logp, entropy, t, on)
+
+
+class HiddenStates(NamedTuple):
+    """Hold the hidden states that predict the tokens, and the head: no logits of all tokens exist at once."""
+
+    hidden: Tensor  # [M, D], with gradient
+    weight: Tensor  # [V, D], with gradient
+    targets: Tensor  # [M]
+    present: Tensor  # bool [B, T]: where the M tokens stand, row by row; a row without gradient need not be there
+    head: dict  # temperature, kept and active of linear_token_logprobs
+
+    def _grid(self, x: Tensor) -> Tensor:  # [M] -> [B, T]
+        return x.new_zeros(self.present.shape).masked_scatter(self.present, x)
+
+    @torch.no_grad()
+    def known(self, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+        if not wanted:
+            return None, None
+        found = linear_token_logprobs(self.hidden, self.weight, self.targets, **self.head)
+        return self._grid(found[0]), self._grid(found[1])
+
+    def sweep(self, o: PolicyLoss, tokens: TokenInputs, logp: Tensor | None, entropy: Tensor | None) -> Sweep:
+        flat = tokens.map(lambda x: x[self.present])
+        loss, *found, t = linear_policy_terms(self.hidden, self.weight, self.targets, flat, o, **self.head)
+        # What was known before holds for all tokens of a row, which its ratio needs; the sweep skips some of them.
+        logp, entropy = map(self._grid, found) if logp is None else (logp, entropy)
+        computed = with_gradient((tokens.weights != 0) & self.present, tokens.advantages, o)
+        return Sweep(loss - loss.detach(), logp, entropy, Terms(*map(self._grid, t)), computed)
+
+
+def loss_and_metrics(
+    policy: LogProbs | HiddenStates, inputs: LossInputs, options: PolicyLoss, totals: Totals | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give loss = Σ_t w_t [ω_t·S_t + β·K_t + β_old·(ρ_t − 1 − log ρ_t) − α·H_t], to be minimised, and its metrics.
+
+    One sweep over the tokens makes loss, gradient and what the metrics are made of; from hidden states a second sweep
+    over the head comes before it where the loss of a token depends on the log-probs of its row. There metrics are means
+    over the tokens that can have a gradient: no other is computed.
+    The gradient of a sequence ratio is token-local, ∂ρ/∂ℓ_t = ρ, as in GSPO-token (2507.18071). For advantages [B] the
+    loss is the function that has this gradient: a product of ratios (seq_sum) is the ratio of one action, the whole
+    row, so its surrogate counts once a row and not once a token.
+    totals=None: these rows are the whole optimizer step. Otherwise they are one of its micro-batches, and their losses
+    and gradients add up; `combine_metrics` adds up the metrics.
+    """
+    o, keep, dtype = options, inputs.mask.bool(), torch.promote_types(policy[0].dtype, torch.float32)
+    logp, entropy = policy.known(_waits_for_rows(o, inputs.old_logp))
+    _check(o, inputs, logp, entropy, totals)
+    whole_step = totals is None
+    totals = Totals.of(keep, inputs.group_ids, entropy, o.entropy_quantile) if whole_step else totals
+
+    def fill(x):  # selected, not multiplied: 0 · NaN is NaN
+        return None if x is None else torch.where(keep, x.detach().to(dtype), 0)
+
+    A = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None].expand(keep.shape)
+    A, old, ref, rollout = map(fill, (A, inputs.old_logp, inputs.ref_logp, inputs.rollout_logp))
+    x, logp, entropy = LossInputs(A, keep, old, ref, rollout), fill(logp), fill(entropy)
+    log_ratio, omega, dropped = _row_factors(o, x, logp, entropy, totals)
+    w = aggregation_weights(keep, o, totals, inputs.group_ids, dtype)
+    sweep = policy.sweep(o, TokenInputs(A, w, old, ref, rollout, log_ratio, omega), logp, entropy)
+    totals = totals.measured_over(int(sweep.computed.sum())) if whole_step else totals
+    with torch.no_grad():
+        metrics = _metrics(o, x, sweep, dropped, totals)
+    # The value is that of the metrics: the sum over tokens would count the S of a row once for each of its tokens.
+    return metrics["loss/total"].to(sweep.gradient) + sweep.gradient, metrics
 
 
 def policy_loss(
     logp, old_logp, ref_logp, advantages, mask, options, *, entropy=None, rollout_logp=None, group_ids=None, totals=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """loss = Σ_t w_t [ω_t·S_t + β·K_t + β_old·(ρ_t − 1 − log ρ_t) − α·H_t], to be minimised, and its metrics.
-
-    logp and entropy [B, T] carry the gradient; old_logp, ref_logp, rollout_logp [B, T], advantages [B] or [B, T],
-    mask [B, T] and group_ids [B] are constants. old_logp=None takes sg[logp]: ρ = 1, a single on-policy update.
-    ref_logp may be None if options.kl is "none". Nothing under mask 0, NaN included, reaches loss or gradient.
-    The gradient of a sequence ratio is token-local, ∂ρ/∂ℓ_t = ρ, as in GSPO-token (2507.18071). For advantages [B] the
-    loss is the function that has this gradient: a product of ratios (seq_sum) is the ratio of one action, the whole
-    row, so its surrogate counts once a row and not once a token.
-    totals=None: this batch is the whole optimizer step. Otherwise it is one of its micro-batches, and their losses
-    and gradients add up; `combine_metrics` adds up the metrics.
-    """
-    tensors = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp, "entropy": entropy}
-    b, w = _batch(options, advantages, mask, group_ids, totals, logp=logp, **tensors)
-    terms, metrics = _terms(b, w, options)
-
-    def slope(by, x, x0):  # worth 0, and its gradient is `by`
-        return (by * (torch.where(b.keep, x.to(by.dtype), 0) - x0)).sum()
-
-    loss = metrics["loss/total"] + slope(terms.c, logp, b.logp)
-    if options.entropy_coef:
-        loss = loss + slope(terms.e, entropy, b.entropy)
-    return loss, metrics
-
-
-def head_policy_loss(
-    hidden,
-    weight,
-    targets,
-    present,
-    old_logp,
-    ref_logp,
-    advantages,
-    mask,
-    options,
-    *,
-    rollout_logp=None,
-    group_ids=None,
-    totals=None,
-    temperature=1.0,
-    kept=None,
-    active=None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`policy_loss` from hidden states [M, D] and the head's weight [V, D], without logits of all tokens at once.
-
-    targets [M] and `kept` belong to the tokens that are `present` [B, T], row by row; only the first `active` of V ids
-    have probability (None = all); the rest is as in `policy_loss`.
-    One sweep over the head makes loss and gradient; a second one comes before it where the loss of a token depends on
-    the log-probs of its row. Metrics are means over the tokens that can have a gradient: no other is computed.
-    """
-
-    def grid(x):
-        return x.new_zeros(present.shape).masked_scatter(present, x)
-
-    def flat(x):
-        return None if x is None else x[present]
-
-    o, logp, entropy, head = options, None, None, {"temperature": temperature, "kept": kept, "active": active}
-    if _waits_for_rows(o, old_logp):
-        with torch.no_grad():
-            logp, entropy = map(grid, linear_token_logprobs(hidden, weight, targets, **head))
-    tensors = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    b, w = _batch(o, advantages, mask, group_ids, totals, logp=logp, entropy=entropy, dtype=dtype, **tensors)
-    inputs = {"advantages": b.A, "weights": w, "old_logp": b.old, "ref_logp": b.ref, **_of_rows(b, o)}
-    inputs = {name: flat(x) for name, x in inputs.items()}
-    loss, *computed = linear_policy_loss(hidden, weight, targets, options=o, **inputs, **head)
-    with torch.no_grad():
-        counted = with_gradient(b.keep & present, b.A, o)
-        totals = b.totals if b.totals.scored is not None else b.totals.scoring(int(counted.sum()))
-        if b.logp is None:
-            logp, entropy = (torch.where(b.keep, grid(x), 0) for x in computed)
-            b = replace(b, logp=logp, entropy=entropy, old=logp if b.old is None else b.old)
-        metrics = _terms(replace(b, computed=counted, totals=totals), w, o)[1]
-    return metrics["loss/total"].to(loss) + (loss - loss.detach()), metrics  # the kernel knows no rows to count once
+    """Call `loss_and_metrics` on log-probs: logp and entropy [B, T] carry the gradient, the others are `LossInputs`."""
+    inputs = LossInputs(advantages, mask, old_logp, ref_logp, rollout_logp, group_ids)
+    return loss_and_metrics(LogProbs(logp, entropy), inputs, options, totals)
 
 
 def with_gradient(mask, advantages, o: PolicyLoss) -> Tensor:
-    """bool [B, T]: the counted tokens whose gradient is not zero for certain; advantages are [B] or [B, T]."""
+    """Mark [B, T] the counted tokens whose gradient is not zero for certain; advantages are [B] or [B, T]."""
     A = advantages if advantages.dim() == 2 else advantages[:, None]
     return mask.bool() & (A != 0) if o.follows_advantage else mask.bool()
 
 
-def _waits_for_rows(o: PolicyLoss, old_logp) -> bool:
-    """Whether the loss of a token depends on the policy's log-probs of other tokens."""
-    if o.opsm_delta is not None or o.entropy_quantile is not None:
-        return True
-    if old_logp is None:  # every ratio is 1; the sampler's weights are taken against the policy itself
-        return o.importance.startswith(("seq", "geo"))
-    return o.ratio_level.startswith("seq")
+def _metrics(o: PolicyLoss, x: LossInputs, sweep: Sweep, dropped, totals: Totals) -> dict[str, Tensor]:
+    t, logp, counted = sweep.terms, sweep.logp, sweep.computed
+    old = logp if x.old_logp is None else x.old_logp
+    # Every token of a row holds the S of the whole row; is_pg has a term for each, −A·ℓ_t times a constant.
+    once_a_row = o.ratio_level == "seq_sum" and o.surrogate != "is_pg"
+    policy = t.policy / x.mask.sum(1, keepdim=True).clamp(min=1) if once_a_row else t.policy
+    metrics = {"loss/policy": policy.sum(), "loss/kl": t.kl.sum(), "loss/entropy": t.entropy.sum()}
+    metrics["loss/total"] = sum(metrics.values())
+
+    over = Over(counted, totals.tokens if totals.metric_tokens is None else totals.metric_tokens)
+    metrics |= ratio_metrics(over, LEVELS[o.ratio_level](logp - old, x.mask), t)
+    metrics |= distance_metrics(over, logp, sweep.entropy, old, x.ref_logp, totals.length)
+    if x.rollout_logp is not None:
+        u, _, outside = _sampler_weights(o, old - x.rollout_logp, x.mask)
+        metrics |= mismatch_metrics(over, old - x.rollout_logp, u, outside)
+    if dropped is not None:
+        metrics["opsm/masked_frac"] = over.mean(dropped)
+    return derived(metrics)
 
 
-def _batch(o: PolicyLoss, advantages, mask, group_ids, totals, logp, old_logp, entropy, dtype=None, **others):
-    """Checked tensors [B, T], 0 under the mask and without gradient; and the weights w [B, T]."""
-    keep = mask.bool()
-    tensors = {"logp": logp, "old_logp": old_logp, "entropy": entropy, **others}
-    _check(o, keep, advantages, group_ids, totals, **tensors)
-    dtype = dtype or torch.promote_types(logp.dtype, torch.float32)
-    totals = Totals.of(keep, group_ids, entropy, o.entropy_quantile) if totals is None else totals
-    A = advantages if advantages.dim() == 2 else advantages[:, None].expand(keep.shape)
-
-    def fill(x):
-        return None if x is None else torch.where(keep, x.detach().to(dtype), 0)
-
-    old_logp = logp if old_logp is None else old_logp
-    constants = (A, logp, old_logp, others["ref_logp"], others["rollout_logp"], entropy)
-    return _Batch(keep, totals, *map(fill, constants)), aggregation_weights(keep, o, totals, group_ids, dtype)
-
-
-def _of_rows(b: _Batch, o: PolicyLoss) -> dict[str, Tensor | None]:
-    """What `token_loss` takes beside the log-probs: ratios and weights of rows, as far as they are known."""
-    if b.logp is None and (b.old is None or o.importance.startswith("token")):
-        return {"rollout_logp": b.rollout}
-    inputs = {"omega": _omega(b, o)[0]}
-    return inputs if b.logp is None else inputs | {"log_ratio": LEVELS[o.ratio_level](b.logp - b.old, b.keep)}
-
-
-def _terms(b: _Batch, w, o: PolicyLoss):
-    """Every token's terms, and the metrics."""
-    omega, metrics = _omega(b, o)
-    lr = LEVELS[o.ratio_level](b.logp - b.old, b.keep)
-    t = token_loss(o, b.logp, b.entropy, b.A, w, old_logp=b.old, ref_logp=b.ref, log_ratio=lr, omega=omega)
-    policy = t.policy / b.keep.sum(1, keepdim=True).clamp(min=1) if _once_a_row(o) else t.policy
-    parts = {"loss/policy": policy.sum(), "loss/kl": t.kl.sum(), "loss/entropy": t.entropy.sum()}
-    parts["loss/total"] = sum(parts.values())
-    metrics = parts | _ratio_metrics(b, lr, t.ratio, t.cut) | _kl_metrics(b, b.logp - b.old) | metrics
-    return t, _derive(metrics)
-
-
-def _once_a_row(o: PolicyLoss) -> bool:
-    """Whether every token of a row holds the S of the whole row; is_pg has a term for each, −A·ℓ_t times a constant."""
-    return o.ratio_level == "seq_sum" and o.surrogate != "is_pg"
-
-
-def _check(o: PolicyLoss, keep, advantages, group_ids, totals, logp, entropy, **others):
-    full, rows = keep.shape, keep.shape[:1]
+def _check(o: PolicyLoss, x: LossInputs, logp, entropy, totals) -> None:
+    full, rows = x.mask.shape, x.mask.shape[:1]
     fits = {"advantages": (full, rows), "group_ids": (rows,)}
-    given = {"advantages": advantages, "group_ids": group_ids, "logp": logp, "entropy": entropy, **others}
-    for name, x in given.items():
-        if x is not None and x.shape not in fits.get(name, (full,)):
-            raise InputError(f"policy_loss: {name} is {list(x.shape)}, mask [B, T] is {list(full)}; make them fit")
+    for name, value in ({"logp": logp, "entropy": entropy} | vars(x)).items():
+        if value is not None and value.shape not in fits.get(name, (full,)):
+            raise InputError(f"policy_loss: {name} is {list(value.shape)}, mask [B, T] is {list(full)}; make them fit")
     step = totals is None or not totals.tokens or totals.entropy_floor is not None
-    ref, rollout, known = others["ref_logp"], others["rollout_logp"], entropy is not None or logp is None
+    known = entropy is not None or logp is None  # hidden states have their entropy
     for fine, need in (
-        (ref is not None or o.kl == "none", f"kl={o.kl!r} needs ref_logp; pass it or set kl='none'"),
-        (rollout is not None or o.importance == "none", "importance needs rollout_logp; pass it or set 'none'"),
+        (x.ref_logp is not None or o.kl == "none", f"kl={o.kl!r} needs ref_logp; pass it or set kl='none'"),
+        (x.rollout_logp is not None or o.importance == "none", "importance needs rollout_logp; pass it or set 'none'"),
         (known or not o.entropy_coef, "entropy_coef needs entropy; pass it or set 0"),
         (known or o.entropy_quantile is None, "entropy_quantile needs entropy; pass it or set None"),
         (step or o.entropy_quantile is None, "entropy_quantile is one of the whole step; pass it to Totals.of"),
@@ -343,117 +362,15 @@ def _check(o: PolicyLoss, keep, advantages, group_ids, totals, logp, entropy, **
             raise InputError(f"policy_loss: {need}")
 
 
-def _omega(b: _Batch, o: PolicyLoss):
-    """ω = importance weight × off-policy sequence mask × top-entropy mask, a constant factor of S alone; metrics."""
-    omega, metrics = torch.ones_like(b.A), {}
-    if b.rollout is not None:
-        lr, (level, _, mode) = b.old - b.rollout, o.importance.partition("_")
-        u, _ = guarded_exp(LEVELS[{"seq": "seq_sum", "geo": "seq_mean"}.get(level, "token")](lr, b.keep))
-        weight, outside = importance_weight(u, mode, o)
-        if o.importance != "none":
-            omega = (~outside).to(weight) if level == "geo" else weight
-        metrics = _mismatch_metrics(b, lr, u, outside)
-    if o.opsm_delta is not None:
-        source = b.old if b.rollout is None else b.rollout
-        drop = (b.A < 0) & (_row_mean(source - b.logp, b.keep) > o.opsm_delta)
-        omega, metrics["opsm/masked_frac"] = omega.masked_fill(drop, 0), b.mean(drop)
-    if o.entropy_quantile is not None and b.totals.tokens:
-        omega = omega.masked_fill(b.entropy < b.totals.entropy_floor, 0)
-    return omega, metrics
-
-
-# ---- metrics: token means over the whole step ------------------------------------------------------------------------
-
-
-def _outside_band(ratio):
-    return (ratio < 0.9) | (ratio > 1.1)
-
-
-def _ratio_metrics(b: _Batch, lr, ratio, cut) -> dict[str, Tensor]:
-    high, low, dual = cut
-    rows = _Batch(b.counted.any(1, keepdim=True).expand_as(b.keep), b.totals)
-    return {
-        "clip/high": b.mean(high),
-        "clip/low": b.mean(low),
-        "clip/dual": b.mean(dual),
-        "clip/frac": b.mean(high | low | dual),
-        "clip/seq_high_max": rows.max(_row_mean(high.to(lr), b.counted)),
-        "clip/seq_low_min": -rows.max(-_row_mean(low.to(lr), b.counted)),
-        "ratio/mean": b.mean(ratio),
-        "_ratio/square": b.mean((ratio.double() - 1) ** 2),  # around 1, where ratios are: no digits cancel
-        "ratio/min": -b.max(-ratio),
-        "ratio/max": b.max(ratio),
-        "ratio/outside": b.mean(_outside_band(ratio)),
-        "ratio/guarded": b.mean(lr.abs() > GUARD),
-    }
-
-
-def _kl_metrics(b: _Batch, token_lr) -> dict[str, Tensor]:
-    metrics = {"kl_old/k1": b.mean(-token_lr), "kl_old/k3": b.mean(k3(-token_lr)[0])}
-    if b.ref is not None:
-        d = b.logp - b.ref
-        length = b.totals.tokens / max(b.totals.sequences, 1)
-        metrics |= {"kl_ref/k1": b.mean(d), "kl_ref/k3": b.mean(k3(d)[0]), "kl_ref/seq_k1": b.mean(d) * length}
-    return metrics if b.entropy is None else metrics | {"entropy": b.mean(b.entropy)}
-
-
-def _mismatch_metrics(b: _Batch, lr, u, outside) -> dict[str, Tensor]:
-    return {
-        "tis/mean": b.mean(u),
-        "_tis/square": b.mean(u.double() ** 2),
-        "tis/max": b.max(u),
-        "tis/masked_frac": b.mean(outside),
-        "mismatch/abs_mean": b.mean(lr.abs()),
-        "mismatch/abs_max": b.max(lr.abs()),
-        "mismatch/k3": b.mean(k3(-lr)[0]),
-        "mismatch/outside": b.mean(_outside_band(guarded_exp(lr)[0])),
-    }
-
-
-def _explained_variance(m):
-    variance = m["_value/return_square"] - m["_value/return"] ** 2
-    residual = m["_value/error_square"] - m["_value/error"] ** 2
-    return torch.where(variance > 1e-12 * m["_value/return_square"], 1 - residual / variance, math.nan)
-
-
-DERIVED = {  # what no sum, min or max over micro-batches gives, from moments (keys with a leading _) that do add up
-    "ratio/std": ("_ratio/square", lambda m: (m["_ratio/square"] - (m["ratio/mean"] - 1) ** 2).clamp(min=0).sqrt()),
-    "tis/ess": ("_tis/square", lambda m: m["tis/mean"] ** 2 / m["_tis/square"]),  # (Σu)²/(N·Σu²)
-    "value/explained_var": ("_value/error", _explained_variance),  # 1 − Var(R − V)/Var(R)
-}
-
-
-def _derive(metrics):
-    derived = {name: rule(metrics) for name, (moment, rule) in DERIVED.items() if moment in metrics}
-    return {name: value.detach() for name, value in (metrics | derived).items()}
-
-
-def combine_metrics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The metrics of an optimizer step from those of its micro-batches: sums, except for …min, …max and DERIVED.
-
-    NaN stands for the extremes and the spread of no token at all.
-    """
-    step = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        values = torch.stack([part[name].double() for part in parts if name in part])
-        if name.endswith(("min", "max")):
-            extreme, empty = (values.amin(), math.inf) if name.endswith("min") else (values.amax(), -math.inf)
-            step[name] = extreme.masked_fill(extreme == empty, math.nan)
-        else:
-            step[name] = values.sum()
-    return {name: value.item() for name, value in _derive(step).items() if not name.startswith("_")}
-
-
 # ---- critic, controllers ---------------------------------------------------------------------------------------------
 
 
 def value_loss(values, old_values, returns, mask, clip: float | None = 0.2, totals: Totals | None = None):
-    """½·mean_t max((V − R)², (clip(V, V_old ± ε) − R)²), and its metrics; clip=None is the plain square.
+    """Give ½·mean_t max((V − R)², (clip(V, V_old ± ε) − R)²) and its metrics; clip=None is the plain square.
 
     values [B, T] carry the gradient; old_values (unused where clip is None), returns and mask [B, T] are constants.
     """
-    keep = mask.bool()
-    b = _Batch(keep, Totals.of(keep) if totals is None else totals)
+    keep, totals = mask.bool(), Totals.of(mask) if totals is None else totals
     dtype = torch.promote_types(values.dtype, torch.float32)
     v, R = torch.where(keep, values.to(dtype), 0), torch.where(keep, returns, 0)
     square, cut = (v - R) ** 2, torch.zeros_like(keep)
@@ -462,69 +379,15 @@ def value_loss(values, old_values, returns, mask, clip: float | None = 0.2, tota
         clipped = (old + (v - old).clamp(-clip, clip) - R) ** 2
         cut = clipped > square
         square = torch.where(cut, clipped, square)
-    loss = 0.5 * square.sum() / max(b.totals.tokens, 1)
-    v, R = v.detach().double(), R.double()
-    metrics = {"loss/value": loss, "value/mean": b.mean(v), "value/clip_frac": b.mean(cut)}
-    metrics |= {"_value/return": b.mean(R), "_value/return_square": b.mean(R**2)}
-    metrics |= {"_value/error": b.mean(R - v), "_value/error_square": b.mean((R - v) ** 2)}
-    return loss, _derive(metrics)
+    loss = 0.5 * square.sum() / max(totals.tokens, 1)
+    return loss, derived({"loss/value": loss} | value_metrics(Over(keep, totals.tokens), v, R, cut))
 
 
 def adaptive_kl_ziegler(beta: float, kl: float, *, episodes: int, target: float = 6.0, horizon: int = 10_000) -> float:
-    """β·(1 + episodes/horizon·clip(KL/target − 1, ±0.2)), KL being the mean of sequence sums (1909.08593 §2.2)."""
+    """Give β·(1 + episodes/horizon·clip(KL/target − 1, ±0.2)), KL the mean of sequence sums (1909.08593 §2.2)."""
     return beta * (1 + episodes / horizon * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def adaptive_kl_ppo(beta: float, kl: float, *, target: float) -> float:
-    """β/2 where KL < target/1.5, 2β where KL > 1.5·target (1707.06347 §4)."""
+    """Give β/2 where KL < target/1.5, 2β where KL > 1.5·target (1707.06347 §4)."""
     return beta / 2 if kl < target / 1.5 else beta * 2 if kl > target * 1.5 else beta
-
-
-# ---- presets ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Preset:
-    """An algorithm: an advantage, a policy loss, and what it asks of the training loop."""
-
-    advantage: str  # a function of minirl.advantages
-    loss: PolicyLoss = PolicyLoss()
-    critic: bool = False  # train a value model
-    epochs: int = 1  # passes over a rollout
-    mini_batches: int = 1  # updates a pass; 4 where it is the ratio, 1 in a single update, that makes the algorithm
-    kl_in_reward: float = 0.0  # β of the k1 penalty in the reward
-    adaptive_kl: Literal["none", "ziegler", "ppo_penalty"] = "none"  # controller of the KL weight
-    truncation: Literal["keep", "mask", "penalty"] = "keep"  # a cut completion keeps its reward, leaves, or pays
-    dynamic_sampling: bool = False  # sample on until enough groups have a reward variance
-    overlong_punishment: bool = False  # add `overlong_penalty` to the reward
-    drop_zero_advantage: bool = False  # rows with A = 0 leave the mask, and so the denominators
-
-
-_PLAIN = PolicyLoss(ratio_level="none", surrogate="is_pg", aggregation="seq_sum")
-_PENALTY = PolicyLoss(eps_low=math.inf, eps_high=math.inf, kl_old_coef=1.0)
-_GRPO = PolicyLoss(kl="k3", kl_coef=0.04, aggregation="seq_mean")
-_DR_GRPO = PolicyLoss(aggregation="seq_sum_const", const_length=3000)
-_GSPO = PolicyLoss(ratio_level="seq_mean", eps_low=3e-4, eps_high=4e-4, aggregation="seq_mean")
-_V32 = PolicyLoss(kl="k3_is", kl_coef=0.001, opsm_delta=0.5, aggregation="seq_mean")
-
-PRESETS: dict[str, Preset] = {
-    "reinforce": Preset("reinforce", _PLAIN, kl_in_reward=0.05),
-    "rloo": Preset("rloo", _PLAIN, kl_in_reward=0.05),
-    "reinforce++": Preset("reinforce_pp", kl_in_reward=0.05),
-    "ppo": Preset("gae", critic=True, epochs=4, kl_in_reward=0.05),
-    "ppo_penalty": Preset("gae", _PENALTY, critic=True, epochs=4, adaptive_kl="ppo_penalty"),
-    "ppo_actor_only": Preset("reinforce", epochs=4),
-    "grpo": Preset("grpo", _GRPO),
-    "grpo_ps": Preset("grpo_process", _GRPO),
-    "dr_grpo": Preset("grpo_mean", _DR_GRPO),
-    "dapo": Preset("grpo", PolicyLoss(eps_high=0.28), mini_batches=4, dynamic_sampling=True, overlong_punishment=True),
-    "gspo": Preset("grpo", _GSPO, mini_batches=4),
-    "gspo_token": Preset("grpo_process", _GSPO, mini_batches=4),
-    "cispo": Preset("grpo", PolicyLoss(surrogate="is_pg", w_max=5.0), mini_batches=4),
-    "sapo": Preset("grpo", PolicyLoss(surrogate="sapo", aggregation="seq_mean"), mini_batches=4),
-    "scaling_grpo": Preset("grpo_mean", _V32, mini_batches=4),
-    "dual_clip": Preset("grpo", PolicyLoss(dual_clip=3.0, aggregation="seq_mean"), mini_batches=4),
-    "tis": Preset("grpo", PolicyLoss(importance="token_truncate", aggregation="seq_mean")),
-    "mis": Preset("grpo", PolicyLoss(importance="token_mask", importance_floor=0.5, aggregation="seq_mean")),
-    "online_rft": Preset("correct_only", PolicyLoss(ratio_level="none", surrogate="is_pg"), drop_zero_advantage=True),
-}

@@ -1,4 +1,4 @@
-"""Metrics of sampled answers: pass@k, maj@k, mean@k, and how far each is to be trusted."""
+"""Metrics of sampled answers: pass@k, maj@k and mean@k, with confidence intervals over prompts."""
 
 import itertools
 import math
@@ -11,8 +11,8 @@ from minirl.errors import InputError
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased chance that one of k samples is right, from n samples of which c are (Chen et al. 2107.03374, eq.
-    1).
+    """Return the unbiased estimate of the chance that at least one of k samples is right, from n samples of which c are
+    right (Chen et al. 2107.03374, eq. 1).
 
     1 − C(n−c, k) / C(n, k) = 1 − Π_{i=n−c+1}^{n} (1 − k/i); 1 if n − c < k. The plug-in 1 − (1 − c/n)^k is biased low.
     """
@@ -31,7 +31,7 @@ def majority_at_k(
     draws: int = 1000,
     seed: int = 0,
 ) -> float:
-    """The chance that the most frequent of k answers is right (self-consistency, Wang et al. 2203.11171; maj@k,
+    """Return the chance that the most frequent of k answers is right (self-consistency, Wang et al. 2203.11171; maj@k,
     Lewkowycz et al. 2206.14858).
 
     `answers` are the normalised answers to one prompt, None or "" where there is none: those do not vote, and with no
@@ -55,15 +55,15 @@ def majority_at_k(
     winners = (counts == counts.max(1, keepdims=True)) & (counts > 0)
     if ties == "first":
         place = (chosen[:, :, None].astype(bool) & given).argmax(1)  # [S, U], where an answer is given first
-        place = np.where(winners, place, n)
+        place = np.where(winners, place, n)  # n: behind all winners
         winners &= place == place.min(1, keepdims=True)
     good = np.array([value in right for value in values])
     return float(((winners & good).sum(1) / winners.sum(1).clip(1)).mean())
 
 
 def mean_at_k(correct: Sequence[float | None]) -> float:
-    """The mean accuracy of the k samples of one prompt: an estimate of pass@1. Samples without a score (None, NaN) are
-    left out.
+    """Return the mean accuracy of the k samples of one prompt, an estimate of pass@1. Samples without a score (None,
+    NaN) do not count; NaN where none has one.
     """
     values = _scored(correct)
     return float(values.mean()) if values.size else math.nan
@@ -72,8 +72,8 @@ def mean_at_k(correct: Sequence[float | None]) -> float:
 def bootstrap_ci(
     per_prompt_values: Sequence[float], level: float = 0.95, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean over prompts (Efron 1979): prompts are resampled, never single
-    completions.
+    """Return the percentile bootstrap interval of the mean over prompts (Efron 1979). Prompts are resampled, never
+    single completions, which depend on their prompt.
 
     Prompts without a value (NaN) are left out; with none left the interval is (NaN, NaN).
     """
@@ -89,7 +89,7 @@ def bootstrap_ci(
 
 
 def accuracy_interval(per_prompt_values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """`bootstrap_ci`, or where all values are 0 or all are 1, so that it would have no width, the exact binomial
+    """Return `bootstrap_ci`, or where it would have no width because all values are 0 or all are 1, the exact binomial
     interval over prompts (Clopper & Pearson 1934)."""
     values = _scored(per_prompt_values)
     if not values.size or values.min() != values.max() or values[0] not in (0, 1):
@@ -99,10 +99,11 @@ def accuracy_interval(per_prompt_values: Sequence[float], level: float = 0.95) -
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """The mean over prompts of first − second, and the ends of its 95 % bootstrap interval.
+    """Return the mean over prompts of first − second, and the ends of its 95 % bootstrap interval.
 
-    Both were measured on the same prompts, which are resampled as pairs: what makes a prompt hard for both cancels, so
-    the interval is narrower than those of the two means tell. Prompts where either has no value (NaN) are left out.
+    Both were measured on the same prompts, which are resampled as pairs: a prompt's difficulty is in both values and
+    cancels, so the interval is narrower than those of the two means. Prompts where either has no value (NaN) are left
+    out.
     """
     if len(first) != len(second):
         raise InputError(f"paired_difference: {len(first)} and {len(second)} values: give one a prompt for both.")
@@ -112,8 +113,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
 
 @lru_cache(maxsize=32)
 def _subsets(n: int, k: int, draws: int, seed: int) -> np.ndarray:
-    """[S, n] of 1 where the answer is in the subset and 0 elsewhere: all k-subsets, or `draws` random ones if there are
-    more. The same ones for every prompt: their answers are independent."""
+    """Return [S, n], 1 where an answer is in a subset: all k-subsets, or `draws` random ones if there are more. Every
+    prompt may use the same ones, because the answers of different prompts are independent."""
     if math.comb(n, k) <= draws:
         rows = np.array(list(itertools.combinations(range(n), k)))
     else:
@@ -124,5 +125,6 @@ def _subsets(n: int, k: int, draws: int, seed: int) -> np.ndarray:
 
 
 def _scored(values: Sequence[float | None]) -> np.ndarray:
+    """Return the values that are numbers, without None and NaN."""
     values = np.asarray(values, dtype=np.float64)  # None becomes NaN
     return values[~np.isnan(values)]

@@ -1,16 +1,14 @@
 """A dense decoder of the Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM2 and SmolLM3, read top to bottom.
 
 Parameter names are those of the Hugging Face checkpoints, so a state dict goes in and out as it is. The forward runs on
-a flat axis of N tokens and leaves the question of who sees whom to a layout (attention.py); it ends at the hidden
-states, so that the logits, [N, V], exist only where somebody asks for them. Left out on purpose: dropout, mixture of
-experts, tensor parallelism, fused projections.
+a flat axis of N tokens; a layout (attention.py) decides which tokens attend to which. It ends at the hidden states, so
+that the logits [N, V], the largest tensor of all, exist only where they are asked for. Left out on purpose: dropout,
+mixture of experts, tensor parallelism, fused projections.
 
 Shapes: N tokens, D width, H heads, K key-value heads, Dh head width, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,61 +16,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute
 
-from minirl.kernels.linear import TILE, at_least, tiled_product
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a checkpoint's config.json says, in this project's words (`checkpoint.read_config` translates)."""
-
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    model_type: str = "llama"
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
-    """The `rope_scaling` entry of config.json: rope_type linear, llama3 or yarn with its parameters."""
-    max_positions: int = 2048
-    tied: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()
-    """Sliding window of each layer in tokens, None = full attention; empty = full everywhere."""
-    rope_layers: tuple[bool, ...] = ()
-    """Whether a layer rotates its queries and keys; empty = all do."""
-    source: dict = field(default_factory=dict, compare=False)
-    """The config.json that this came from; written back with the weights."""
-
-    def window(self, layer: int) -> int | None:
-        return self.windows[layer] if self.windows else None
-
-    def rotates(self, layer: int) -> bool:
-        return self.rope_layers[layer] if self.rope_layers else True
-
-
-@dataclass(frozen=True)
-class ScalarHead:
-    """The head of a reward model or critic, and what its numbers mean; config.json holds it as `scalar_head`."""
-
-    layers: Literal["linear", "mlp"] = "linear"
-    """Linear, or Linear-ReLU-Linear."""
-    kind: Literal["value", "pairwise", "pointwise", "bce", "process"] = "value"
-    """What it was trained on."""
-    bias: float = 0.0
-    """Subtracted from every number: the mean score of a reference set, so that its like scores about 0."""
-    separator: str = "\n"
-    """What ends a step (kind process)."""
+from minirl.checkpoint import load_model, save_model
+from minirl.kernels.linear import TILE, pad_rows, tiled_product
+from minirl.model_config import ModelConfig, ScalarHead
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and one number a row for the backward pass; plain autograd would keep three fp32 copies of it."""
+    """RMSNorm that keeps its input and one number a row for the backward pass, where autograd would keep three fp32
+    copies of the input."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -84,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        """With n = x / rms(x) and g = dy · weight: dx = (g − n · mean(g · n)) / rms(x), d_weight = Σ dy · n."""
+        """Return dx = (g − n · mean(g · n)) / rms(x) and d_weight = Σ dy · n, with n = x / rms(x), g = dy · weight."""
         x, weight, scale = ctx.saved_tensors
         n, dy = x * scale, dy.to(scale.dtype)
         g = dy * weight
@@ -93,7 +44,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) · up; keeps the two inputs and makes silu(gate) again in the backward pass."""
+    """silu(gate) · up that keeps only its two inputs and computes silu(gate) again in the backward pass."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -116,12 +67,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x / rms(x) · weight, the root mean square in fp32 at least (Zhang & Sennrich 2019, eq. 4)."""
+        """Return x / rms(x) · weight, the root mean square in fp32 at least (Zhang & Sennrich 2019, eq. 4)."""
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """Angular frequency of each pair of a head, [Dh/2] fp32, and the factor on cos and sin (1 but for yarn)."""
+    """Return the angular frequency of each pair of a head, [Dh/2] fp32 in radians a position, and the factor on cos and
+    sin, which is 1 for all but yarn."""
+    # On the CPU even inside `with torch.device("meta")`, where a model is built before its weights are read.
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequency = 1.0 / config.rope_theta**half
     scaling = config.rope_scaling or {}
@@ -136,7 +89,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
 
 
 def _llama3(frequency: torch.Tensor, s: dict) -> torch.Tensor:
-    """Long wavelengths are slowed by `factor`, short ones kept, with a linear blend between (Llama 3.1)."""
+    """Slow down long wavelengths by `factor`, keep short ones, and blend linearly between (Llama 3.1)."""
     turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the original context
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -144,7 +97,7 @@ def _llama3(frequency: torch.Tensor, s: dict) -> torch.Tensor:
 
 
 def _yarn(frequency: torch.Tensor, s: dict, config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """NTK-by-parts interpolation and attention temperature (YaRN, Peng et al. 2309.00071, eq. 17-24)."""
+    """Interpolate NTK-by-parts, and find the attention temperature (YaRN, Peng et al. 2309.00071, eq. 17-24)."""
     factor, original = s["factor"], s.get("original_max_position_embeddings") or config.max_positions
 
     def pair_with_turns(turns: float) -> float:
@@ -168,7 +121,8 @@ def _yarn(frequency: torch.Tensor, s: dict, config: ModelConfig) -> tuple[torch.
 
 
 class _TiledLinear(torch.autograd.Function):
-    """x @ weight.T + bias in products of TILE rows; the gradient, which may differ by rounding, at once."""
+    """x @ weight.T + bias in products of TILE rows. The gradient, which may differ by rounding, is one
+    product."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -184,32 +138,38 @@ class _TiledLinear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [N, in] @ weight [out, in].T + bias, so that on a CPU a token's result does not depend on how many others share
-    its batch: whole tiles are multiplied one by one, other numbers of rows as multiples of MIN_ROWS."""
+    """Return x [N, in] @ weight [out, in].T + bias.
+
+    On a CPU a matrix library chooses its order of summation by the number of rows. So that a token's result does not
+    depend on how many others share its batch, whole tiles are multiplied one by one, and other numbers of rows are
+    padded to a multiple of MIN_ROWS."""
     if x.device.type == "cpu" and len(x) and len(x) % TILE == 0:
         return _TiledLinear.apply(x, weight, bias)
-    padded = at_least(x)
+    padded = pad_rows(x)
     return F.linear(padded, weight, bias)[: len(x)] if padded is not x else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
+    """nn.Linear by way of `linear`."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [N, heads, Dh] by cos, sin [N, 1, Dh]: halves are paired (RoFormer 2104.09864, as in
-    GPT-NeoX)."""
+    """Rotate the pairs (i, i + Dh/2) of x [N, heads, Dh] by angles with cos, sin [N, 1, Dh] (RoFormer 2104.09864; the
+    pairing is that of GPT-NeoX)."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    """Grouped-query attention on a layout, with rotary embedding and, for Qwen3, norms on queries and keys."""
+
+    def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
-        c = config
         self.layer, self.head_dim = layer, c.head_dim
-        self.window, self.rotates = c.window(layer), c.rotates(layer)
+        self.window, self.rotates = c.windows[layer] if c.windows else None, c.rotates(layer)
         self.q_proj = Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -240,6 +200,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One pre-norm layer: x + attention(norm(x)), then x + MLP(norm(x))."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
@@ -264,7 +226,7 @@ class Trunk(nn.Module):
 
 
 def _score(width: int, layers: str) -> nn.Module:
-    """The scalar head, under the names that other engines know: score.weight, or score.0 and score.2 of an MLP."""
+    """Make a scalar head under the names that other engines know: score.weight, or score.0 and score.2 of an MLP."""
     if layers == "linear":
         return nn.Linear(width, 1, bias=False)
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
@@ -277,8 +239,8 @@ class Transformer(nn.Module):
         """`scalar_head` True stands for the default `ScalarHead`."""
         super().__init__()
         self.config = config
-        # Ids from here on are rows that pad the embedding to a round size: no text has them, so none is drawn, and they
-        # have no probability in training. `train.run.load`, which knows the tokenizer, sets it.
+        # Ids from here on pad the embedding to a round size: no text has them, so they are never drawn and have no
+        # probability in training. `policy.load`, which knows the tokenizer, sets it.
         self.active_vocab = config.vocab_size
         self.head = ScalarHead() if scalar_head is True else scalar_head or None
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
@@ -292,15 +254,12 @@ class Transformer(nn.Module):
     def from_pretrained(
         cls, path: str, dtype: torch.dtype | None = None, device=None, scalar_head: bool | ScalarHead = False
     ) -> "Transformer":
-        """Read a Hugging Face directory or hub id. `dtype` None keeps the checkpoint's own."""
-        from minirl.checkpoint import load_model
-
-        return load_model(path, dtype, device, scalar_head)
+        """Read a Hugging Face directory or hub id. `dtype` None keeps the checkpoint's own. `checkpoint.load_model`
+        explains `scalar_head` and the errors."""
+        return load_model(cls, path, dtype, device, scalar_head)
 
     def save_pretrained(self, path: str) -> None:
         """Write config.json and model.safetensors so that transformers and other engines load them."""
-        from minirl.checkpoint import save_model
-
         save_model(self, path)
 
     @property
@@ -313,11 +272,13 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[V, D]"""
+        """Return the output weights [V, D], which are the embedding's in a tied model."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, tokens: torch.Tensor, layout) -> torch.Tensor:
-        """tokens [N] on a layout -> hidden states after the final norm [N, D]; `logits` or `values` come from them."""
+        """Return the hidden states [N, D] after the final norm for tokens [N] on a layout; `logits` and `values` take
+        them."""
+        # The last tile is filled with token 0 at position 0, and cut off again at the end.
         padding = -len(tokens) % TILE if layout.tiled else 0
         x = self.model.embed_tokens(F.pad(tokens, (0, padding)))
         rope = self._rope(F.pad(layout.positions, (0, padding)))
@@ -329,20 +290,20 @@ class Transformer(nn.Module):
         return self.model.norm(x)[: len(tokens)]
 
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.rope_frequency.device != positions.device:
-            self.rope_frequency = self.rope_frequency.to(positions.device)
+        """Return cos and sin [N, 1, Dh] of the angles at positions [N], once for all layers."""
+        self.rope_frequency = self.rope_frequency.to(positions.device)  # a copy only on the first forward
         angle = positions.float().unsqueeze(1) * self.rope_frequency  # [N, Dh/2]; fp32, also in a bf16 model
         angle = torch.cat((angle, angle), -1).unsqueeze(1)  # [N, 1, Dh]
         return (angle.cos() * self.rope_scale).to(self.dtype), (angle.sin() * self.rope_scale).to(self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, D] -> fp32 logits [N, V]."""
+        """Return fp32 logits [N, V] of hidden states [N, D]."""
         if hidden.is_cuda and not torch.is_grad_enabled():  # never rounded to bf16, as in `linear_token_logprobs`
             return torch.mm(hidden, self.head_weight.t(), out_dtype=torch.float32)
         return linear(hidden, self.head_weight).float()
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, D] -> fp32 scalars [N] of the scalar head, its bias subtracted."""
+        """Return what the scalar head gives for hidden states [N, D]: fp32 [N], its bias subtracted."""
         x = hidden.float()
         for i, layer in enumerate(self._score_layers()):
             x = x if i == 0 else F.relu(x)
@@ -354,7 +315,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise_score(self, seed: int) -> "Transformer":
-        """A fresh scalar head from a seed: weights N(0, 1/(d+1)) for d inputs (Stiennon et al. 2009.01325, app. B.1),
+        """Fill the scalar head from a seed: weights N(0, 1/(d+1)) for d inputs (Stiennon et al. 2009.01325, app. B.1),
         biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for layer in self._score_layers():
@@ -366,15 +327,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, std: float = 0.02) -> "Transformer":
-        """Random weights from a seed: N(0, std²), projections back into the residual stream divided by √(2·layers)
-        (GPT-2)."""
+        """Fill all weights from a seed: N(0, std²), with std / √(2·layers) for projections back into the residual
+        stream (GPT-2); norms 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            scale = (
-                std / math.sqrt(2 * self.config.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else std
-            )
+            scale = std / math.sqrt(2 * self.config.layers) if "o_proj" in name or "down_proj" in name else std
             p.copy_(torch.randn(p.shape, generator=generator) * scale)
         return self

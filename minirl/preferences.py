@@ -1,13 +1,13 @@
-"""Losses on responses of which one is preferred to another: the DPO family against a reference, RRHF without one.
+"""Losses on pairs of responses, one preferred to the other: the DPO family against a reference, RRHF without one.
 
     x_i = (ℓ_i − ℓr_i) / L_i^α      ℓ_i the log-prob of response i, the sum over its L_i tokens, the stop token included
     Δ = x_w − x_l,  z = βΔ          of a pair (w preferred to l)
 
 Every loss here depends on the log-probs through Δ alone, so its derivative is one number a response, the same for each
 of its tokens: ∂L/∂ℓ_i = Σ_pairs ±(∂L/∂Δ) / L_i^α. It is written down, not left to autograd. Denominators are those of
-the whole optimizer step (`Totals`), so a micro-batch of whole pairs is only a memory knob. Of a ranked list every pair
-is compared, with the weight 1/(number of its pairs): a list counts once, however long (InstructGPT 2203.02155, eq. 1),
-as in the training of reward models. RRHF sums over the pairs of a list, as its paper does.
+the whole optimizer step (`PairCounts`), so a micro-batch of whole pairs is only a memory knob. All pairs of a ranked
+list are compared, each with the weight 1/(number of them): a list counts once, however long (InstructGPT 2203.02155,
+eq. 1), as in the training of reward models. RRHF sums over the pairs of a list, as its paper does.
 """
 
 import math
@@ -27,7 +27,7 @@ Finetuning = Literal["sum", "token_mean"]
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """The options of a preference loss."""
+    """Choose a preference loss."""
 
     kind: Kind = "dpo"
     """dpo −log σ(z) (2305.18290 eq. 7), robust its unbiased form where labels are noisy (2403.00409), hinge
@@ -69,7 +69,7 @@ class PreferenceLoss:
 
 
 def sequence_logp(logp: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the counted tokens and how many those are, float64 [B] each, from logp and mask [B, T].
+    """Sum logp [B, T] over the tokens that mask [B, T] counts, and count them: float64 [B] each.
 
     Small differences of long sums decide here, hence float64. Nothing under mask 0 reaches sum or gradient.
     """
@@ -77,13 +77,15 @@ def sequence_logp(logp: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(keep, logp, 0).sum(1, dtype=torch.float64), keep.sum(1, dtype=torch.float64)
 
 
-def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
-    """All (better, worse) among the responses of one prompt; equal scores, and NaN, give no pair."""
-    return [(i, j) for i, better in enumerate(scores) for j, worse in enumerate(scores) if better > worse]
+def ranked_pairs(scores: Sequence[float], responses: Sequence | None = None) -> list[tuple[int, int]]:
+    """Pair (better, worse) all responses of one prompt; equal scores, NaN, and equal responses where they are given,
+    make no pair."""
+    pairs = [(i, j) for i, better in enumerate(scores) for j, worse in enumerate(scores) if better > worse]
+    return pairs if responses is None else [(i, j) for i, j in pairs if responses[i] != responses[j]]
 
 
 def pair_loss(delta: Tensor, o: PreferenceLoss) -> tuple[Tensor, Tensor]:
-    """Loss and ∂loss/∂Δ of pairs, [N] each, s being the label smoothing:
+    """Give loss and ∂loss/∂Δ of pairs, [N] each, s being the label smoothing:
 
     dpo     −(1−s)·log σ(z) − s·log σ(−z)               −β·[(1−s)·σ(−z) − s·σ(z)]
     robust  (−(1−s)·log σ(z) + s·log σ(−z)) / (1−2s)    −β·[(1−s)·σ(−z) + s·σ(z)] / (1−2s)
@@ -109,12 +111,12 @@ def pair_loss(delta: Tensor, o: PreferenceLoss) -> tuple[Tensor, Tensor]:
 
 
 def even_weights(pairs: Sequence[tuple[int, int]]) -> list[float]:
-    """The weight of each pair of one ranked list, 1/(number of pairs): the list counts once (2203.02155, eq. 1)."""
+    """Weigh each pair of one ranked list by 1/(number of pairs), so that the list counts once (2203.02155, eq. 1)."""
     return [1 / len(pairs) for _ in pairs]
 
 
-class Totals(NamedTuple):
-    """What only the whole optimizer step knows; each of its micro-batches gets the same one."""
+class PairCounts(NamedTuple):
+    """The counts that only the whole optimizer step knows; each of its micro-batches gets the same ones."""
 
     pairs: int  # without those that have an empty response; the denominator of metrics, and of the loss without weights
     prompts: int  # without those whose best response is empty; the denominator of the loss where pairs have weights
@@ -123,7 +125,7 @@ class Totals(NamedTuple):
 def preference_loss(
     logp: Tensor, ref_logp: Tensor, lengths: Tensor, pairs: Tensor, options: PreferenceLoss, totals=None, weights=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss of N pairs of the DPO family, and its metrics, which are means over pairs.
+    """Give the mean loss of N pairs of the DPO family, and its metrics, which are means over pairs.
 
     logp [B] carries the gradient; ref_logp and lengths [B] are constants (`sequence_logp` makes all three); pairs
     [N, 2] are rows (chosen, rejected), and `weights` [N] what each counts in the loss, 1 if None: those of
@@ -139,15 +141,14 @@ def preference_loss(
     total = count if w is None else w.sum().clamp(min=1e-12) if totals is None else max(totals.prompts, 1)
     scale = lengths.clamp(min=1) ** options.alpha
     x = (logp.detach() - ref_logp.detach()).double() / scale
-    loss, slopes, metrics = _compare(x, pairs, options, count, w)
-    metrics |= _reward_metrics(options.beta * x, logp, pairs, count)
+    loss, slopes, metrics = _compare(x, logp, pairs, options, count, w)
     return _with_slope(loss / total, logp, slopes / (scale * total)), {"loss": loss / total, **metrics}
 
 
 def rrhf_loss(
     logp: Tensor, lengths: Tensor, pairs: Tensor, best: Tensor, options: PreferenceLoss, totals=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """λ Σ_pairs max(0, p_l − p_w) − ℓ_best, the mean over prompts (2304.05302), and its metrics.
+    """Give λ Σ_pairs max(0, p_l − p_w) − ℓ_best, the mean over prompts (2304.05302), and its metrics.
 
     p = ℓ/L^α; ft="token_mean" divides ℓ_best by its length. logp, lengths [B] and totals are as in `preference_loss`;
     pairs [N, 2] are all (better, worse) of each prompt, best [P] is the best row of each of P prompts.
@@ -155,11 +156,10 @@ def rrhf_loss(
     if options.has_reference:
         raise InputError(f"rrhf_loss: kind={options.kind!r} needs a reference; call preference_loss")
     pairs, best = pairs[(lengths[pairs] > 0).all(1)], best[lengths[best] > 0]
-    totals = Totals(len(pairs), len(best)) if totals is None else totals
+    totals = PairCounts(len(pairs), len(best)) if totals is None else totals
     count, scale = max(totals.prompts, 1), lengths.clamp(min=1) ** options.alpha
     p = logp.detach().double() / scale
-    rank, slopes, metrics = _compare(p, pairs, options, max(totals.pairs, 1))
-    metrics |= _reward_metrics(p, logp, pairs, max(totals.pairs, 1))
+    rank, slopes, metrics = _compare(p, logp, pairs, options, max(totals.pairs, 1))
     weight = 1.0 if options.ft == "sum" else 1 / lengths.clamp(min=1)
     share = one_hot(best, len(logp)).sum(0) * weight  # of each row in the likelihood
     ft = -(share * logp.detach()).sum()
@@ -168,36 +168,32 @@ def rrhf_loss(
 
 
 def _difference(pairs: Tensor, rows: int) -> Tensor:
-    """D [N, B]: 1 at the chosen row, −1 at the rejected one. Δ = D x, and back ∂L/∂x = Dᵀ ∂L/∂Δ: sums in a fixed order,
-    which scattered additions on a GPU are not."""
+    """Make D [N, B], 1 at the chosen row and −1 at the rejected one: Δ = D x, and back ∂L/∂x = Dᵀ ∂L/∂Δ. Products sum
+    in a fixed order, which scattered additions on a GPU do not."""
     chosen, rejected = pairs.unbind(1)
     return (one_hot(chosen, rows) - one_hot(rejected, rows)).double()
 
 
-def _compare(
-    x: Tensor, pairs: Tensor, o: PreferenceLoss, count: int, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Weighted sum of the pairs' losses, its derivative by x [B], and the share of pairs in right order, ties half."""
+def _compare(x: Tensor, logp: Tensor, pairs: Tensor, o: PreferenceLoss, count: int, weights: Tensor | None = None):
+    """Give the weighted sum of the pairs' losses, its derivative by x [B], and metrics, means over pairs: the share in
+    right order, ties half, rewards and log-probs. A log-prob of chosen responses that falls is DPO's known failure."""
     D = _difference(pairs, len(x))
     losses, slopes = pair_loss(delta := D @ x, o)
     w = torch.ones_like(losses) if weights is None else weights
     right = (delta > 0).double() + 0.5 * (delta == 0)
-    return (w * losses).sum(), (w * slopes) @ D, {"accuracy": right.sum() / count}
-
-
-def _reward_metrics(reward: Tensor, logp: Tensor, pairs: Tensor, count: int) -> dict[str, Tensor]:
-    """Means over pairs. A log-prob of the chosen ones that falls is the known failure of DPO."""
-    chosen, rejected = pairs.unbind(1)
-    logp = logp.detach().double()
-    return {
-        "reward/chosen": reward[chosen].sum() / count,
-        "reward/rejected": reward[rejected].sum() / count,
-        "reward/margin": (reward[chosen] - reward[rejected]).sum() / count,
-        "logp/chosen": logp[chosen].sum() / count,
-        "logp/rejected": logp[rejected].sum() / count,
+    (chosen, rejected), logp = pairs.unbind(1), logp.detach().double()
+    reward = o.beta * x if o.has_reference else x
+    metrics = {
+        "accuracy": right,
+        "reward/chosen": reward[chosen],
+        "reward/rejected": reward[rejected],
+        "reward/margin": reward[chosen] - reward[rejected],
+        "logp/chosen": logp[chosen],
+        "logp/rejected": logp[rejected],
     }
+    return (w * losses).sum(), (w * slopes) @ D, {name: value.sum() / count for name, value in metrics.items()}
 
 
 def _with_slope(value: Tensor, logp: Tensor, slope: Tensor) -> Tensor:
-    """`value`, with the derivative `slope` by logp."""
+    """Give `value` the derivative `slope` by logp."""
     return value + (slope * (logp - logp.detach())).sum()

@@ -9,25 +9,9 @@ so that the sum over micro-batches is the loss of the step. Nothing here knows o
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-
-from minirl.preferences import even_weights, ranked_pairs
-
-Pair = tuple[int, int, float]  # index of the better one, of the worse one, weight
-
-
-def weighted_pairs(scores: Sequence[float], responses: Sequence[object] | None = None) -> list[Pair]:
-    """The `ranked_pairs` of a list, without those of equal responses, with their `even_weights`.
-
-    A list of K counts once (InstructGPT 2203.02155, eq. 1, where no two are tied, so that its pairs are C(K,2)).
-    """
-    pairs = ranked_pairs(scores)
-    if responses is not None:
-        pairs = [(better, worse) for better, worse in pairs if responses[better] != responses[worse]]
-    return [(*pair, weight) for pair, weight in zip(pairs, even_weights(pairs), strict=True)]
 
 
 def pairwise_loss(
@@ -38,7 +22,7 @@ def pairwise_loss(
     weights: torch.Tensor | None = None,
     total: float | None = None,
 ) -> torch.Tensor:
-    """Bradley-Terry: P(w ≻ l) = σ(r_w − r_l); chosen r_w, rejected r_l and margin m are [N].
+    """Fit Bradley-Terry, P(w ≻ l) = σ(r_w − r_l); chosen r_w, rejected r_l and margin m are [N].
 
         ℓ = −log σ(r_w − r_l − m) + η (r_w + r_l)²
         ∂ℓ/∂r_w = −σ(−(r_w − r_l − m)) + 2η (r_w + r_l),    ∂ℓ/∂r_l = σ(−(r_w − r_l − m)) + 2η (r_w + r_l)
@@ -55,28 +39,28 @@ def pairwise_loss(
 def pointwise_loss(
     scores: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None, total: float | None = None
 ) -> torch.Tensor:
-    """ℓ = (r − y)² for targets y, +1 right and −1 wrong; ∂ℓ/∂r = 2 (r − y). All [N]."""
+    """Give ℓ = (r − y)² for targets y, +1 right and −1 wrong; ∂ℓ/∂r = 2 (r − y). All [N]."""
     return _mean((scores - targets).square(), weights, total)
 
 
 def bce_loss(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None, total: float | None = None
 ) -> torch.Tensor:
-    """ℓ = −y log σ(s) − (1 − y) log σ(−s) for labels y in [0, 1]; ∂ℓ/∂s = σ(s) − y. All [N]."""
+    """Give ℓ = −y log σ(s) − (1 − y) log σ(−s) for labels y in [0, 1]; ∂ℓ/∂s = σ(s) − y. All [N]."""
     return _mean(F.binary_cross_entropy_with_logits(logits, labels, reduction="none"), weights, total)
 
 
 def process_loss(
     logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, total: float | None = None
 ) -> torch.Tensor:
-    """`bce_loss` over the steps that have a label (mask 1), the mean over steps and not over solutions (Lightman et al.
-    2305.20050). Any shape, for instance [B, S]. ∂L/∂s = m (σ(s) − y) / Σ m."""
+    """Take `bce_loss` over the steps that have a label (mask 1): the mean over steps, not over solutions (Lightman et
+    al. 2305.20050). Any shape, for instance [B, S]. ∂L/∂s = m (σ(s) − y) / Σ m."""
     mask = mask.bool()
     return bce_loss(logits[mask], labels[mask], None, total)  # selected, not multiplied: 0 · NaN is NaN
 
 
 def _mean(losses: torch.Tensor, weights: torch.Tensor | None, total: float | None) -> torch.Tensor:
-    """Σ w ℓ / W, 0 for no losses at all."""
+    """Give Σ w ℓ / W, 0 for no losses at all."""
     if weights is None:
         weights = torch.ones_like(losses)
     total = weights.sum() if total is None else total
@@ -84,7 +68,7 @@ def _mean(losses: torch.Tensor, weights: torch.Tensor | None, total: float | Non
 
 
 def inverse_frequency(labels: torch.Tensor) -> torch.Tensor:
-    """Weights [N] that give both classes (label > ½ and not) half of the total N; 1 each where there is one class."""
+    """Give weights [N] by which both classes (label > ½ and not) make half of N; 1 each where there is one class."""
     positive = labels > 0.5
     counts = torch.stack([(~positive).sum(), positive.sum()])
     if not counts.all():
@@ -92,24 +76,24 @@ def inverse_frequency(labels: torch.Tensor) -> torch.Tensor:
     return (len(labels) / (2 * counts))[positive.long()]
 
 
-# --- measures --------------------------------------------------------------------------------------------------------
+# ---- measures -------------------------------------------------------------------------------------------------------
 
 
 def ranking_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> float:
-    """Share of pairs with r_w > r_l; a tie counts ½, as the toss of a coin would. NaN for no pairs."""
+    """Give the share of pairs with r_w > r_l; a tie counts ½, as the toss of a coin would. NaN for no pairs."""
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
 def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """`ranking_accuracy` over every right one (label > ½) against every wrong one: the area under the ROC curve; NaN
-    where there are not both."""
+    """Give the area under the ROC curve: `ranking_accuracy` over every right one (label > ½) against every wrong one;
+    NaN where there are not both."""
     right, wrong = scores[labels > 0.5], scores[labels <= 0.5].sort().values
     below, not_above = torch.searchsorted(wrong, right), torch.searchsorted(wrong, right, right=True)
     return ((below + not_above).double().mean() / (2 * len(wrong))).item() if len(right) and len(wrong) else math.nan
 
 
 def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 10) -> float:
-    """ECE = Σ_b n_b/N |hits_b − confidence_b| with confidence max(p, 1 − p) in `bins` equal bins on [½, 1] (Guo et al.
+    """Give Σ_b n_b/N |hits_b − confidence_b| with confidence max(p, 1 − p) in `bins` equal bins on [½, 1] (Guo et al.
     1706.04599, eq. 3). For pairs p = σ(r_w − r_l) and every label is 1; p = ½ is half a hit. NaN for none."""
     p, right = probabilities.double(), labels > 0.5
     confidence = torch.maximum(p, 1 - p)
@@ -120,12 +104,12 @@ def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor
 
 
 def brier(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean (p − y)²; for pairs (1 − p)²."""
+    """Give the mean of (p − y)²; for pairs that of (1 − p)²."""
     return (probabilities - labels).double().square().mean().item()
 
 
 def pair_metrics(chosen: torch.Tensor, rejected: torch.Tensor, bins: int = 10) -> dict[str, float]:
-    """Of N pairs: ranking accuracy, mean margin, and calibration of P(w ≻ l) = σ(r_w − r_l)."""
+    """Measure N pairs: ranking accuracy, mean margin, and calibration of P(w ≻ l) = σ(r_w − r_l)."""
     p, ones = torch.sigmoid(chosen - rejected), torch.ones_like(chosen)
     return {
         "accuracy": ranking_accuracy(chosen, rejected),
@@ -138,7 +122,7 @@ def pair_metrics(chosen: torch.Tensor, rejected: torch.Tensor, bins: int = 10) -
 def label_metrics(
     scores: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor, logits: bool, bins: int = 10
 ) -> dict[str, float]:
-    """Of N labelled completions or steps: ranking accuracy among those of one group (a prompt), area under the ROC
+    """Measure N labelled completions or steps: ranking accuracy among those of one group (a prompt), area under the ROC
     curve over all, mean margin of right over wrong, and calibration of P(right) = σ(r) for logits, else (1 + r)/2 cut
     to [0, 1]. A measure that needs right and wrong ones is NaN without."""
     p = torch.sigmoid(scores) if logits else ((1 + scores) / 2).clamp(0, 1)
@@ -156,6 +140,6 @@ def label_metrics(
 
 
 def score_stats(scores: torch.Tensor, prefix: str) -> dict[str, float]:
-    """Mean, standard deviation, minimum and maximum."""
+    """Give mean, standard deviation, minimum and maximum."""
     values = {"mean": scores.mean(), "std": scores.std(correction=0), "min": scores.min(), "max": scores.max()}
     return {prefix + name: value.item() for name, value in values.items()}

@@ -1,23 +1,19 @@
-"""One batch of experience: prompts, their completions, what they are worth. Filled front to back, then read by the
-update."""
+"""A rollout: prompts, their completions and rewards. It is filled front to back, then read by the update."""
 
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from minirl.errors import InputError
-from minirl.files import place_of
-from minirl.rewards import Fault, guarded, score
-from minirl.rewards.rules import is_repetitive, think_answer_format, too_short
-from minirl.rewards.scoring import TIMEOUT
-from minirl.rewards.thoughts import CLOSING, OPENING
+from minirl.run import Step
 from minirl.sampler import Completion, Sampler, SamplingParams
-from minirl.tasks import Task
+from minirl.thoughts import CLOSING, OPENING
 from minirl.tokenizer import Tokenizer
 
 Steps = list[tuple[int, float]]  # (characters of the completion up to the end of a step, its reward)
@@ -35,16 +31,17 @@ class Rollout:
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [B]; NaN = could not be scored
     parts: dict[str, list[float]] = field(default_factory=dict)  # each reward function's unweighted values
     steps: dict[str, list[Steps | None]] = field(default_factory=dict)  # by reward; None = one number for the whole
-    faults: list[Fault] = field(default_factory=list)  # of the rewards
+    faults: list = field(default_factory=list)  # of the rewards
     indices: list[int] = field(default_factory=list)  # P, of the examples in the data; for sentences
-    stats: dict[str, float] = field(default_factory=dict)  # `metrics` of everything that was sampled for this
+    weights: dict[str, float] = field(default_factory=dict)  # of each reward
+    verdicts: list[float] = field(default_factory=list)  # B, by the task's rule: 1 is right; stored ones: their reward
+    fresh: bool = True  # drawn from the policy of this step, not stored before
     idle: str = ""  # why it trains nothing
     batches: int = 1  # of prompts that were drawn for it
-    advantages: torch.Tensor | None = None  # [B]; where they are those of tokens, their mean
 
     @classmethod
     def join(cls, parts: "Sequence[Rollout]") -> "Rollout":
-        """Rollouts of one group size and with the same rewards, one after another."""
+        """Join rollouts of one group size and with the same rewards, one after another."""
 
         def chain(name: str) -> list:
             return [x for part in parts for x in getattr(part, name)]
@@ -52,6 +49,7 @@ class Rollout:
         joined = cls(*map(chain, ("examples", "prompts", "completions", "texts")))
         joined.rewards = torch.cat([part.rewards for part in parts])
         joined.parts = {name: [v for part in parts for v in part.parts[name]] for name in parts[0].parts}
+        joined.verdicts, joined.weights, joined.fresh = chain("verdicts"), parts[0].weights, parts[0].fresh
         for name in {name for part in parts for name in part.steps}:
             joined.steps[name] = [s for part in parts for s in part.steps.get(name, [None] * len(part.completions))]
         start = 0
@@ -62,7 +60,7 @@ class Rollout:
         return joined
 
     def select(self, groups: Sequence[int]) -> "Rollout":
-        """Some of the groups; of `faults` nothing, those are for statistics."""
+        """Return some of the groups, without `faults`, which are for statistics."""
         rows = [g * self.group_size + j for g in groups for j in range(self.group_size)]
 
         def pick(values: list) -> list:
@@ -70,7 +68,9 @@ class Rollout:
 
         examples, prompts = ([values[g] for g in groups] for values in (self.examples, self.prompts))
         parts, steps = ({name: pick(values) for name, values in x.items()} for x in (self.parts, self.steps))
-        return Rollout(examples, prompts, pick(self.completions), pick(self.texts), self.rewards[rows], parts, steps)
+        chosen = Rollout(examples, prompts, pick(self.completions), pick(self.texts), self.rewards[rows], parts, steps)
+        chosen.verdicts, chosen.weights, chosen.fresh = pick(self.verdicts), self.weights, self.fresh
+        return chosen
 
     @property
     def group_size(self) -> int:
@@ -82,8 +82,8 @@ class Rollout:
 
     @property
     def answers(self) -> list[str]:
-        """B texts as rules read them: where thoughts that the prompt opened never end, the text begins with their
-        tag, so that nothing in it is an answer."""
+        """Return B texts as rules read them: where thoughts that the prompt opened never end, the text begins with
+        their tag, so that nothing in it is an answer."""
         rows = zip(self.texts, self.completions, strict=True)
         return [OPENING + text if c.thinking and CLOSING not in text else text for text, c in rows]
 
@@ -92,43 +92,25 @@ class Rollout:
         return [len(c.tokens) for c in self.completions]
 
     def columns(self) -> dict[str, list]:
-        """The examples' columns but for the prompt, and the token ids; one entry a completion, as rewards take them."""
+        """Return the examples' columns but for the prompt, and the token ids; one entry a completion, as rewards take
+        them."""
         names = [name for name in self.examples[0] if name != "prompt"]
         columns = {name: [e[name] for e in self.examples for _ in range(self.group_size)] for name in names}
         return columns | {"completion_ids": [c.tokens for c in self.completions]}
 
     @property
     def truncated(self) -> torch.Tensor:
-        """bool [B]"""
+        """Tell which completions were cut at max_tokens, bool [B]."""
         return torch.tensor([c.finish_reason == "length" for c in self.completions])
 
-    def score(self, rewards: dict, timeout: float = TIMEOUT, steps: bool = False, on_bad: str = "stop") -> None:
-        """`minirl.rewards.score` of all completions. `steps`: a reward may be one of steps, and counts as their sum."""
-        prompts = [e["prompt"] for e in self.examples for _ in range(self.group_size)]
-        indices = self.indices or range(len(self.prompts))
-        known = [place_of(e, f"prompt {i}") for e, i in zip(self.examples, indices, strict=True)]
-        places = [f"{place}, completion {j}" for place in known for j in range(self.group_size)]
-        self.faults, self.steps, answers = [], {}, self.answers
-
-        def in_steps(name: str, row: int, found: Steps) -> None:
-            tag = len(answers[row]) - len(self.texts[row])
-            steps = [(max(end - tag, 0), reward) for end, reward in found]
-            self.steps.setdefault(name, [None] * len(self.completions))[row] = steps
-
-        listen = in_steps if steps else None
-        total, self.parts = score(
-            rewards, prompts, answers, self.columns(), timeout, on_bad, self.faults.append, listen, places
-        )
-        self.rewards = torch.tensor(total, dtype=torch.float64)
-
-    def step_rewards(self, rewards: dict, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted rewards of steps at the last token of each, and where steps end, [B, T] with T the longest.
+    def step_rewards(self, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weighted rewards of steps at the last token of each, and where steps end, [B, T] with T the longest.
 
         A reward of the whole completion is one of a step that ends with it; a reward of weight 0 has no steps.
         """
         values = torch.zeros(len(self.completions), max(self.lengths), dtype=torch.float64)
         ends = torch.zeros(values.shape, dtype=torch.bool)
-        for name, weight in ((name, weight) for name, (weight, _) in rewards.items() if weight):
+        for name, weight in ((name, weight) for name, weight in self.weights.items() if weight):
             steps = self.steps.get(name, [None] * len(self.completions))
             for i, (text, completion) in enumerate(zip(self.texts, self.completions, strict=True)):
                 for end, value in [(len(text), self.parts[name][i])] if steps[i] is None else steps[i]:
@@ -138,7 +120,7 @@ class Rollout:
         return values, ends
 
     def fault_lines(self) -> dict[tuple[str, str], str]:
-        """Of each reward the first fault of each kind, with how many there are of it."""
+        """Return the first fault of each kind for each reward, with counts."""
         lines = {}
         for fault in reversed(self.faults):
             lines[fault.reward, fault.kind] = fault.sentence
@@ -147,12 +129,12 @@ class Rollout:
         return {key: f"{line} ({counts[key]} of {total} completions)" for key, line in sorted(lines.items())}
 
     def faulty(self, kind: str) -> int:
-        """How many completions have a fault of a kind."""
+        """Count the completions that have a fault of a kind."""
         return len({fault.row for fault in self.faults if fault.kind == kind})
 
     @property
     def unscored(self) -> str:
-        """Why there is not one score; empty where there is."""
+        """Say why no completion has a score; empty where one has."""
         if (late := self.faulty("late")) == len(self.completions):
             return f"all of {late} completions took a reward too long: {self.faults[0].sentence}"
         if not self.rewards.isnan().all():
@@ -167,7 +149,8 @@ class Rollout:
             raise InputError(self.unscored)
 
     def metrics(self) -> dict[str, float]:
-        """What the rollout alone tells: rewards, lengths, loops and silence, groups with a signal."""
+        """Return what the rollout alone tells: rewards, lengths, loops and silence, groups with a signal; and where the
+        task's verdicts are known, shares of groups that are all right and all wrong, and lengths of both."""
         scored = self.rewards[~self.rewards.isnan()]
         groups = self.rewards.view(-1, self.group_size)
         spread = torch.stack(
@@ -186,7 +169,7 @@ class Rollout:
             "len/p95": float(np.quantile(self.lengths, 0.95)),
             "truncated_frac": self.truncated.double().mean().item(),
             "repetition_frac": sum(is_repetitive(c.tokens) for c in self.completions) / len(self.completions),
-            "too_short_frac": sum(too_short([], self.texts)) / len(self.texts),
+            "too_short_frac": sum(not text.split() for text in self.texts) / len(self.texts),
             "late_frac": self.faulty("late") / len(self.rewards),
             "unusable_frac": self.faulty("unusable") / len(self.rewards),
             "sampled_tokens": sum(self.lengths),
@@ -197,7 +180,21 @@ class Rollout:
         for name, values in self.parts.items():
             known = [v for v in values if v == v]
             out[f"reward/{name}"] = sum(known) / len(known) if known else math.nan
-        return out
+        if self.fresh:  # E[−log π]; of stored completions it would be that of another policy
+            out["entropy"] = float(np.mean([-logp for c in self.completions for logp in c.logprobs]))
+        return out | (self._verdict_metrics(lengths) if self.verdicts else {})
+
+    def _verdict_metrics(self, lengths: torch.Tensor) -> dict[str, float]:
+        """Means over nothing are NaN; a verdict that is NaN is neither right nor wrong."""
+        labels = torch.tensor(self.verdicts, dtype=torch.float64)
+        groups, right = labels.view(-1, self.group_size), labels == 1
+        wrong = ~right & ~labels.isnan()
+        return {
+            "group/all_correct_frac": (groups == 1).all(1).double().mean().item(),
+            "group/all_wrong_frac": (groups < 1).all(1).double().mean().item(),
+            "len/correct_mean": lengths[right].mean().item(),
+            "len/wrong_mean": lengths[wrong].mean().item(),
+        }
 
 
 def sample(
@@ -221,16 +218,17 @@ def sample(
 
 
 def _ends_in_thoughts(tokenizer: Tokenizer, prompt: str | list[dict], ids: Sequence[int]) -> bool:
-    """Whether a chat template, or an unfinished message of the assistant's, opens thoughts and does not end them."""
+    """Tell whether a chat template, or an unfinished message of the assistant, opens thoughts and does not end them."""
     words = prompt[-1].get("content") if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" else ""
     end = tokenizer.decode(ids[-16:], skip_special_tokens=False)  # long enough for a tag and white space
     return end.rstrip().endswith(OPENING) or OPENING in str(words).rpartition(CLOSING)[2]
 
 
 def completion_text(tokenizer: Tokenizer, completion: Completion, params: SamplingParams) -> str:
-    """What a reader, a reward and an evaluation see: neither the stop token nor a stop text, nor what its last token
-    holds beyond it. All that belongs to the actions, so the tokens keep it. Special tokens that say something, as
-    <think> may be one, are seen: see `Tokenizer.shown`."""
+    """Return the text that a reader, a reward and an evaluation see.
+
+    It has neither the stop token nor a stop text, nor what the last token holds beyond that. These belong to the
+    actions, so the tokens keep them. Special tokens that say something (<think>) stay: see `Tokenizer.shown`."""
     tokens = completion.tokens
     if tokens and tokens[-1] in params.stop_ids:
         tokens = tokens[:-1]
@@ -247,22 +245,88 @@ def completion_text(tokenizer: Tokenizer, completion: Completion, params: Sampli
 
 
 def _token_at(tokenizer: Tokenizer, tokens: Sequence[int], text: str, end: int) -> int:
-    """Index of the token that completes the first `end` characters of the text, for all of it the last token. Texts are
-    compared, not lengths: in the middle of a character there is one already, the replacement character."""
+    """Return the index of the token that completes the first `end` characters of the text, for all of it the last
+    token. Texts are compared, not lengths: in the middle of a character there is one already, the replacement
+    character."""
     if end >= len(text):
         return len(tokens) - 1
     return bisect_left(range(len(tokens) - 1), True, key=lambda t: tokenizer.shown(tokens[: t + 1])[:end] == text[:end])
 
 
-def task_guarded(task: Task, weight: float) -> dict:
-    """The guarded reward, in place of the task's own, with its rule and its format (of think and answer tags where it
-    has none)."""
-    _, form = task.rewards.get("format", (0.0, think_answer_format))
-    parts = guarded(task.correct, form)
-    return {name: (weight * of_part, function) for name, (of_part, function) in parts.items()}
+# ---- degenerate completions ------------------------------------------------------------------------------------------
 
 
-def task_rewards(task: Task) -> dict:
-    """The rewards of a task and, where it is not among them, its accuracy with weight 0, so that both are logged."""
-    known = any(function is task.correct for _, function in task.rewards.values())
-    return dict(task.rewards) if known else {**task.rewards, "correct": (0.0, task.correct)}
+def is_repetitive(tokens: Sequence[Hashable]) -> bool:
+    """Return whether any of three holds: more than half of the 3-grams repeat earlier ones; a 20-gram occurs more than
+    3 times (overlaps not counted); a token occurs more than 50 times in a row. The time is linear in the tokens."""
+    trigrams = ngrams_of(tokens, 3)
+    repeated = len(trigrams) - len(set(trigrams))
+    if repeated < 48 and 2 * repeated <= len(trigrams):
+        return False  # 51 equal tokens repeat 48 3-grams, four 20-grams 54: most texts need no closer look
+    if 2 * repeated > len(trigrams) or any(sum(1 for _ in run) > 50 for _, run in groupby(tokens)):
+        return True
+    counts, ends = Counter(), {}
+    for start, ngram in enumerate(ngrams_of(tokens, 20)):
+        if start >= ends.get(ngram, 0):
+            counts[ngram] += 1
+            ends[ngram] = start + 20
+    return any(count > 3 for count in counts.values())
+
+
+def overlong_penalty(lengths, l_max: int, l_cache: int) -> np.ndarray:
+    """Return DAPO's soft overlong punishment (2503.14476 eq. 13) for completions of n tokens: 0 for
+    n ≤ l_max − l_cache; ((l_max − l_cache) − n) / l_cache up to l_max; −1 beyond.
+
+    It is made to be added to a reward of ±1; beside one of 0 and 1, which has half of that range, weight it by a half.
+    """
+    if not 0 < l_cache <= l_max:
+        raise InputError(f"overlong_penalty: l_cache must lie in 1..l_max, but l_cache={l_cache} and l_max={l_max}.")
+    lengths = np.asarray(lengths, dtype=np.float64)
+    return np.clip((l_max - l_cache - lengths) / l_cache, -1.0, 0.0)
+
+
+def ngrams_of(tokens, n: int) -> list[tuple]:
+    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+# ---- the rollout of a step -------------------------------------------------------------------------------------------
+
+
+def scored_batch(source, number: int, rewards, config, step: Step) -> Rollout:
+    """Draw batch `number` of a source and reward it: a function of the config, the weights and the number.
+
+    Stored completions bring their rewards. What is too long, or cut, pays for it here.
+    """
+    rollout = source.draw(number, step)
+    if not rollout.parts:
+        rewards.score(rollout, config, step)
+    if config.overlong_cache:
+        penalty = torch.from_numpy(overlong_penalty(rollout.lengths, config.max_tokens, config.overlong_cache))
+        rollout.rewards += config.overlong_penalty * rewards.pay * penalty
+    if config.truncation == "penalty":
+        rollout.rewards -= config.truncation_penalty * rewards.pay * rollout.truncated
+    return rollout
+
+
+def finish_rollout(rollout: Rollout, sampled: Rollout, rewards, step: Step) -> Rollout:
+    """Log statistics of everything that was `sampled`, and say why `rollout` trains nothing where it does not.
+
+    That is an error in the first step; later it may be a passing failure, which must not cost the run.
+    """
+    step.add(**sampled.metrics(), **rewards.agreement(sampled))
+    if step.number == 0:
+        rollout.require_score()
+    rollout.idle = rollout.unscored or rollout.idle
+    if rollout.idle:
+        step.say(f"trains nothing: {rollout.idle}")
+    return rollout
+
+
+def counted(rollout: Rollout, config) -> torch.Tensor:
+    """Tell which completions are in the loss, bool [B]: in its denominators and in statistics of the batch.
+
+    One without a score is not: neither KL nor entropy nor value learns from it, in GRPO as in PPO. Nor is one that
+    truncation=mask takes out.
+    """
+    scored = ~rollout.rewards.isnan()
+    return scored & ~rollout.truncated if config.truncation == "mask" else scored

@@ -1,12 +1,13 @@
 """Completions with exact log-probs: continuous batching on a static key-value cache, one prompt prefill for all of its
 completions.
 
-A prompt but for its last token is prefilled once and copied into the slot of each of its n completions; every sampled
-token, the first too, then comes from the same decode step. A slot that finishes is given to the next sample in the
-queue at once, or dropped from the batch, so nothing is computed for a completion that has ended. Random numbers are
-keyed by (seed, sample, position): a completion depends neither on the slots nor on the order of admission, but for the
-rounding of its log-probs, as a matrix library adds in another order for another number of rows. The cache lives only
-during `generate`: weights that training changes are seen by the next call, and nothing stale can be.
+All tokens of a prompt except the last are prefilled once and copied into the slot of each of its n completions; every
+sampled token, the first one included, then comes from the same decode step. A slot whose completion ends is given to
+the next sample in the queue at once, or dropped from the batch, so nothing is computed for a completion that has ended.
+Random numbers are keyed by (seed, sample, index of the token in its completion), so a completion depends neither on the
+number of slots nor on the order of admission. Only its log-probs may differ by rounding, because a matrix library adds
+in another order for another number of rows. The cache exists only during `generate`: the next call sees the weights
+that training has changed, and no key or value is ever stale.
 
 Left out on purpose: prefix sharing inside the decode step (the copy costs less than gathering in PyTorch), speculative
 decoding, paging.
@@ -29,7 +30,7 @@ from minirl.kernels.truncation import row_parts
 from minirl.model import Transformer
 
 COLDEST = 1e-6  # least temperature above 0: a logit divided by less may overflow
-PREFILL_TOKENS = 512  # prompts are prefilled in batches of about this many tokens
+PREFILL_TOKENS = 512  # prompts are prefilled in batches of about this many tokens: enough for fast matrix products
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,11 @@ class SamplingParams:
     """Texts that end a completion; needs a sampler with a tokenizer. The tokens keep them, `Rollout.texts` end before
     them: a reward that looks for `</answer>` must not have it as a stop text."""
     seed: int = 0
-    """Together with the sample's number and the position this determines every draw."""
+    """Determines every draw, together with the sample's number and the token's index in its completion."""
 
     def __post_init__(self):
         def whole(x, least: float = -math.inf) -> bool:
             return isinstance(x, Integral) and x >= least
-
-        def real(x) -> bool:
-            return isinstance(x, Real)
 
         def several(x) -> bool:
             return isinstance(x, Iterable) and not isinstance(x, str)
@@ -69,12 +67,12 @@ class SamplingParams:
         limits = {
             "n": (whole(self.n, 1), "a whole number from 1"),
             "temperature": (
-                real(self.temperature) and (self.temperature == 0 or COLDEST <= self.temperature < math.inf),
+                isinstance(t := self.temperature, Real) and (t == 0 or COLDEST <= t < math.inf),
                 f"0, which takes the most likely token, or a finite number from {COLDEST:g}",
             ),
             "top_k": (whole(self.top_k, 0), "a whole number from 0"),
-            "top_p": (real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (real(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1"),
+            "top_p": (isinstance(self.top_p, Real) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (isinstance(self.min_p, Real) and 0 <= self.min_p <= 1, "from 0 to 1"),
             "max_tokens": (whole(self.max_tokens, 1), "a whole number from 1"),
             "stop_ids": (several(self.stop_ids) and all(whole(i, 0) for i in self.stop_ids), "token ids"),
             "stop": (several(self.stop) and all(isinstance(t, str) and t for t in self.stop), "texts, none empty"),
@@ -86,13 +84,14 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
+        """Tell whether some tokens cannot be drawn, so that a completion must keep the ids of those that could."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass
 class Completion:
-    """One sampled answer. `tokens` include the stop token; `logprobs` are fp32 under the distribution that each was
-    drawn from."""
+    """One sampled answer. `tokens` include the stop token; `logprobs` are in nats, under the distribution that each
+    token was drawn from (temperature and truncation included)."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -100,22 +99,22 @@ class Completion:
     kept: list[np.ndarray] | None = None
     """With truncated sampling: the token ids that could be drawn, int32, one array a token."""
     thinking: bool = False
-    """Whether its prompt ends in thoughts, which the completion goes on with."""
+    """The prompt ends inside <think>, so the completion begins with thoughts."""
 
 
 @dataclass
 class _Prefilled:
-    """Keys and values of a prompt but for its last token, waiting for the rest of its samples."""
+    """Keys and values of a prompt without its last token, kept until all of its samples have a slot."""
 
-    kv: list
-    start: int
+    kv: list  # one (keys, values) pair a layer, of all prompts that were prefilled together
+    start: int  # first token of this prompt among them
     length: int
-    waiting: int
+    waiting: int  # samples without a slot
 
 
 class Sampler:
-    """Draws completions from a model with at most `slots` at a time, prompt and completion together at most
-    `max_length` tokens."""
+    """Draw completions from a model, at most `slots` of them at a time. A prompt and its completion together have at
+    most `max_length` tokens (default: the model's context)."""
 
     def __init__(self, model: Transformer, slots: int = 64, max_length: int | None = None, tokenizer=None):
         if slots < 1:
@@ -133,10 +132,10 @@ class Sampler:
         progress: Callable[[int, int], None] | None = None,
         order: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """Completions of each prompt, in order. `progress(done, total)` is called as they finish.
+        """Return the n completions of each prompt, in order. `progress(done, total)` is called after every step.
 
-        `order` is the order of admission of the samples (sample i·n + j is completion j of prompt i); it changes no
-        completion.
+        Sample i·n + j is completion j of prompt i. `order` lists all samples in the order in which they get a slot; it
+        changes no completion. InputError for what `check` refuses, and for logits that are NaN.
         """
         self.check(prompts, params, order)
         run = _Generation(self, prompts, params, order)
@@ -149,7 +148,7 @@ class Sampler:
         return [run.completions[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
 
     def check(self, prompts, params: SamplingParams, order: Sequence[int] | None = None) -> None:
-        """InputError for what `generate` would refuse."""
+        """Raise an InputError for prompts and parameters that `generate` cannot use."""
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer: Sampler(model, tokenizer=...)")
         if order is not None and sorted(order) != list(range(len(prompts) * params.n)):
@@ -169,8 +168,8 @@ class Sampler:
 
 
 class _Generation:
-    """The state of one `generate` call. Slots 0 .. len(active)-1 of the cache are in use; `active` maps them to
-    samples."""
+    """The state of one `generate` call. Slots 0 .. len(active)-1 of the cache are in use; `active[slot]` is the sample
+    that a slot works on."""
 
     def __init__(self, sampler: Sampler, prompts, params: SamplingParams, order: Sequence[int] | None):
         self.model, self.tokenizer, self.prompts, self.params = sampler.model, sampler.tokenizer, prompts, params
@@ -180,9 +179,11 @@ class _Generation:
         self.active: list[int] = []
         self.prefilled: dict[int, _Prefilled] = {}
         self.stop_ids = frozenset(params.stop_ids)
-        # Each token that shows puts one byte at least into a stop text; a few more cover tokens that do not show.
+        # Only the last tokens can complete a stop text: each visible token has at least one byte, and 8 more tokens
+        # leave room for those that decode to nothing.
         self.stop_tail = max((len(text.encode()) for text in params.stop), default=0) + 8
         longest = max((len(p) for p in prompts), default=0)
+        # The cache is allocated as long as this call can need, not as long as the model's context.
         self.max_length = min(sampler.max_length, longest + params.max_tokens)
         c = self.model.config
         self.slots = min(sampler.slots, max(total, 1))
@@ -193,11 +194,9 @@ class _Generation:
     def admit(self) -> None:
         """Give every free slot to the next sample in the queue."""
         count = min(self.slots - len(self.active), len(self.queue))
-        if not count:
-            return
         samples = [self.queue.popleft() for _ in range(count)]
         self._prefill([s // self.params.n for s in samples])
-        by_prompt: dict[int, list[int]] = {}
+        by_prompt: dict[int, list[int]] = {}  # prompt -> slots: one copy fills all slots that share a prompt
         for sample in samples:
             by_prompt.setdefault(sample // self.params.n, []).append(len(self.active))
             self.active.append(sample)
@@ -209,9 +208,9 @@ class _Generation:
                 del self.prefilled[prompt]
 
     def _prefill(self, needed: list[int]) -> None:
-        """Prefill the prompts that are needed now and, where they do not fill a batch, those that come next."""
-        needed = [p for p in dict.fromkeys(needed) if p not in self.prefilled]
-        while needed:
+        """Prefill the prompts that are needed now. A batch that they do not fill takes the next ones of the queue, as
+        small forwards waste most of the hardware."""
+        while needed := [p for p in dict.fromkeys(needed) if p not in self.prefilled]:
             batch: dict[int, None] = {}  # an ordered set
             tokens = 0
             for prompt in chain(needed, (s // self.params.n for s in self.queue)):
@@ -220,73 +219,61 @@ class _Generation:
                 if prompt not in self.prefilled and prompt not in batch:
                     batch[prompt] = None
                     tokens += len(self.prompts[prompt])
+            # The last token is left to the first decode step, whose output is the first sampled token.
             layout = Packed([(self.prompts[p][:-1], []) for p in batch], self.model.device, keep_kv=True)
-            if len(layout.tokens):
+            if len(layout.tokens):  # all prompts of one token leave nothing to prefill
                 self.model(layout.tokens, layout)
             for prompt, (start, length) in zip(batch, layout.prompt_spans, strict=True):
                 self.prefilled[prompt] = _Prefilled(layout.kv, start, length, self.params.n)
-            needed = [p for p in needed if p not in self.prefilled]
 
     def step(self) -> int:
-        """One token for every active slot; returns how many completions it finished."""
-        device = self.model.device
-        last, position, drawn = [], [], []
+        """Draw one token for every active slot; return how many completions it finished."""
+        p, last, position, index = self.params, [], [], []
         for sample in self.active:
-            prompt, tokens = self.prompts[sample // self.params.n], self.completions[sample].tokens
+            prompt, tokens = self.prompts[sample // p.n], self.completions[sample].tokens
             last.append(tokens[-1] if tokens else prompt[-1])
             position.append(len(prompt) - 1 + len(tokens))
-            drawn.append(len(tokens))
-        state = torch.tensor([last, position, self.active, drawn], dtype=torch.long, device=device)
-        hidden = self.model(state[0], self.cache.step(state[1], max(position)))
-        logits = self.model.logits(hidden)
-        p = self.params
-        draw = sample_tokens(
-            logits,
-            p.seed,
-            sample=state[2],
-            position=state[3],
-            temperature=p.temperature,
-            top_k=p.top_k,
-            top_p=p.top_p,
-            min_p=p.min_p,
-            active=self.model.active_vocab,
-            entropy=False,
-        )
+            index.append(len(tokens))  # keys the draw: counted from the completion's start, whatever the prompt
+        # One transfer to the device for all four.
+        state = torch.tensor([last, position, self.active, index], dtype=torch.long, device=self.model.device)
+        logits = self.model.logits(self.model(state[0], self.cache.step(state[1], max(position))))
+        cut = {"temperature": p.temperature, "top_k": p.top_k, "top_p": p.top_p, "min_p": p.min_p}
+        draw = sample_tokens(logits, p.seed, *state[2:], **cut, active=self.model.active_vocab, entropy=False)
         self._record(draw, logits)
         return self._retire(position)
 
     def _record(self, draw: Draw, logits: torch.Tensor) -> None:
+        """Append what was drawn to the completions; InputError for a row whose log-prob is NaN."""
         kept = None if draw.floor is None else _kept_ids(logits[:, : self.model.active_vocab], draw.floor)
-        for slot, (sample, token, logp) in enumerate(
-            zip(self.active, draw.token.tolist(), draw.logp.tolist(), strict=True)
-        ):
-            if logp != logp:
+        tokens, logprobs = draw.token.tolist(), draw.logp.tolist()
+        for slot, sample in enumerate(self.active):
+            if math.isnan(logprobs[slot]):
                 prompt = sample // self.params.n
                 raise InputError(f"the model's logits are NaN for prompt {prompt}: its weights are broken or overflow")
             completion = self.completions[sample]
-            completion.tokens.append(token)
-            completion.logprobs.append(logp)
+            completion.tokens.append(tokens[slot])
+            completion.logprobs.append(logprobs[slot])
             if kept is not None:
                 completion.kept.append(kept[slot])
 
     def _retire(self, position: list[int]) -> int:
-        """Close finished completions and fill their slots from the end, so that the active slots stay a prefix of the
-        cache."""
-        finished = 0
-        for slot in reversed(range(len(self.active))):
-            reason = self._finish_reason(self.completions[self.active[slot]], position[slot])
-            if not reason:
-                continue
-            self.completions[self.active[slot]].finish_reason = reason
-            finished += 1
-            end = len(self.active) - 1
-            if slot < end:
-                self.cache.move(end, slot, position[end] + 1)
-                self.active[slot], position[slot] = self.active[end], position[end]
-            self.active.pop()
-        return finished
+        """Close finished completions and return their number. The last active slot moves into each gap, so that the
+        active slots stay the first ones of the cache."""
+        before = len(self.active)
+        for slot in reversed(range(before)):  # backwards: the slot that moves has been looked at already
+            completion = self.completions[self.active[slot]]
+            completion.finish_reason = self._finish_reason(completion, position[slot])
+            if completion.finish_reason:
+                end = len(self.active) - 1
+                if slot < end:
+                    self.cache.move(end, slot, position[end] + 1)
+                    self.active[slot], position[slot] = self.active[end], position[end]
+                self.active.pop()
+        return before - len(self.active)
 
     def _finish_reason(self, completion: Completion, position: int) -> str:
+        """Return "stop", "length", or "" while a completion goes on; `position` is that of the token before
+        the last one."""
         p = self.params
         if completion.tokens[-1] in self.stop_ids:
             return "stop"
@@ -294,13 +281,14 @@ class _Generation:
             tail = self.tokenizer.decode(completion.tokens[-self.stop_tail :], skip_special_tokens=False)
             if any(text in tail for text in p.stop):
                 return "stop"
+        # The last token is at position + 1, so prompt and completion together have position + 2 tokens.
         if len(completion.tokens) == p.max_tokens or position + 2 >= self.max_length:
             return "length"
         return ""
 
 
 def _kept_ids(logits: torch.Tensor, floor: Floor) -> list[np.ndarray]:
-    """The ids of each row's logits [B, V] that are kept, int32."""
+    """Return the ids at or above the floor in each row of logits [B, V], int32."""
     if logits.is_cuda:  # one transfer for all rows, of ids, which are fewer than logits
         row, ids = floor.mask(logits).nonzero().cpu().numpy().T
         return np.split(ids.astype(np.int32), np.bincount(row, minlength=len(logits)).cumsum()[:-1])

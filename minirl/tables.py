@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from minirl.errors import InputError
-from minirl.files import json_values, read_json
+from minirl.files import json_values, parse_json, read_json
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # words that name a split in a file's path
 FILES = (".parquet", ".jsonl", ".jsonl.gz")
@@ -22,7 +22,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether the path names a table and no JSON file."""
+    """Return whether the path names a table and no JSON file."""
     path = str(path)
     folder = Path(path).is_dir() or (not Path(path).exists() and Path(path.partition(":")[0]).is_dir())
     return path.endswith(".parquet") or folder or is_hub_name(path)
@@ -35,15 +35,9 @@ def is_hub_name(path: str) -> bool:
     return not Path(path).exists() and not Path(path.split("/")[0]).is_dir()
 
 
-def is_json_folder(path: Path) -> bool:
-    """Whether a folder holds .json files with an object each, and no table."""
-    if not path.is_dir() or any((path / name).is_file() for name in SAVED):
-        return False
-    return not any(any(path.rglob(f"*{kind}")) for kind in FILES) and any(path.rglob("*.json"))
-
-
 def rows_of(path: str | Path) -> Iterator[tuple[object, str]]:
-    """Each row of a table as plain JSON values, or what a JSON file holds (see `json_values`), and where it stands."""
+    """Yield each row of a table as plain JSON values, or what a JSON file holds (see `json_values`), and its place; of
+    a folder of .json files what each of them holds."""
     name, *rest = str(path).split(":")
     if not is_table(path):
         if not Path(path).exists():
@@ -52,6 +46,9 @@ def rows_of(path: str | Path) -> Iterator[tuple[object, str]]:
         yield from json_values(path)
     elif is_hub_name(str(path)):
         yield from _hub_rows(str(path), name, rest)
+    elif files := _json_files(Path(path)):
+        for file in files:
+            yield parse_json(file.read_bytes(), str(file), "each file must be one object"), str(file)
     elif Path(name).is_dir():
         for file in data_files(Path(name), rest[0] if rest else None):
             yield from json_values(file) if ".jsonl" in file.name else _arrow_rows(file)
@@ -59,9 +56,15 @@ def rows_of(path: str | Path) -> Iterator[tuple[object, str]]:
         yield from _arrow_rows(Path(path))
 
 
+def _json_files(folder: Path) -> list[Path]:
+    """List the .json files of a folder that holds an object in each, and no table."""
+    tables = any((folder / name).is_file() for name in SAVED) or any(any(folder.rglob(f"*{kind}")) for kind in FILES)
+    return [] if tables else sorted(file for file in folder.rglob("*.json") if file.is_file())
+
+
 def data_files(folder: Path, split: str | None = None) -> list[Path]:
-    """The files of a split: those that a saved data set lists, else all .parquet or all .jsonl files below the folder
-    whose path has the split's name, or no such word at all where none is asked for."""
+    """List the files of a split: those that a saved data set lists, else all .parquet or all .jsonl files below the
+    folder whose path has the split's name, or no such word at all where none is asked for."""
     splits, state = (folder / name for name in SAVED)
     if splits.is_file():
         return data_files(folder / _chosen(read_json(splits).get("splits", []), split, folder))
@@ -85,7 +88,7 @@ def _split_of(file: Path, asked: str | None) -> str | None:
 
 
 def _chosen(splits: list[str], split: str | None, where: str | Path) -> str:
-    """The split that is asked for, else the only one, else "train"."""
+    """Choose the split that is asked for, else the only one, else "train"."""
     wanted = split or (splits[0] if len(splits) == 1 else "train")
     if wanted not in splits:
         raise InputError(f"{where}: it has no split {wanted!r}: write PATH:SPLIT with one of {', '.join(splits)}")
@@ -93,7 +96,7 @@ def _chosen(splits: list[str], split: str | None, where: str | Path) -> str:
 
 
 def _arrow_rows(file: Path) -> Iterator[tuple[dict, str]]:
-    """The rows of a .parquet file, or of an .arrow file as a saved data set has them."""
+    """Yield the rows of a .parquet file, or of an .arrow file as a saved data set has them."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -141,7 +144,8 @@ def _plain_row(row: dict, where: str) -> tuple[dict, str]:
 
 
 def _plain(value: object, name: str, where: str) -> object:
-    """The value as JSON has it. Keys of an object that are null are left out: Arrow gives all rows the same keys."""
+    """Turn a value into one of JSON. Keys of an object that are null are left out: Arrow gives all rows the same
+    keys."""
     match value:
         case None | bool() | int() | float() | str():
             return value

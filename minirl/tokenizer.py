@@ -1,8 +1,8 @@
-"""Text to token ids and back, from a Hugging Face directory: what to encode, how to chat, where to stop.
+"""Turn text into token ids and back: special tokens, chat templates and stop tokens of a Hugging Face directory.
 
-The `tokenizers` library does the work; this file reads what lies around it. Left out on purpose: training a tokenizer,
-slow (Python) tokenizers, and the clean-up of spaces on decoding, which would make the text that a reward sees differ
-from the tokens that were sampled.
+The `tokenizers` library splits the text; this file reads the configuration files around it. Left out on purpose:
+training a tokenizer, slow (Python) tokenizers, and the clean-up of spaces on decoding, which would make the text that a
+reward sees differ from the tokens that were sampled.
 """
 
 import importlib.util
@@ -20,14 +20,16 @@ from minirl.files import read_json, write_atomic, write_json
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
-PLACEHOLDER = "minirl puts the text here"  # plain words, which no template takes apart
+PLACEHOLDER = "minirl puts the text here"  # ordinary words, which no template changes
 NO_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
-CONTEXT = 200  # characters before a text that can change its tokens: the whole prompt would cost as much again
+CONTEXT = 200  # characters before a text that are encoded with it: the whole prompt would take much longer
 
 
 class Tokenizer:
-    """`stop_ids` end a completion: a chat model often has several. `eos_id` is the one that ends a document, and
-    `stop_id` the one that a model is taught to end its turn with.
+    """A tokenizer and its chat template.
+
+    `stop_ids` end a completion: a chat model often has several. `eos_id` is the one that ends a document, and `stop_id`
+    the one that training puts at the end of the model's turn.
 
     `special_tokens` holds the texts that the configuration names, {"eos_token": "<|im_end|>", ...}, for templates.
     `template_variables` and `system` go into every prompt: further variables of the template, and the system message
@@ -35,14 +37,14 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, stop_ids: Sequence[int] = (), where: str = ""):
-        backend.no_truncation()  # a file may carry the limits of the run that saved it, and cut prompts in silence
+        backend.no_truncation()  # a saved file may hold the limits of another program, which would silently cut prompts
         backend.no_padding()
-        self._backend, self._config = backend, config
+        self._backend, self._config = backend, config  # the config is written back as it was read
         self.special_tokens = {key: _token_text(config[key], key, where) for key in NAMED_TOKENS if config.get(key)}
         self.chat_template = _default_template(config.get("chat_template"), where)
         self._mark_special(where)
         self.bos_id, self.eos_id, self.pad_id = (self._named_id(key, where) for key in NAMED_TOKENS[:3])
-        if self.eos_id is None and stop_ids:
+        if self.eos_id is None and stop_ids:  # a folder without tokenizer_config.json names its stop ids all the same
             self.eos_id = stop_ids[0]
         self._ends = tuple(dict.fromkeys([*stop_ids, *([] if self.eos_id is None else [self.eos_id])]))
         self._turn_ends: dict[str | None, int | None] = {None: None}  # by template, which may be set by hand
@@ -53,10 +55,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """A model folder, or a hub id where huggingface_hub is installed."""
+        """Read the tokenizer of a model folder, or of a hub id where huggingface_hub is installed."""
         path = resolve(path)
         backend = _read_backend(path / "tokenizer.json")
-        # The older special_tokens_map.json fills what tokenizer_config.json leaves open; a template's own file wins.
+        # tokenizer_config.json wins over the older special_tokens_map.json, and a template's own file over both.
         config = _read_if_there(path / "special_tokens_map.json") | _read_if_there(path / "tokenizer_config.json")
         if (path / "chat_template.jinja").is_file():
             config["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
@@ -66,7 +68,8 @@ class Tokenizer:
 
     @classmethod
     def from_chars(cls, alphabet: str) -> "Tokenizer":
-        """One token a character after <pad>, <bos>, <eos>; a character outside the alphabet is an error, no <unk>."""
+        """Make a tokenizer with one token a character, after <pad>, <bos> and <eos>. Encoding a character outside the
+        alphabet is an InputError: there is no <unk>."""
         if not alphabet:
             raise InputError("the alphabet of a character tokenizer is empty: pass every character that will be used")
         named = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -79,33 +82,34 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id: there may be holes below it, whose ids have no text."""
+        """Return the largest id plus one. Ids below it may be unused, and have no text."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The stop tokens that the model's files name, the tokenizer's eos and the end of a turn in the template."""
+        """Return the stop tokens that the model's files name, the tokenizer's eos, and the template's end of a turn."""
         turn_end = self._turn_end()
         return self._ends if turn_end is None or turn_end in self._ends else (*self._ends, turn_end)
 
     @property
     def stop_id(self) -> int:
-        """The token behind a text that ended by itself: the chat template's end of an assistant turn, else the eos."""
+        """Return the token that ends a complete text: the chat template's end of an assistant turn, else the eos."""
         if not self.stop_ids:
             raise InputError("the tokenizer names no stop token: give eos_token_id in generation_config.json")
         turn_end = self._turn_end()
         return self.eos_id if turn_end is None else turn_end
 
     def _turn_end(self) -> int | None:
-        """The token with which the chat template ends an assistant turn; None without a template, or where it cannot
-        render a small conversation or marks no end."""
+        """Return the token with which the chat template ends an assistant turn; None without a template or jinja2, or
+        where the template marks no end or cannot render a small conversation."""
         if self.chat_template not in self._turn_ends:
             self._turn_ends[self.chat_template] = self._find_turn_end() if importlib.util.find_spec("jinja2") else None
         return self._turn_ends[self.chat_template]
 
     def _find_turn_end(self) -> int | None:
-        """The first stop token, or other special token, behind the assistant's text. Where a template writes none,
-        the end may be what begins the next turn, if the model's files say so."""
+        """Render a small conversation and return the first stop token, or other special token, after the assistant's
+        text. Where there is none, the end may be the token that begins the next turn, if the model's files call it a
+        stop token."""
         talk = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": PLACEHOLDER}]
         added = self._backend.get_added_tokens_decoder()
         special = {index for index, token in added.items() if token.special} - {self.bos_id}
@@ -115,22 +119,25 @@ class Tokenizer:
             except InputError:
                 continue
             texts = {self.decode([index], skip_special_tokens=False): index for index in ends}
+            # The first in the text, and of several that start there the longest.
             found = [(tail.find(text), -len(text), index) for text, index in texts.items() if text and text in tail]
             if found:
                 return min(found)[2]
         return None
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a text; InputError for one that the tokenizer cannot encode."""
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library has no narrower class
             raise InputError(self._why_not_encoded(text, error)) from error
 
     def encode_behind(self, before: str, text: str) -> list[int]:
-        """Tokens of a text as they follow another. Some tokenizers (Llama 2, byte levels with a prefix space) put a
-        space before all that they encode, and a completion that is encoded alone has a space that nobody wrote.
+        """Return the tokens that a text has after another one. Some tokenizers (Llama 2, byte level with a prefix
+        space) put a space before everything that they encode, so a completion encoded alone would begin with a space
+        too many.
 
-        Where the two texts would share a token, the tokens are those behind a line end.
+        Where a token would span both texts, the tokens are those that the text has after a line end.
         """
         for context in (before[-CONTEXT:], "\n"):
             known, joined = self.encode(context), self.encode(context + text)
@@ -139,8 +146,8 @@ class Tokenizer:
         return self.encode(text)
 
     def without_end(self, text: str) -> tuple[str, int | None]:
-        """A text without the stop token that it ends with, and this token; None where there is none. White space behind
-        the token is left out with it, as chat templates write a line end there."""
+        """Split a text into what comes before the stop token at its end, and this token (None where there is none).
+        White space after the token is dropped too, because chat templates write a line end there."""
         body = text.rstrip()
         for index in self.stop_ids:
             end = self.decode([index], skip_special_tokens=False)
@@ -149,22 +156,23 @@ class Tokenizer:
         return text, None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     @property
     def hidden(self) -> set[int]:
-        """The tokens that no reward sees: those that the configuration names (bos, pad, ...) and the stop tokens."""
+        """Return the tokens that no reward sees: those that the configuration names (bos, pad, ...), stop tokens."""
         return {self._backend.token_to_id(text) for text in self.special_tokens.values()}.union(self.stop_ids)
 
     def shown(self, ids: Iterable[int]) -> str:
-        """The text that a reward sees: all but `hidden`. Special tokens that say something (<think>, <answer>) are in
-        it."""
+        """Return the text that a reward sees: all tokens except `hidden`. Special tokens with a meaning (<think>,
+        <answer>) stay in it."""
         hidden = self.hidden
         return self.decode([i for i in ids if int(i) not in hidden], skip_special_tokens=False)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> str:
-        """The text of a conversation. With `add_generation_prompt` it ends where the model is to go on: behind the
-        opening of its turn, or behind its own words where the last message is the assistant's."""
+        """Return the text of a conversation. With `add_generation_prompt` it ends where the model continues: after the
+        opening of its turn, or where the last message is the assistant's, after the words of that message."""
         if self.chat_template is None:
             raise NoChatTemplate("this tokenizer has no chat template: pass text, or set tokenizer.chat_template")
         check_messages(messages)
@@ -175,29 +183,29 @@ class Tokenizer:
         return self._rendered(messages, add_generation_prompt, variables)
 
     def prompt_with(self, variables: Mapping[str, object], system: str | None = None) -> None:
-        """Set what goes into every prompt. InputError for a variable that the chat template does not read, which would
-        have no effect."""
+        """Set the template's variables and the system message of every prompt. InputError for a variable that the chat
+        template does not read, which would have no effect."""
         if self.chat_template is None and (variables or system is not None):
             raise InputError("the model has no chat template, which --template and --system are for: leave them away")
         if variables:
-            from minirl.chat_template import refuse_unread
+            from minirl.chat import refuse_unread
 
             refuse_unread(self.chat_template, variables)
         self.template_variables, self.system = dict(variables), system
 
     def _rendered(self, messages: list[dict], add_generation_prompt: bool, variables: dict) -> str:
-        from minirl.chat_template import render_chat  # jinja2 is optional
+        from minirl.chat import render_chat  # jinja2 is optional
 
         variables = {**self.special_tokens, **self.template_variables, **variables}
         variables["add_generation_prompt"] = add_generation_prompt
         return render_chat(self.chat_template, messages, self.now, **variables)
 
     def _continued(self, messages: list[dict], variables: dict) -> str:
-        """A conversation up to the end of its last, unfinished message.
+        """Return a conversation up to the end of its last, unfinished message.
 
-        The template gets other words in its place, as it may trim a text or drop thoughts from it. Some templates put
-        empty thoughts before an answer; unless the generation prompt has them too, and the message none of its own, it
-        begins without them.
+        A template may trim a text or drop thoughts from it, so it renders a placeholder, which is then replaced by the
+        text. Some templates put an empty <think></think> before an answer. It is removed, unless the generation prompt
+        has it too and the message has no thoughts of its own.
         """
         *before, last = messages
         text = _text_of(last)
@@ -213,14 +221,15 @@ class Tokenizer:
         return head + text
 
     def chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
-        """The template has written the special tokens already; adding them on encoding would double the first."""
+        """Return the tokens of a conversation. The template has written the special tokens already, so encoding adds
+        none: a second bos would change what the model reads."""
         return self.encode(self.render(messages, add_generation_prompt, **variables))
 
     def prompt_ids(self, prompt: str | list[dict], tools: list[dict] | None = None) -> list[int]:
-        """Messages, and the tools that the model may call, through the chat template; text with the bos token in front
-        where the tokenizer itself puts one.
+        """Return the tokens of a prompt: messages, and the tools that the model may call, through the chat template;
+        text with a bos where the tokenizer itself puts one.
 
-        Text that begins with bos already, as rendered templates do, is not given a second; an eos never goes behind.
+        Text that begins with bos already, as rendered templates do, gets no second one; no eos is added.
         """
         if tools:
             self.refuse_unread_tools(prompt)
@@ -236,15 +245,15 @@ class Tokenizer:
         return [self.bos_id, *ids] if starts_with_bos and ids[:1] != [self.bos_id] else ids
 
     def refuse_unread_tools(self, prompt: str | list[dict]) -> None:
-        """InputError where tools beside a prompt would be dropped in silence."""
+        """Raise an InputError where the tools that come with a prompt would be silently ignored."""
         if isinstance(prompt, str):
             raise InputError("tools are written by a chat template, and this prompt is a text: give messages")
         if self.chat_template is not None and "tools" not in self.chat_template:
             raise InputError("the chat template does not write tools: take them out, or use a model that was given any")
 
     def save_pretrained(self, path: str | Path) -> None:
-        """The tokenizer, and the generation_config.json that it was read with. Stop ids that the folder names already
-        are kept: they came with the model that is saved there."""
+        """Write the tokenizer, and the generation_config.json that it was read with. Stop ids that are in the folder's
+        file already are kept: they came with the model that is saved there."""
         path = Path(path)
         write_atomic(path / "tokenizer.json", lambda staging: self._backend.save(str(staging)))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **self.special_tokens}
@@ -259,8 +268,8 @@ class Tokenizer:
             write_json(path / "generation_config.json", generation)
 
     def _mark_special(self, where: str) -> None:
-        """A token that the configuration names, or lists as added, is matched whole; a special one is skipped on
-        decoding. So has transformers it."""
+        """Add the tokens that the configuration names or lists, as transformers does: they are never split, and special
+        ones are skipped on decoding."""
         for index, token in _listed_tokens(self._config, where):
             known = self._backend.get_added_tokens_decoder().get(self._backend.token_to_id(token.content))
             if known is None or (token.special and not known.special):
@@ -275,6 +284,7 @@ class Tokenizer:
         self._backend.add_special_tokens([text for text in in_vocabulary if text not in known])
 
     def _named_id(self, key: str, where: str) -> int | None:
+        """Return the id of a token that the configuration names by key, such as eos_token; None where it names none."""
         text = self.special_tokens.get(key)
         index = None if text is None else self._backend.token_to_id(text)
         if text is not None and index is None:
@@ -282,6 +292,7 @@ class Tokenizer:
         return index
 
     def _why_not_encoded(self, text: str, error: Exception) -> str:
+        """Return the sentence for a text that cannot be encoded: it names the first character without a token."""
         if not isinstance(text, str):
             return f"only text can be encoded, not {text!r:.80}: pass a str"
         for position, character in enumerate(text):
@@ -293,20 +304,21 @@ class Tokenizer:
 
 
 def check_messages(messages: list[dict]) -> None:
-    """Templates read missing keys as empty text, so a misspelt one would vanish without a word."""
+    """Refuse messages without a role and content: templates read a missing key as empty text, so a misspelt one would
+    silently drop the message."""
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError(f"a chat prompt must be a list of messages with 'role' and 'content', not {messages!r:.80}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(f"message {index} must be a mapping with a text 'role', not {message!r:.80}")
         content = message.get("content")
-        said_otherwise = content is None and message.get("tool_calls")
-        if not isinstance(content, str | list) and not said_otherwise:
+        only_calls = content is None and message.get("tool_calls")
+        if not isinstance(content, str | list) and not only_calls:
             raise InputError(f"message {index} must have a text 'content', not {message!r:.80}")
 
 
 def _text_of(message: Mapping) -> str:
-    """The words of a message that is to be continued."""
+    """Return the text of a message that is to be continued; InputError where it has none, or calls tools."""
     content = message.get("content")
     parts = content if isinstance(content, list) and not message.get("tool_calls") else [{"text": content}]
     if message.get("tool_calls") or not all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in parts):
@@ -332,6 +344,7 @@ def _read_if_there(file: Path) -> dict:
 
 
 def _read_stop_ids(path: Path) -> list[int]:
+    """Return the stop ids of generation_config.json, which wins as in transformers, or else of config.json."""
     for name in ("generation_config.json", "config.json"):
         ids = _read_if_there(path / name).get("eos_token_id")
         if ids is None or ids == []:
@@ -344,24 +357,24 @@ def _read_stop_ids(path: Path) -> list[int]:
 
 
 def _listed_tokens(config: dict, where: str) -> list[tuple[int | None, AddedToken]]:
-    """(id, token) of the added tokens that tokenizer_config.json lists; id None where it gives none."""
-    found = []
+    """Return (id, token) of the added tokens that tokenizer_config.json lists; the id is None where it gives none."""
     by_id = config.get("added_tokens_decoder") or {}
-    for index in sorted(by_id, key=int):
-        found.append((int(index), _added_token(by_id[index], "added_tokens_decoder", where, False)))
+    found = [(int(i), _added_token(by_id[i], "added_tokens_decoder", where, False)) for i in sorted(by_id, key=int)]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(key) or []
-        for value in listed.values() if isinstance(listed, dict) else listed:
-            found.append((None, _added_token(value, key, where, True)))
+        listed = listed.values() if isinstance(listed, dict) else listed
+        found += [(None, _added_token(value, key, where, True)) for value in listed]
     return found
 
 
 def _added_token(value: str | dict, key: str, where: str, special: bool) -> AddedToken:
+    """Make the library's token of an entry; `special` holds where the entry itself says nothing."""
     flags = {name: bool(value[name]) for name in FLAGS if name in value} if isinstance(value, dict) else {}
     return AddedToken(_token_text(value, key, where), **{"special": special, "normalized": False} | flags)
 
 
 def _token_text(value: str | dict, key: str, where: str) -> str:
+    """Return the text of a token, which configurations write as a string or as an object with `content`."""
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise InputError(f"{key}{where} must be text or an object with 'content', not {value!r:.80}: correct it")
@@ -369,7 +382,8 @@ def _token_text(value: str | dict, key: str, where: str) -> str:
 
 
 def _default_template(value: str | list[dict] | None, where: str) -> str | None:
-    """A configuration may hold several named templates (tool use, retrieval); the one called default is for chat."""
+    """Return the template for chat. A configuration may hold several by name (tool use, retrieval): then it is the one
+    called default, or the only one."""
     if value is None or isinstance(value, str):
         return value
     try:

@@ -3,7 +3,10 @@
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start too: the sizes are small, and several processes that
@@ -14,6 +17,10 @@ import hypothesis
 import numpy
 import pytest
 import torch
+
+# What several rooms share is imported by name, from wherever the tests lie.
+HERE = Path(__file__).parent
+sys.path[:0] = [str(folder) for folder in (HERE, *HERE.iterdir()) if folder.is_dir()]
 
 # Triton reads this when a kernel is defined: without a GPU the kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -42,3 +49,36 @@ def pytest_configure() -> None:
 def golden() -> dict:
     """Numbers worked out independently of this code, by name of the formula."""
     return json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """The folder of a tiny model that reads and writes sums, to be left as it is."""
+    from helpers import tiny_checkpoint
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def complaint(capsys, monkeypatch) -> Callable[..., str]:
+    """Run a command that must fail with exit code 2, and return the one sentence that it says on stderr.
+
+    It may leave nothing behind but what `left` names, with the folders that hold it.
+    """
+    from helpers import all_files, sentence
+
+    from minirl.lab import cli, display
+
+    def run(*args: str, left: Sequence[str] = ()) -> str:
+        before = set(all_files())
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(args))
+        assert stop.value.code == 2
+        allowed = {place for name in left for place in (Path(name), *Path(name).parents)}
+        assert before <= set(all_files()) <= before | allowed
+        assert all(Path(name).exists() for name in left)
+        return sentence(capsys.readouterr().err)
+
+    monkeypatch.setattr(display, "PATIENCE", math.inf)  # no line of progress on stderr, however slow the machine is
+    return run

@@ -1,0 +1,75 @@
+"""Measure and empty the folder of a cell, whatever tree the cell has made there.
+
+A cell is a process that runs hostile code (see `worker`). It may write to this folder alone, and it may change the tree
+while it is read here, nest folders deeper than a path can name, or take away their permissions.
+"""
+
+import os
+import secrets
+
+MAX_FILES, MAX_DISK = 256, 64 * 2**20  # number of files and folders, and their bytes, that a cell may write
+MAX_DEPTH = 12  # folders in folders; this many names of 255 bytes are still a path that can be opened
+
+
+def is_full(folder: str) -> bool:
+    """Return whether the folder holds more than the limits allow. The cell is at work, so anything may be gone the next
+    moment. A folder that cannot be read counts as full: the cell may hide its files there."""
+    entries = size = 0
+    level = [folder]
+    for _ in range(MAX_DEPTH + 1):
+        below = []
+        for path in level:
+            try:
+                with os.scandir(path) as found:
+                    for entry in found:
+                        entries += 1
+                        if entry.is_dir(follow_symlinks=False):
+                            below.append(entry.path)
+                        else:
+                            size += entry.stat(follow_symlinks=False).st_size
+                        if entries > MAX_FILES or size > MAX_DISK:
+                            return True
+            except (FileNotFoundError, NotADirectoryError):  # the cell has just removed or replaced it
+                pass
+            except OSError:
+                return True
+        level = below
+    return bool(level)
+
+
+def empty(folder: str) -> None:
+    """Remove everything in the folder; OSError if something stays. A tree may be deeper than recursion and paths allow,
+    so the content of a folder is moved up before the folder is removed."""
+    while entries := _opened(folder):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            for child in _opened(entry.path):
+                if child.is_dir(follow_symlinks=False):
+                    os.rename(child.path, os.path.join(folder, secrets.token_hex(8)))
+                else:
+                    os.unlink(child.path)
+            os.rmdir(entry.path)
+
+
+def _opened(folder: str) -> list[os.DirEntry]:
+    """Return the entries, after giving back the permissions of the folders among them, without which those can be
+    neither entered nor moved."""
+    with os.scandir(folder) as found:
+        entries = list(found)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mode & 0o700 != 0o700:
+            os.chmod(entry.path, 0o700)
+    return entries
+
+
+def remove(folder: str) -> None:
+    """Remove the folder, or as much of it as can be."""
+    for _ in range(3):  # a cell that was killed a moment ago may still finish a system call
+        try:
+            empty(folder)
+            os.rmdir(folder)
+            return
+        except OSError:
+            continue
