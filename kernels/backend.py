@@ -1,4 +1,4 @@
-"""Which code computes: the definition in PyTorch, or the Triton kernel below it."""
+"""Choose the code that computes: the definition in PyTorch, or the Triton kernel below it."""
 
 import os
 from typing import Literal

@@ -78,6 +78,7 @@ class Head(NamedTuple):
         """Make the logits of some rows, [n, V], in the memory of `buffer` where that has room."""
         n, tile = len(rows), min(TILE, self.chunk_rows)
         h = pad_rows(hidden[rows], tile)
+        # One buffer for all chunks, so that two of them never exist at once.
         if buffer is None or len(buffer) < len(h):
             buffer = h.new_empty(len(h), len(self.weight), dtype=self.dtype)
         multiply = product if h.is_cuda else partial(tiled_product, tile=tile)
@@ -99,6 +100,8 @@ class Head(NamedTuple):
         self, z: Tensor, targets: Tensor, rows: Tensor, stats: Stats, c: Tensor, e: Tensor, live: Tensor
     ) -> Tensor:
         """Give ∂L/∂z of the live ones among the rows of a chunk, [len(live), V], in the dtype of the weights."""
+        # Over the logits where that can be: another [n, V] would double the workspace. Not where rows are left out in
+        # Triton, whose programs run in any order: one would overwrite a row that another has yet to read.
         inplace = z.dtype == self.weight.dtype and (len(live) == len(z) or not self.triton)
         out = z[: len(live)] if inplace else z.new_empty(len(live), z.shape[1], dtype=self.weight.dtype)
         write = gradient_triton if self.triton else gradient_torch
@@ -108,7 +111,7 @@ class Head(NamedTuple):
 
 
 def pad_rows(rows: Tensor, multiple: int = MIN_ROWS) -> Tensor:
-    """On a CPU, add rows of zeros up to the next multiple."""
+    """Add rows of zeros up to the next multiple, on a CPU only."""
     missing = -len(rows) % multiple if rows.device.type == "cpu" else 0
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
@@ -255,8 +258,10 @@ class _Gradients:
     def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, ...]):
         self.hidden, self.head = hidden, head
         weight, bias = head.weight, head.bias
+        # A sum over many chunks in bf16 would lose what the later ones add.
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.by_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        # Not filled with zeros: the first product overwrites it (beta = 0), a pass over [V, D] less.
         self.by_weight = torch.empty(weight.shape, dtype=wide, device=weight.device) if wanted[1] else None
         self.by_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
         self.empty = True
@@ -340,6 +345,7 @@ def linear_policy_terms(
     if options.follows_advantage:
         alive &= inputs.advantages != 0
     alive = alive.nonzero().squeeze(1)
+    # Asked here, because inside the forward of a Function gradients are always off.
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     loss, logp, entropy, *terms = _LinearPolicyLoss.apply(
         hidden, weight, bias, targets, head, options, inputs, alive, wanted

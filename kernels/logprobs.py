@@ -268,6 +268,7 @@ class _TokenLogprobs(torch.autograd.Function):
         out = logits if ctx.inplace else logits.new_empty(logits.shape)
         c, e = grad_logp.contiguous(), grad_entropy.contiguous()  # a sum's gradient comes as an expanded number
         gradient_triton(logits, targets, ctx.temperature, Stats(*stats), c, e, out, active=ctx.active)
+        # Autograd does not see what a kernel writes: the version alone tells it that these logits are gone.
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, None, None, None, None

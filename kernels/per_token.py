@@ -99,7 +99,7 @@ def _never(x):
 
 
 def clip(ratio, slope, A, logp, o: TokenLoss):
-    """S = −min(ρA, clip(ρ, 1 − ε_lo, 1 + ε_hi)A), then min(S, −cA) where A < 0; g = ρ where nothing is cut.
+    """Give S = −min(ρA, clip(ρ, 1 − ε_lo, 1 + ε_hi)A), then min(S, −cA) where A < 0; g = ρ where nothing is cut.
 
     1707.06347 eq. 7; 1912.09729 eq. 5 for the dual clip c.
     """
@@ -112,13 +112,13 @@ def clip(ratio, slope, A, logp, o: TokenLoss):
 
 
 def is_pg(ratio, slope, A, logp, o: TokenLoss):
-    """S = −sg[clamp(ρ, w_min, w_max)]·A·ℓ; g is that weight (2506.13585 eq. 4). Its flags: the weight was clamped."""
+    """Give S = −sg[clamp(ρ, w_min, w_max)]·A·ℓ and g, that weight (2506.13585 eq. 4); flags mark a clamped weight."""
     weight = ratio.clamp(o.w_min, o.w_max)
     return -weight * A * logp, weight, (ratio > o.w_max, ratio < o.w_min, _never(A))
 
 
 def sapo(ratio, slope, A, logp, o: TokenLoss):
-    """S = −(4/τ)·σ(τ(ρ − 1))·A; g = 4σ(1 − σ)ρ, with τ = tau_pos where A > 0, else tau_neg (2511.20347)."""
+    """Give S = −(4/τ)·σ(τ(ρ − 1))·A; g = 4σ(1 − σ)ρ, with τ = tau_pos where A > 0, else tau_neg (2511.20347)."""
     tau = torch.full_like(A, o.tau_neg).masked_fill(A > 0, o.tau_pos)
     x = tau * (ratio - 1)
     return -4 / tau * x.sigmoid() * A, 4 * x.sigmoid() * (-x).sigmoid() * slope, (_never(A), _never(A), _never(A))
@@ -128,14 +128,15 @@ SURROGATES = {"clip": clip, "is_pg": is_pg, "sapo": sapo}  # (ρ, ∂ρ/∂ℓ, 
 
 
 def k2(d, token_lr):
-    """d²/2 with slope d = ℓ − ℓr: on policy its expected gradient is that of KL(π_θ‖π_ref)."""
+    """Give d²/2 with slope d = ℓ − ℓr: on policy its expected gradient is that of KL(π_θ‖π_ref)."""
     return d**2 / 2, d
 
 
 def k3(d, token_lr=None):
-    """e^{−d} + d − 1 with slope 1 − e^{−d} (2402.03300 eq. 4); expm1 keeps the digits that the plain form loses.
+    """Give e^{−d} + d − 1 with slope 1 − e^{−d} (2402.03300 eq. 4).
 
-    Beyond the guard the slope stays as it is at the guard, so K goes on along its tangent.
+    expm1 keeps the digits that the plain form loses. Beyond the guard the slope stays as it is at the guard, so K goes
+    on along its tangent.
     """
     held = d.clamp(-GUARD, GUARD)
     expm1 = (-held).expm1()
@@ -143,7 +144,7 @@ def k3(d, token_lr=None):
 
 
 def k3_is(d, token_lr):
-    """ρ·k3 with slope ρ·d, ρ being the unclipped token ratio: the exact gradient of KL(π_θ‖π_ref) (2512.02556 §3.1).
+    """Give ρ·k3 with slope ρ·d, the exact gradient of KL(π_θ‖π_ref) (2512.02556 §3.1); ρ is the unclipped token ratio.
 
     Only ρ is guarded. K = ρ(d − 1) + π_ref/π_old needs no e^{−d} where that is beyond the guard; where ρ stands still K
     grows by ρ∫d from d₀, at which ρ met the guard.
@@ -233,6 +234,7 @@ def token_loss(options: TokenLoss, logp: Tensor, entropy: Tensor | None, inputs:
     ratio, slope = guarded_exp(log_ratio)
     S, g, cut = SURROGATES[o.surrogate](ratio, slope, A, logp, o)
     omega = torch.ones_like(logp) if omega is None else omega
+    # A constant of the loss, also where ℓo is the policy's own ℓ: an importance weight is never differentiated.
     if o.importance.startswith("token") and rollout is not None:
         omega = omega * importance_weight(guarded_exp(old - rollout)[0], o.importance.partition("_")[2], o)[0]
 

@@ -84,6 +84,7 @@ def _fused_kernel(
         at_target = token_at(row, target, vocab, active)
         values = token_values(t, i)
         on = values[1] != 0
+        # A masked row has length 0: it may hold anything and is not read.
         largest, log_total, h = row_stats(row, tl.where(on, vocab, 0), active, inv_t, BLOCK)
         lp = tl.where(on, (at_target - largest) * inv_t - log_total, 0.0)
         h = tl.where(on, h, 0.0)
@@ -117,6 +118,7 @@ class _FusedPolicyLoss(torch.autograd.Function):
             tiles, grid = tiling(vocab, FUSED_BYTES // logits.element_size()), (min(n, _programs(logits)),)
             run.launch(_fused_kernel, grid, *args, PER_ROW=per_row, GRADIENT=gradient, **tiles)
         if gradient:
+            # Autograd does not see what the kernel wrote: the version tells whoever still needs the logits.
             if inplace:
                 torch.autograd.graph.increment_version(logits)
             ctx.save_for_backward(out)
@@ -143,6 +145,7 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     elif factor != 1:
         x.mul_(factor)
     else:
+        # As if it had been scaled: a second backward pass must fail, whatever the factor of the first.
         torch.autograd.graph.increment_version(x)
 
 

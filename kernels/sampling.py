@@ -46,6 +46,7 @@ def _absorb(key, part):
     On int64 in torch and in Triton alike, whose products wrap; on integers modulo 2**64. The masks make the right
     shifts logical; the factors are splitmix64's as signed integers.
     """
+    # part + 1: a 0 absorbed into a key of 0 would stay 0.
     key = key + (part + 1) * -7046029254386353131
     key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
@@ -60,6 +61,7 @@ def _seed_key(seed: int) -> int:
 def keyed_uniform(seed: int, sample: Tensor, position: Tensor) -> Tensor:
     """Make uniforms in [0, 1), float64 of 53 random bits, from (seed, sample, position); int64 tensors of one shape."""
     key = _absorb(_absorb(_seed_key(seed), sample), position)
+    # float64 holds 53 bits exactly: with more, rounding could give 1.
     return ((key >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
 
 
@@ -100,6 +102,7 @@ def sample_tokens(
     sums = sums.double()
     total = sums.sum(-1)
     if temperature == 0:
+        # Relative to the largest, the share of the most likely token is 1.
         token, logp = logits.max(-1).indices, -total.log()
     else:
         uniform = keyed_uniform(seed, sample, position)
@@ -231,6 +234,7 @@ def _pick_kernel(
         uniform = _uniform_tile(seed_key, tl.load(samples + row), tl.load(positions + row))
         aim = uniform * total
         tile = _first_past(tl.cumsum(shares), shares, aim, at, TILES)
+    # From shares of the row to shares of the tile, whose sums are relative to its own peak.
     aim = (aim - tl.sum(tl.where(at < tile, shares, 0.0))) / tl.sum(tl.where(at == tile, weight, 0.0))
 
     z = _kept(row, logits, stride, V, active, tile, floors, lasts, TILE)

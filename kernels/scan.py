@@ -126,6 +126,7 @@ def _gae_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     rewards, values, mask = rewards + row * r_stride, values + row * v_stride, mask + row * m_stride
+    # Asked first: the sweep stores from the row's end, and a NaN at its start makes all of the row's A 0.
     length, broken = _extent(rewards, mask, T, BLOCK)
     gamma, gamma_lam = tl.load(rates), tl.load(rates + 1)
     V_carry = tl.full([], 0.0, tl.float64) if bootstrap is None else tl.load(bootstrap + row)

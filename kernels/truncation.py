@@ -21,7 +21,7 @@ LOWEST = torch.finfo(torch.float32).min  # no floor lies below: a token at -inf 
 
 
 class Floor(NamedTuple):
-    """The last token of each row that is kept: the others have a larger logit, or the same and a smaller id."""
+    """Name the last token of each row that is kept: the others have a larger logit, or the same and a smaller id."""
 
     logit: Tensor  # fp32 [B]
     id: Tensor  # int64 [B]; V - 1 where every token with that logit is kept
@@ -104,6 +104,7 @@ def _everything(z: Tensor) -> Floor:
 
 def _last_kept(z: Tensor, temperature: float, top_k: int, top_p: float) -> Floor:
     """Find the n-th token of each row of z [B, V] in the order, n = top_k, or less where top_p is reached before."""
+    # NumPy sorts upwards only; negated, the largest logit comes first.
     x = _ascending(-z)  # the order, without ids
     n = torch.full((len(z), 1), top_k or z.shape[1], device=z.device)
     if top_p < 1.0:
@@ -116,6 +117,7 @@ def _last_kept(z: Tensor, temperature: float, top_k: int, top_p: float) -> Floor
     cut = (n < end).squeeze(1).nonzero().squeeze(1)
     if len(cut):
         tied = torch.eq(z[cut], -last[cut], out=torch.empty(len(cut), z.shape[1], device=z.device))
+        # fp32 counts exactly up to 2²⁴, more than any vocabulary has.
         counted = tied.cumsum(-1)
         id[cut] = torch.searchsorted(counted, (n - first)[cut].float()).clamp_(max=z.shape[1] - 1)
     return Floor(-last.squeeze(1), id.squeeze(1))
@@ -235,7 +237,7 @@ def _tied_id(row, V, active, floor, count, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["top_k"])
 def _floor_kernel(logits, stride, V, active, scale, top_k, top_p, drop, floors, ids, TILE: tl.constexpr):
-    """`count` of the logits that equal the floor are kept, those of the smallest ids."""
+    """Find the floor of one row; of the logits that equal it, keep `count`, those of the smallest ids."""
     row = logits + row_offset(tl.program_id(0), stride)
     peaks = tl.full([TILE], float("-inf"), tl.float32)
     for tile in range(0, tl.cdiv(V, TILE)):
@@ -252,6 +254,7 @@ def _floor_kernel(logits, stride, V, active, scale, top_k, top_p, drop, floors, 
         last = _search(row, V, active, floor, top_p * left, scale, largest, True, TILE)
         missing = top_p * left - _above(row, V, active, last, scale, largest, True, TILE)
         needed = tl.maximum(tl.ceil(missing / tl.exp2(bits_of(last, scale, largest))), 1.0)
+        # Above the floor of top-k every tied token is still there; at it, only those that top-k left.
         count = tl.minimum(needed, tl.where(last > floor, V, count))
         floor = last
     if largest + drop > floor:

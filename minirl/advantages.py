@@ -27,7 +27,7 @@ def _dtype(x):  # of the result: float32 even for bf16 or integers, float64 stay
 
 
 def group_stats(rewards: Tensor, group_ids: Tensor, ddof: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """rewards [B], group_ids [B] -> R − μ_g, σ_g and G (scored completions), each [B] and of the row's group.
+    """Give R − μ_g, σ_g and G (scored completions) of each row's group, [B] each, for rewards and group_ids [B].
 
     R − μ_g is exactly 0 where the row is NaN or its group has no spread.
     """
@@ -46,12 +46,14 @@ def group_stats(rewards: Tensor, group_ids: Tensor, ddof: int = 1) -> tuple[Tens
 
     size = total(scored.double())
     centred = R - total(R) / size.clamp(min=1)
+    # By the extremes: the deviation of equal rewards may be a rounding error, and dividing by it would give ±1.
     signal = scored & (extreme(R, "amax") - extreme(R, "amin") > SAME)
     std = (total(torch.where(scored, centred, 0) ** 2) / (size - ddof).clamp(min=1)).sqrt()
     return torch.where(signal, centred, 0).to(dtype), std.to(dtype), size.to(dtype)
 
 
 def _scaled(centred, std):
+    # Without a signal σ may be 0 as well, and 0/0 is NaN.
     return torch.where(centred == 0, 0, centred / std)
 
 
@@ -72,6 +74,7 @@ def grpo_mean(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1) -> Tensor
 def rloo(rewards, group_ids, *, eps: float = 1e-4, ddof: int = 1) -> Tensor:
     """Give A_i = R_i − mean_{j≠i} R_j = G/(G − 1)·(R_i − μ_g) (2402.14740)."""
     centred, _, size = group_stats(rewards, group_ids, ddof)
+    # A completion alone has no others to be compared with; its centred reward is 0 already.
     return centred * size / (size - 1).clamp(min=1)
 
 
@@ -159,6 +162,7 @@ def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, ddof: int = 1, shift_m
     n, y = mask.sum(), _fill(x, mask)
     mean = y.sum() / n.clamp(min=1)
     centred = _fill(y - mean, mask)
+    # Equal entries leave rounding errors here, which a deviation of the same size would blow up to ±1.
     varies = (centred.abs() > SAME).any()
     white = centred * varies / ((centred**2).sum() / (n - ddof).clamp(min=1) + eps).sqrt()
     return _fill(white if shift_mean else white + mean, mask).to(_dtype(x))
@@ -227,6 +231,7 @@ def grpo_process(
     ends = step_ends.bool()
     ids = group_ids[:, None].expand(ends.shape)
     normalised = torch.zeros_like(step_rewards, dtype=_dtype(step_rewards))
+    # A step is to its group what a completion is in `grpo`: one sample of the mean and the deviation.
     normalised[ends] = grpo(step_rewards[ends], ids[ends], eps=eps, ddof=ddof)
     return normalised.flip(1).cumsum(1).flip(1)
 

@@ -22,7 +22,11 @@ MEASURED = ("entropy", "kl_old/k1", "kl_old/k3", "kl_ref/k1", "kl_ref/k3", "kl_r
 
 @dataclass
 class Batch:
-    """Hold the B rows of one optimizer step with what the loss needs of them; T is their longest response."""
+    """Hold B rows with what the loss needs of them; T is their longest response.
+
+    The batch of a rollout has all of its rows. Its mini-batches (`mini_batches`) are batches again, one an optimizer
+    step, and so are the micro-batches of these, one a forward.
+    """
 
     rows: Sequence[Row]
     advantages: torch.Tensor  # [B] or [B, T]
@@ -40,6 +44,7 @@ class Batch:
 
     def select(self, indices: Sequence[int]) -> "Batch":
         """Take some of the rows, tensors cut to the longest of them."""
+        # A micro-batch of short rows must not pay for the longest row of the step.
         width = max((len(self.rows[i].response) for i in indices), default=0)
         index = torch.as_tensor(indices, dtype=torch.long, device=self.mask.device)
 
@@ -83,11 +88,13 @@ def add_policy_gradient(
     (a critic's, on a shared trunk); with it every row that counts is computed.
     """
     groups, entropy = batch.groups(), None
+    # The threshold is one of the whole step, so every entropy is needed before the first gradient.
     if options.entropy_quantile is not None:
         entropy = response_logprobs_and_entropy(model, batch.rows, budget, temperature)[1]
-    step = Totals.of(batch.mask, groups, entropy, options.entropy_quantile)
+    counts = Totals.of(batch.mask, groups, entropy, options.entropy_quantile)
     trained = with_gradient(batch.mask, batch.advantages, options)
-    totals = step.measured_over(int(trained.sum()))
+    # The loss divides by all tokens that count, its metrics by those with a gradient.
+    totals = counts.measured_over(int(trained.sum()))
     computed = trained if further_loss is None else batch.mask.bool()
     parts = []
     for part in batch.micro_batches(computed, budget):
@@ -96,8 +103,10 @@ def add_policy_gradient(
         policy = HiddenStates(micro.hidden(model), model.head_weight, micro.targets, micro.mask, head)
         loss, metrics = loss_and_metrics(policy, part.loss_inputs(), options, totals)
         if further_loss is not None:
-            more, its = further_loss(policy.hidden, micro, part, step)
+            # A value has something to learn at tokens where the policy has no gradient: its means are over all.
+            more, its = further_loss(policy.hidden, micro, part, counts)
             loss, metrics = loss + more, metrics | its
+        # Here, inside the loop: the activations of one micro-batch are freed before the next one needs the memory.
         loss.backward()
         parts.append(metrics)
     if not parts:
@@ -141,8 +150,10 @@ def make_batch(rollout: Rollout, policy, reference, config) -> Batch:
     """Lay a rollout out as rows with masks and log-probs; advantages are 0 until they are known.
 
     `mask` holds the tokens that count in the loss and in statistics of the batch, `sampled` every token. The log-probs
-    of the policy before the update are computed where something needs them: several updates, a KL, or completions that
-    came without the log-probs of their sampler."""
+    of the policy before the update are computed where something needs them: several updates, a KL in the reward, an
+    adaptive weight, or completions that came without the log-probs of their sampler. Else they are the forward itself
+    (a single update: every ratio is 1). The sampler's own log-probs are `rollout_logp`, never the old ones: they act in
+    importance weights and in the metrics of mismatch."""
     device = policy.model.device
     prompts = [rollout.prompts[i // rollout.group_size] for i in range(len(rollout.completions))]
     rows = [
@@ -182,6 +193,7 @@ def mini_batches(batch: Batch, config, step: Step) -> Iterator[Batch]:
     groups = len(batch.rows) // config.group
     for epoch in range(config.epochs):
         shuffled = epoch_order(groups, config.seed, 1 + step.number * config.epochs + epoch)
+        # Fewer groups than mini-batches give fewer updates, never an empty one.
         for part in np.array_split(shuffled, min(config.mini_batches, groups)):
             yield batch.select([g * config.group + j for g in sorted(part.tolist()) for j in range(config.group)])
 

@@ -42,7 +42,7 @@ def render_chat(template: str, messages: list[dict], moment: datetime, **variabl
     Some templates want the arguments of tool calls as JSON text, or an empty text where the content beside them is
     null. Where the template fails on the messages as they are, or prints the null as "None", those spellings are
     tried."""
-    first, *others = _spellings(messages)
+    first, *others = _spellings(messages)  # without tool calls there are no others
     try:
         text = _render(template, first, moment, variables)
     except InputError:
@@ -111,7 +111,7 @@ def refuse_unread(template: str, variables: Iterable[str]) -> None:
             )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # compiling takes longer than rendering, and a run has one template
 def compile_template(template: str) -> jinja2.Template:
     """Compile a template once; InputError names the line where it is no valid Jinja."""
     try:

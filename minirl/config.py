@@ -91,7 +91,7 @@ class RunConfig(CheckpointConfig):
     """Steps between checkpoints."""
     resume: bool = False
     """Continue the run in `out`; micro_batch_tokens, recompute, device and save_every
-    may differ, as they change no result."""
+    may differ, as they change a result by rounding at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,8 @@ class Refresh(Config):
     """How the reward model among `rewards` learns on."""
 
     every: Whole = 0
-    """Steps between its updates on the rule's outcomes of what was sampled since; 0 = it stays as it is."""
+    """Steps between updates of the reward model on the rule's outcomes of what was sampled since; 0 = it stays as it
+    is."""
     lr: Positive = 1e-5
     """Learning rate of an update."""
     epochs: Count = 1
@@ -266,7 +267,7 @@ class PolicyConfig(RewardsConfig, ReferenceConfig, SamplingConfig, OptimizerConf
     """Decides prompts and draws: a run is a function of its config."""
     resume: bool = False
     """Continue the run in `out`; slots, micro_batch_tokens, recompute, device, save_every and shown may differ, as they
-    change no result, and on_bad_reward."""
+    change a result by rounding at most, and on_bad_reward."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -77,14 +77,14 @@ class Critic:
             )
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [M, D] -> fp32 values [M]; those of a reward model's head are less its bias, as its rewards are."""
+        """Give fp32 values [M] of hidden [M, D]; the bias of a reward model's head is subtracted, as in its rewards."""
         bias = self.trunk.head.bias if self.own else 0.0
         return F.linear(hidden.float(), self.head.weight.float()).squeeze(-1) - bias
 
     @torch.no_grad()
     def values_of_rows(self, rows: Sequence[Row], budget: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """V(s_t) of every token of the responses, [B, T], 0 where there is none; and V(s_T), read at the place of the
-        last token, [B]."""
+        """Give V(s_t) of every token of the responses, [B, T], 0 where there is none; and V(s_T), read at the place of
+        the last token, [B]."""
         # A value is read where the next token is predicted, so a token more is asked for.
         longer = [Row(row.prompt, [*row.response, 0], row.group) for row in rows]
         lengths = torch.tensor([len(row.response) for row in rows], device=self.trunk.device)

@@ -38,6 +38,6 @@ def told(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, choices) -> str:
-    """' (did you mean 'sum'?)' for an error message, or nothing where no choice is close."""
+    """Return " (did you mean 'sum'?)" for an error message, or "" where no choice is close."""
     close = difflib.get_close_matches(word, choices, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

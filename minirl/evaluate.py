@@ -82,12 +82,14 @@ def evaluate(
     k = params.n
     values = {"mean": [mean_at_k(row) for row in correct]}
     if k > 1:
+        # 1, 2, 4, ... below k: the curve of pass@n over the number of samples
         sizes = [2**i for i in range(k.bit_length()) if 2**i < k] if curve else []
         answers = np.array([task.extract(text) for text in rollout.answers], dtype=object).reshape(correct.shape)
         values |= {f"pass@{n}": [_passed(c, n) for c in correct] for n in (*sizes, k)}
         for n in (*sizes, k):
             values[f"maj@{n}"] = [_majority(a, c, n, ties) for a, c in zip(answers, correct, strict=True)]
     if greedy:
+        # One each: greedy completions of the same prompt are equal.
         single = sample(sampler, tokenizer, examples, replace(params, n=1, temperature=0.0))
         sampled.append(single)
         values["greedy"] = _correct(single, {name: task.correct}, timeout, on_bad)[:, 0].tolist()
@@ -97,7 +99,7 @@ def evaluate(
     return Evaluation(metrics, {f"eval/{name}": v for name, v in values.items()}, rollout, correct)
 
 
-class HeldOut(Observer):
+class HeldOutAccuracy(Observer):
     """The observer that measures held-out accuracy in grpo and ppo: before training, every `eval_every` steps and after
     the last one."""
 

@@ -46,7 +46,7 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
-    """One object a line. Half of a surrogate pair has no UTF-8; as a backslash and its code it is JSON again."""
+    """Write one object a line. Half of a surrogate pair has no UTF-8; as a backslash and its code it is JSON again."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomic(path, lambda staging: staging.write_bytes(text.encode("utf-8", "backslashreplace")))
 

@@ -83,7 +83,7 @@ class GRPOConfig(PolicyConfig):
 
 
 class Parts(NamedTuple):
-    """The parts of a run, each saved and restored with it."""
+    """The parts of a run; all but the source are saved and restored with it."""
 
     policy: Policy
     reference: Reference
@@ -97,12 +97,7 @@ class Parts(NamedTuple):
 
 
 def grpo(
-    config: GRPOConfig,
-    source: Callable,
-    rewards,
-    data: Sequence = (),
-    display: Display | None = None,
-    observers: Sequence = (),
+    config: GRPOConfig, source: Callable, rewards, data=(), display: Display | None = None, observers: Sequence = ()
 ) -> Path:
     """Train, from the config or from the run's last checkpoint; returns the folder of the trained model.
 
@@ -122,16 +117,16 @@ def grpo(
 def grpo_step(step: Step, config: GRPOConfig, parts: Parts) -> None:
     """Sample, reward, compare, update."""
     policy, reference, source, cursor, rewards, beta = parts
-    with step.time("rollout"):
+    with step.time("rollout"), step.untouched():
         rollout = collect(source, cursor, rewards, config, step)  # prompts -> completions -> rewards
     with step.time("train"):
         batch = make_batch(rollout, policy, reference, config)  # rows, masks, old and reference log-probs
-        batch.advantages = advantages(rollout, batch, policy.tokenizer, beta, config)
+        batch.advantages = estimate_advantages(rollout, batch, policy.tokenizer, beta, config)
         batch.mask = trained_tokens(rollout, batch, config)
         rate = learning_rate(step.number, config.lr, config.warmup, config.steps, config.schedule)
         updates, skipped = [], 0
         for part in mini_batches(batch, config, step):
-            metrics = policy_gradient(policy, part, beta.loss, config)  # of the one loss, in micro-batches
+            metrics = policy_gradient(policy, part, beta.policy_loss, config)  # of the one loss, in micro-batches
             if metrics is None:  # no token of the part has a gradient
                 skipped += 1
                 continue
@@ -150,7 +145,7 @@ def grpo_step(step: Step, config: GRPOConfig, parts: Parts) -> None:
 
 def prepare(run: Run, config: GRPOConfig, source: Callable, rewards) -> Parts:
     """Load or restore all that a run holds."""
-    policy = run.hold("policy", Policy.load(config, run))
+    policy = run.hold("policy", Policy.load(config, run).with_optimizer())
     source = source(policy, config, run.display)
     rewards = run.hold("rewards", rewards.beside(policy, source, run))
     reference = run.hold("reference", Reference(policy, config, run))
@@ -167,9 +162,9 @@ def collect(source, cursor: Cursor, rewards, config: GRPOConfig, step: Step) -> 
     Accuracy decides, not the reward: a punishment of length would fake a signal. Statistics are of all samples.
     Mixed groups beyond `prompts` are dropped and counted: in a later step they would be of an older policy.
     """
-    batches, kept = [], []
+    batches, kept, in_steps = [], [], config.advantage == "grpo_process"
     for i in range(config.max_gen_batches if config.dynamic_sampling else 1):
-        batches.append(scored_batch(source, cursor.batches + i, rewards, config, step))
+        batches.append(scored_batch(source, cursor.batches + i, rewards, config, step, in_steps))
         kept += [i * config.prompts + group for group in mixed_groups(batches[-1], config)]
         if len(kept) >= config.prompts:
             break
@@ -200,7 +195,7 @@ def mixed_groups(rollout: Rollout, config: GRPOConfig) -> list[int]:
 # ---- from rewards to advantages --------------------------------------------------------------------------------------
 
 
-def advantages(rollout: Rollout, batch: Batch, tokenizer, beta: KLWeight, config: GRPOConfig) -> torch.Tensor:
+def estimate_advantages(rollout: Rollout, batch: Batch, tokenizer, beta: KLWeight, config: GRPOConfig) -> torch.Tensor:
     """Turn the rewards into A [B] of completions, or [B, T] of tokens.
 
     batch.mask holds the tokens that count in statistics of the batch, batch.sampled every token: a completion that

@@ -32,7 +32,7 @@ class KLWeight:
         self.beta = state.get("beta", self.beta)
 
     @property
-    def loss(self) -> PolicyLoss:
+    def policy_loss(self) -> PolicyLoss:
         in_loss = self.moves in ("kl_coef", "kl_old_coef")
         return replace(self.config.loss, **{self.moves: self.beta}) if in_loss else self.config.loss
 

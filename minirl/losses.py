@@ -104,6 +104,7 @@ class Totals:
         if group_ids is not None:
             ids, index = group_ids.unique(return_inverse=True)
             group_tokens = lengths.new_zeros(len(ids)).index_add_(0, index, lengths)
+        # One threshold for the step: that of a micro-batch would depend on which rows happen to share it.
         if entropy_quantile is not None and keep.any():
             floor = _quantile(entropy.detach()[keep], 1 - entropy_quantile)
         groups = 0 if ids is None else int((group_tokens > 0).sum())
@@ -143,12 +144,14 @@ def aggregation_weights(mask, options: PolicyLoss, totals: Totals, group_ids=Non
             count = m.new_tensor(totals.sequences)
         case "group_token_mean":
             count = totals.groups * _group_tokens(group_ids, totals).to(dtype)[:, None]
+    # A row without counted tokens is 0/0 here, and NaN · 0 would stay NaN.
     return torch.where(count > 0, m / count, 0)
 
 
 def _group_tokens(group_ids, totals: Totals) -> Tensor:  # [B]
     if group_ids is None or totals.group_ids is None:
         raise InputError("group_token_mean needs group_ids; pass them to policy_loss and to Totals.of")
+    # searchsorted gives a place for an id that is not there too.
     if not torch.isin(group_ids, totals.group_ids).all():
         raise InputError("policy_loss: totals lacks the group of a row; build Totals.of over the whole optimizer step")
     return totals.group_tokens[torch.searchsorted(totals.group_ids, group_ids)]
@@ -201,15 +204,23 @@ def _row_factors(o: PolicyLoss, x: LossInputs, logp, entropy, totals: Totals):
     if o.importance not in TOKEN_IMPORTANCES:
         omega = _sampler_weights(o, old - x.rollout_logp, x.mask)[1]
     if o.opsm_delta is not None:
+        # From the sampler where it is known: the paper counts old data and the mismatch of the two engines alike.
         drift = (old if x.rollout_logp is None else x.rollout_logp) - logp
         dropped = (x.advantages < 0) & (_row_mean(drift, x.mask) > o.opsm_delta)
         omega = omega.masked_fill(dropped, 0)
+    # A step without counted tokens has no threshold.
     if o.entropy_quantile is not None and totals.tokens:
         omega = omega.masked_fill(entropy < totals.entropy_floor, 0)
     return log_ratio, omega, dropped
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+# The gradient is written down, not left to autograd. For each token the kernels give c = ∂loss/∂ℓ and e = ∂loss/∂H
+# (Terms, kernels/per_token.py), where the clip and the KL have done their work; a scalar worth 0 with exactly these
+# slopes hands them to autograd, and the value of the loss is added. From log-probs `slope` below makes that scalar, and
+# from hidden states by `linear_policy_terms` (kernels/linear.py), which passes c and e on through the head's softmax.
 
 
 class Sweep(NamedTuple):
@@ -236,6 +247,7 @@ class LogProbs(NamedTuple):
         """Evaluate the loss of each token; logp and entropy are those of `known`, 0 under the mask and detached."""
         t, on = token_loss(o, logp, entropy, tokens), tokens.weights != 0
 
+        # Selected before it is multiplied: what stands under the mask, NaN too, reaches neither value nor gradient.
         def slope(by, x, x0):  # worth 0, and its gradient is `by`
             return (by * (torch.where(on, x.to(by.dtype), 0) - x0)).sum()
 
@@ -259,6 +271,8 @@ class HiddenStates(NamedTuple):
 
     @torch.no_grad()
     def known(self, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+        # A sweep that makes all logits once more: only a loss that reads whole rows pays for it. Without
+        # gradient, which is left to `sweep`.
         if not wanted:
             return None, None
         found = linear_token_logprobs(self.hidden, self.weight, self.targets, **self.head)
@@ -326,7 +340,8 @@ def with_gradient(mask, advantages, o: PolicyLoss) -> Tensor:
 def _metrics(o: PolicyLoss, x: LossInputs, sweep: Sweep, dropped, totals: Totals) -> dict[str, Tensor]:
     t, logp, counted = sweep.terms, sweep.logp, sweep.computed
     old = logp if x.old_logp is None else x.old_logp
-    # Every token of a row holds the S of the whole row; is_pg has a term for each, −A·ℓ_t times a constant.
+    # The product of a row's ratios is the ratio of one action, so its S counts once; yet each token carries it, so that
+    # each has its gradient. is_pg needs no such division: its S is a sum over tokens, −A·ℓ_t times a constant.
     once_a_row = o.ratio_level == "seq_sum" and o.surrogate != "is_pg"
     policy = t.policy / x.mask.sum(1, keepdim=True).clamp(min=1) if once_a_row else t.policy
     metrics = {"loss/policy": policy.sum(), "loss/kl": t.kl.sum(), "loss/entropy": t.entropy.sum()}
@@ -378,6 +393,8 @@ def value_loss(values, old_values, returns, mask, clip: float | None = 0.2, tota
         old = torch.where(keep, old_values, 0)
         clipped = (old + (v - old).clamp(-clip, clip) - R) ** 2
         cut = clipped > square
+        # Where a value has come nearer to its return by more than ε, the constant square of the clip is the larger: no
+        # gradient moves it on.
         square = torch.where(cut, clipped, square)
     loss = 0.5 * square.sum() / max(totals.tokens, 1)
     return loss, derived({"loss/value": loss} | value_metrics(Over(keep, totals.tokens), v, R, cut))

@@ -128,3 +128,8 @@ def _scored(values: Sequence[float | None]) -> np.ndarray:
     """Return the values that are numbers, without None and NaN."""
     values = np.asarray(values, dtype=np.float64)  # None becomes NaN
     return values[~np.isnan(values)]
+
+
+def shown(m: dict[str, float], name: str, digits: str) -> str:
+    """Format a metric for a step line; one that was not computed, or is a mean of nothing, as a dash."""
+    return "–" if math.isnan(m.get(name, math.nan)) else format(m[name], digits)

@@ -27,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        h = x.to(torch.promote_types(x.dtype, torch.float32))  # fp64 stays fp64: tests of gradients need it
         scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
         return weight * (h * scale).to(x.dtype)
@@ -103,15 +103,17 @@ def _yarn(frequency: torch.Tensor, s: dict, config: ModelConfig) -> tuple[torch.
     def pair_with_turns(turns: float) -> float:
         return config.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
+    # Pairs that turn more than beta_fast times within the original context keep their frequency, those that turn less
+    # than beta_slow times are slowed by `factor`, and between the two the share changes linearly.
     low, high = pair_with_turns(s.get("beta_fast") or 32), pair_with_turns(s.get("beta_slow") or 1)
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
     pair = torch.arange(config.head_dim // 2, dtype=torch.float32, device="cpu")
-    slow = ((pair - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    slow = ((pair - low) / max(high - low, 0.001)).clamp(0.0, 1.0)  # 0.001: no division by 0 where both are equal
 
     def temperature(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0  # √(1/t): on q and on k
 
     attention = s.get("attention_factor")
     if attention is None:
@@ -236,7 +238,7 @@ class Transformer(nn.Module):
     """A language model, or with `scalar_head` a reward model or critic: one fp32 number a token instead of logits."""
 
     def __init__(self, config: ModelConfig, scalar_head: bool | ScalarHead = False):
-        """`scalar_head` True stands for the default `ScalarHead`."""
+        """Build the modules; `scalar_head` True stands for the default `ScalarHead`."""
         super().__init__()
         self.config = config
         # Ids from here on pad the embedding to a round size: no text has them, so they are never drawn and have no
@@ -245,6 +247,7 @@ class Transformer(nn.Module):
         self.head = ScalarHead() if scalar_head is True else scalar_head or None
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.model = Trunk(config)
+        # Without lm_head a tied model takes its logits from the embedding, see `head_weight`.
         self.lm_head = None if config.tied or scalar_head else nn.Linear(config.width, config.vocab_size, bias=False)
         self.score = None if self.head is None else _score(config.width, self.head.layers)
         # Not a buffer: `.to(bfloat16)` would round the frequencies.
@@ -283,7 +286,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(F.pad(tokens, (0, padding)))
         rope = self._rope(F.pad(layout.positions, (0, padding)))
         for block in self.model.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and torch.is_grad_enabled():  # without gradients nothing is kept anyway
                 x = recompute(block, x, rope, layout, use_reentrant=False)
             else:
                 x = block(x, rope, layout)
@@ -304,7 +307,7 @@ class Transformer(nn.Module):
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the scalar head gives for hidden states [N, D]: fp32 [N], its bias subtracted."""
-        x = hidden.float()
+        x = hidden.float()  # the head computes in fp32 in a bf16 model too: scores differ in their last digits
         for i, layer in enumerate(self._score_layers()):
             x = x if i == 0 else F.relu(x)
             x = linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
@@ -317,7 +320,7 @@ class Transformer(nn.Module):
     def initialise_score(self, seed: int) -> "Transformer":
         """Fill the scalar head from a seed: weights N(0, 1/(d+1)) for d inputs (Stiennon et al. 2009.01325, app. B.1),
         biases 0."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
         for layer in self._score_layers():
             noise = torch.randn(layer.weight.shape, generator=generator)
             layer.weight.copy_(noise / math.sqrt(layer.in_features + 1))

@@ -53,7 +53,7 @@ class OnlineReward:
     FOLDER = "reward_model"  # in a checkpoint and at the end of a run
 
     def __init__(self, name: str, weight: float, path: str | Path, config: Refresh, seed: int):
-        """`path`: folder of the trained model; it is loaded by `beside`."""
+        """Keep the options; `path` is the folder of the trained model, which `beside` loads."""
         self.name, self.weight, self.path, self.config, self.seed = name, weight, path, config, seed
         self.new: list[Line] = []  # since the last refresh
         self.old: list[Line] = []  # a fair sample of those before it

@@ -100,8 +100,11 @@ def sample_and_check(
     display: Display,
     done: Sequence[Group] = (),
 ) -> tuple[list[Group], bool]:
-    """config.samples completions of each training prompt, judged by task.correct; and whether Ctrl-C came, after which
-    the CHUNK of prompts under way is finished. `done` are the groups of an earlier call that it stopped."""
+    """Sample config.samples completions of each training prompt and judge them by task.correct.
+
+    Return the groups, and whether Ctrl-C came, after which the CHUNK of prompts under way is finished. `done` are the
+    groups of an earlier call that Ctrl-C stopped.
+    """
     if not task.train:
         raise InputError(f"task {config.task!r} has no training examples: ask for some")
     examples = measure(task, "train", tokenizer, model.config, config, display, config.prompts).examples

@@ -32,18 +32,22 @@ OPTIMIZER = "optimizer.safetensors"
 class Policy:
     """A model that is trained, with its tokenizer; its optimizer and its sampler."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config, betas: tuple[float, float] = (0.9, 0.999)):
+    optimizer: AdamW | None = None
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.model.checkpointing = config.recompute
-        self.optimizer = AdamW(model, betas, weight_decay=config.weight_decay)
 
     @classmethod
-    def load(
-        cls, config, run: Run, betas=(0.9, 0.999), source=None, scalar_head: bool | ScalarHead = False
-    ) -> "Policy":
-        """Load `source`, by default the run's last checkpoint, or config.model where there is none."""
-        source = source or run.checkpoint or config.model
-        return cls(*load(source, config.dtype, config.device, scalar_head, config, run), config, betas)
+    def load(cls, config, run: Run, scalar_head: bool | ScalarHead = False) -> "Policy":
+        """Load the run's last checkpoint, or config.model where there is none."""
+        source = run.checkpoint or config.model
+        return cls(*load(source, config.dtype, config.device, scalar_head, config, run), config)
+
+    def with_optimizer(self, betas: tuple[float, float] = (0.9, 0.999)) -> "Policy":
+        """Make the optimizer, which collects every gradient from now on."""
+        self.optimizer = AdamW(self.model, betas, weight_decay=self.config.weight_decay)
+        return self
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -64,6 +68,7 @@ class Policy:
         save_file(self.optimizer.state_dict(), folder / OPTIMIZER)
 
     def restore(self, folder: Path, state: dict) -> None:
+        """Load the optimizer's state; the weights were loaded from there."""
         restore_optimizer(self.optimizer, folder)
 
 
@@ -155,7 +160,7 @@ def log_step(step: Step, rollout: Rollout, batch: Batch, updates: Sequence[dict[
     means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
     means |= {"trained_tokens": sum(m["trained_tokens"] for m in updates), "updates": len(updates)}
     means |= {name: value for name, value in step.metrics.items() if name == "entropy"}  # of all that was sampled
-    step.add(**means | sampled_metrics(batch, config) | advantage_metrics(rollout, batch, config))
+    step.add(**means | sampled_metrics(rollout, batch) | advantage_metrics(rollout, batch, config))
     step.speed("rollout", step.metrics["sampled_tokens"] if rollout.fresh else math.nan)
     step.speed("train", step.metrics["trained_tokens"])
     A = batch.advantages
@@ -172,7 +177,7 @@ def log_step(step: Step, rollout: Rollout, batch: Batch, updates: Sequence[dict[
         )
 
 
-def sampled_metrics(batch: Batch, config) -> dict[str, float]:
+def sampled_metrics(rollout: Rollout, batch: Batch) -> dict[str, float]:
     """Measure entropy and KL to the reference over every token of the batch, with a gradient or without, as far as the
     policy was scored before the update.
 
@@ -181,7 +186,7 @@ def sampled_metrics(batch: Batch, config) -> dict[str, float]:
     trains on a part of what it samples, so there the estimate stands in any case.
     """
     at, found = batch.sampled, {}
-    if batch.old_logp is not None and not getattr(config, "dynamic_sampling", False):
+    if batch.old_logp is not None and not rollout.selected:
         found["entropy"] = batch.entropy[at].double().mean()
     if batch.old_logp is not None and batch.ref_logp is not None:
         d = torch.where(at, batch.old_logp - batch.ref_logp, 0).double()

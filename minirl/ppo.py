@@ -80,7 +80,7 @@ class PPOConfig(PolicyConfig):
 
 
 class Parts(NamedTuple):
-    """The parts of a run, each saved and restored with it."""
+    """The parts of a run; all but the source are saved and restored with it."""
 
     policy: Policy
     critic: Critic
@@ -95,12 +95,7 @@ class Parts(NamedTuple):
 
 
 def ppo(
-    config: PPOConfig,
-    source: Callable,
-    rewards,
-    data: Sequence = (),
-    display: Display | None = None,
-    observers: Sequence = (),
+    config: PPOConfig, source: Callable, rewards, data=(), display: Display | None = None, observers: Sequence = ()
 ) -> Path:
     """Train, from the config or from the run's last checkpoint; returns the folder of the trained model. The arguments
     are those of minirl.grpo.grpo."""
@@ -117,7 +112,7 @@ def ppo(
 def ppo_step(step: Step, config: PPOConfig, parts: Parts) -> None:
     """Sample, reward, estimate advantages, update policy and critic."""
     policy, critic, reference, source, cursor, rewards, beta = parts
-    with step.time("rollout"):
+    with step.time("rollout"), step.untouched():
         rollout = collect(source, cursor, rewards, config, step)  # prompts -> completions -> rewards
     with step.time("train"):
         batch = make_batch(rollout, policy, reference, config)  # rows, masks, old and reference log-probs
@@ -130,7 +125,7 @@ def ppo_step(step: Step, config: PPOConfig, parts: Parts) -> None:
         for part in mini_batches(batch, config, step):
             of_critic = critic.add_gradient(part, config.micro_batch_tokens) if critic.own or warming else None
             shared = None if critic.own else critic.loss  # on the policy's trunk both losses share one forward
-            of_policy = None if warming else policy_gradient(policy, part, beta.loss, config, shared)
+            of_policy = None if warming else policy_gradient(policy, part, beta.policy_loss, config, shared)
             if of_critic is None and of_policy is None:  # no token of the part counts
                 skipped += 1
                 continue
@@ -155,7 +150,7 @@ def ppo_step(step: Step, config: PPOConfig, parts: Parts) -> None:
 
 def prepare(run: Run, config: PPOConfig, source: Callable, rewards) -> Parts:
     """Load or restore all that a run holds."""
-    policy = run.hold("policy", Policy.load(config, run))
+    policy = run.hold("policy", Policy.load(config, run).with_optimizer())
     source = source(policy, config, run.display)
     rewards = run.hold("rewards", rewards.beside(policy, source, run))
     reference = run.hold("reference", Reference(policy, config, run))

@@ -196,14 +196,14 @@ def first_example(item: Line) -> tuple[Sequence[int], Sequence[int], list[bool]]
     return row.prompt, row.response, loss_mask([row])[0].tolist()
 
 
-class HeldOut(Observer):
+class HeldOutPairs(Observer):
     """The observer that measures held-out pairs, before training and every `eval_every` steps."""
 
     def __init__(self, config: PreferConfig, policy: Policy, lists: Sequence[Line]):
         self.config, self.policy, self.lists = config, policy, lists
 
     def begin(self, run: Run) -> dict[str, float]:
-        """Before training the policy is the reference."""
+        """Measure before the first step, from the reference's log-probs: the policy still equals the reference."""
         if run.start or not self.lists:
             return {}
         known = self.config.loss.has_reference
@@ -228,18 +228,19 @@ def prefer(
     budget = config.micro_batch_tokens
     with Run(config.out, identity(config, contents(examples)), config.resume, display, observers) as run:
         model, tokenizer, train, held = prepare(run, config, examples)
+        policy = run.held["policy"] = Policy(model, tokenizer, config)
+        run.begin(config.steps, config.save_every)  # whatever stops a run does so before the reference is scored
         if config.loss.has_reference and run.start < config.steps:  # its log-probs never change: once is enough
-            for item, sums in zip(
-                train + held, with_progress(model, train + held, "reference", run, budget), strict=True
-            ):
+            known = with_progress(model, train + held, "reference", run, budget)
+            for item, sums in zip(train + held, known, strict=True):
                 item.ref_logp = sums
         if run.checkpoint:
-            model = None  # the reference goes before the policy comes
-            model, tokenizer = load(run.checkpoint, config.dtype, config.device, config=config, run=run)
-        policy = run.hold("policy", Policy(model, tokenizer, config))
-        run.observers = [HeldOut(config, policy, held), *observers]
+            model = policy = run.held["policy"] = None  # the reference goes before the policy comes
+            policy = Policy.load(config, run)
+        run.hold("policy", policy.with_optimizer())
         if run.start == 0:
             run.display.example(tokenizer, *first_example(train[0]))
+        run.observe(HeldOutPairs(config, policy, held))
         for step in run.steps("prefer", config.steps, config.save_every):
             with step.time("step"):
                 chosen = endless_epochs(len(train), config.seed, step.number * config.batch, config.batch)

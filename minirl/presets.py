@@ -99,10 +99,14 @@ def overrides(name: str, config) -> dict:
 
 
 def preset_defaults(
-    name: str, max_tokens: int = PolicyConfig.max_tokens, prompts: int = PolicyConfig.prompts, critic: bool = False
+    name: str,
+    max_tokens: int = PolicyConfig.max_tokens,
+    prompts: int = PolicyConfig.prompts,
+    critic: bool | None = None,
 ) -> dict:
-    """Return what a preset sets in a GRPOConfig, or with a `critic` in a PPOConfig, of these sizes; raise an InputError
-    for one that this loop does not run."""
+    """Return what a preset sets in a GRPOConfig, or where it has a critic in a PPOConfig, of these sizes; raise an
+    InputError for an unknown one, or where `critic` says which of the two loops shall run it and it does not."""
+    critic = name in presets(critic=True) if critic is None else critic
     refuse_preset(name, critic)
     found = overrides(name, SimpleNamespace(max_tokens=max_tokens, prompts=prompts))
     return {key: value for key, value in found.items() if not (critic and key == "advantage")}  # from the critic

@@ -31,7 +31,7 @@ class Measured:
     dropped: int
 
     def remarks(self, side: str, max_tokens: int) -> list[str]:
-        """Sentences about what was dropped, and about completions that end before `max_tokens`."""
+        """List sentences about what was dropped, and about completions that end before `max_tokens`."""
         count, lines = len(self.examples), []
         if self.dropped:
             lines.append(overlong_line(self.dropped, count + self.dropped, side))
@@ -73,7 +73,7 @@ class Prompts:
         """Refuse a reward model that cannot read each prompt, as its own template writes it, with the longest
         completion that the policy's context leaves room for."""
         limit, examples = reward.model.config.max_positions, self.measured.examples
-        lengths = judged_lengths(self.measured, name, self.task, reward.tokenizer, reward.model.config, self.display)
+        lengths = lengths_to_read(self.measured, name, self.task, reward.tokenizer, reward.model.config, self.display)
         whole = lengths + self.longest_completions
         worst = int(whole.argmax())
         if whole[worst] > limit:
@@ -141,7 +141,7 @@ def measure(
     return prompts
 
 
-def judged_lengths(
+def lengths_to_read(
     prompts: Measured, reward: str, task: Task, tokenizer: Tokenizer, model: ModelConfig, display: Display
 ) -> np.ndarray:
     """Measure the tokens [N] of the training prompts as a reward model's own tokenizer and template write them; an
@@ -166,7 +166,7 @@ def no_room(length: int, limit: int, place: str) -> InputError:
 
 
 def rendered(example: dict, tokenizer: Tokenizer, place: str) -> list[int]:
-    """Token ids of an example's prompt; an InputError names the place of one that cannot be rendered, or is empty."""
+    """Return the token ids of an example's prompt; InputError with its place if it is empty or cannot be rendered."""
     with named(place):
         ids = tokenizer.prompt_ids(example["prompt"], example.get("tools"))
     if not ids:

@@ -137,9 +137,11 @@ def filled(text: str, column: str, where: str) -> str:
 
 
 def demonstration(row: dict, where: str) -> dict:
-    """{"prompt", "completion"} to continue a prompt by a text, with "completion_tokens" if they stand beside it;
-    {"messages", "start"} for a conversation whose assistant speaks from message `start` on; or {"text"}. With "tools"
-    where there are any, and "format"."""
+    """Read a row of sft as one of three records, with "format", and "tools" where there are any:
+
+    {"prompt", "completion"} to continue a prompt by a text, with "completion_tokens" if they stand beside it;
+    {"messages", "start"} for a conversation whose assistant speaks from message `start` on; or {"text"}.
+    """
     row = _renamed(_present(row))
     if (asked := _first(row, QUESTIONS)) and (answered := _first(row, ANSWERS)):
         record = _answered(_context(row, where), row[answered], asked == "prompt", answered, where)
@@ -201,9 +203,11 @@ def trained_turns(record: dict, last: bool = False) -> list[int]:
 
 
 def preference(row: dict, where: str) -> dict:
-    """{"prompt", "responses", "scores", "tokens", "format"} and "margin" and "tools" where there are any; a response is
-    a text below the prompt, or messages that go on from it. Tokens are None where they do not stand beside the
-    texts."""
+    """Read a row as {"prompt", "responses", "scores", "tokens", "format"}, and "margin" and "tools" if there are any.
+
+    A response is a text below the prompt, or messages that go on from it. Tokens are None where they do not stand
+    beside the texts.
+    """
     row = _present(row)
     responses, scores, tokens, name = _responses(row, where)
     asked = _first(row, (*QUESTIONS, *CONVERSATIONS))
@@ -225,7 +229,7 @@ def preference(row: dict, where: str) -> dict:
 
 
 def _responses(row: dict, where: str) -> tuple[list, list[float], list | None, str]:
-    """Responses, their scores, the tokens beside them, and the name of the format."""
+    """Return the responses, their scores, the tokens beside them, and the name of the format."""
     wanted = "'chosen' and 'rejected', or 'responses' (texts or messages, two or more) and 'scores' (as many numbers)"
     if "chosen" in row and "rejected" in row:
         name, tokens = "chosen and rejected", [row.get("chosen_tokens"), row.get("rejected_tokens")]
@@ -306,8 +310,8 @@ def as_text(record: dict) -> dict:
 
 
 def labelled(row: dict, kind: str, where: str) -> dict:
-    """{"prompt", "completion", "label"} with "completion_tokens" if they stand beside it, or {"prompt", "steps",
-    "labels"} for kind process; "tools" and "format" as in `demonstration`."""
+    """Read a row as {"prompt", "completion", "label"}, with "completion_tokens" if they stand beside it, or for kind
+    process as {"prompt", "steps", "labels"}; "tools" and "format" as in `demonstration`."""
     steps, labels, label = row.get("steps"), row.get("labels"), row.get("label")
     if kind == "process":
         wanted = "'steps' (texts) and as many 'labels' (numbers from 0 to 1, null for none)"
@@ -325,8 +329,8 @@ def labelled(row: dict, kind: str, where: str) -> dict:
 
 
 def outcome(row: dict, where: str) -> dict:
-    """{"prompt", "completion", "reward", "temperature"}, and "completion_tokens", "logprobs" and "finish_reason" where
-    there are any: a completion that was sampled and scored."""
+    """Read a completion that was sampled and scored as {"prompt", "completion", "reward", "temperature"}, and
+    "completion_tokens", "logprobs" and "finish_reason" where there are any."""
     record = text_answer(row, where)
     if "reward" not in row or not (row["reward"] is None or is_number(row["reward"])):
         raise InputError(f"{where}: its 'reward' must be a finite number, or null where it has none")

@@ -21,6 +21,7 @@ from minirl.config import Count, NotNegative, OptimizerConfig, RunConfig, Whole,
 from minirl.errors import InputError
 from minirl.examples import Line, balanced, demonstration_rows, description, reward_lines, split_by_prompt
 from minirl.files import contents
+from minirl.metrics import shown
 from minirl.model import ScalarHead, Transformer
 from minirl.optimizer import learning_rate
 from minirl.policy import Policy
@@ -41,7 +42,6 @@ from minirl.run import (
     Run,
     Step,
     identity,
-    shown,
     tracked,
 )
 from minirl.trees import LAST, Row, micro_batches
@@ -141,7 +141,7 @@ def read_data(config: RewardConfig) -> Examples:
 def prepare(run: Run, config: RewardConfig, examples: Examples) -> Parts:
     """Load or restore the model, with its head or a fresh one, and encode the data."""
     head = True if run.checkpoint else ScalarHead(config.head, config.kind, separator=config.separator)
-    policy = Policy.load(config, run, betas=(0.9, 0.95), scalar_head=head)
+    policy = Policy.load(config, run, head).with_optimizer(betas=(0.9, 0.95))
     model, tokenizer = policy.model, policy.tokenizer
     if not run.checkpoint and not any(p.any() for p in model.score.parameters()):
         model.initialise_score(config.seed)
@@ -290,7 +290,7 @@ def heldout_line(m: dict) -> str:
     )
 
 
-class HeldOut(Observer):
+class HeldOutLines(Observer):
     """The observer that measures held-out lines, before training and every `eval_every` steps."""
 
     def __init__(self, config: RewardConfig, parts: Parts):
@@ -316,10 +316,11 @@ def train_reward_model(
     """Train on records of `read_data`; returns the folder of the trained model."""
     with Run(config.out, identity(config, examples.data), config.resume, display, observers) as run:
         policy, train, heldout, reference = parts = prepare(run, config, examples)
-        run.observers = [HeldOut(config, parts), *observers]
+        total, prompts = config.steps or parts.steps_of_a_pass, np.array(prompts_of(train))
+        run.begin(total, config.save_every)
         if run.start == 0:
             run.display.example(policy.tokenizer, *first_example(train[0].rows[0]))
-        total, prompts = config.steps or parts.steps_of_a_pass, np.array(prompts_of(train))
+        run.observe(HeldOutLines(config, parts))
         for step in run.steps("reward", total, config.save_every):
             with step.time("step"):
                 chosen = endless_chunks(prompts, config.share, config.seed, step.number * config.batch, config.batch)

@@ -52,12 +52,14 @@ class Fault:
 class Rewards:
     """The weighted rewards of a run: plain functions by name, among them reward models.
 
-    `learned` are the reward models that the run watches (see minirl.online_reward): they compare their scores with the
-    task's rule `correct`, and one of them may learn on.
-    """
+    The task's rule `correct` is logged where it is not among them; without any function, completions bring their
+    rewards. `learned` are the reward models that the run watches (see minirl.online_reward): they compare their scores
+    with the rule, and one of them may learn on."""
 
     def __init__(self, functions: Mapping[str, tuple[float, Reward]], correct: Reward, learned: Sequence = ()):
-        self.functions, self.correct, self.learned = functions, correct, learned
+        known = not functions or any(function == correct for _, function in functions.values())
+        self.functions = dict(functions) if known else {**functions, "correct": (0.0, correct)}  # so that it is logged
+        self.correct, self.learned = correct, learned
         self._said: set[tuple[str, str]] = set()  # rewards and their kinds of faults
 
     def beside(self, policy, source, run) -> "Rewards":
@@ -71,13 +73,13 @@ class Rewards:
         """Return how much the reward of a right completion is above that of a wrong one, as far as it is known.
 
         That is the weight of the task's rule, which gives 0 to 1; or 1 where that is 0, or rewards are stored."""
-        return abs(sum(weight for weight, function in self.functions.values() if function is self.correct)) or 1.0
+        return abs(sum(weight for weight, function in self.functions.values() if function == self.correct)) or 1.0
 
-    def score(self, rollout, config, step) -> None:
-        """Reward a rollout; say each kind of fault of each reward once, and log all of them."""
-        in_steps = getattr(config, "advantage", None) == "grpo_process"
+    def score(self, rollout, config, step, in_steps: bool = False) -> None:
+        """Reward a rollout; say each kind of fault of each reward once, and log all of them. `in_steps`: a reward may
+        be one of steps."""
         score_rollout(rollout, self.functions, config.reward_timeout, in_steps, config.on_bad_reward)
-        rule = next(name for name, (_, function) in self.functions.items() if function is self.correct)
+        rule = next(name for name, (_, function) in self.functions.items() if function == self.correct)
         rollout.verdicts = rollout.parts[rule]
         for key, line in rollout.fault_lines().items():
             if key not in self._said:

@@ -40,7 +40,7 @@ class RFTConfig(OptimizerConfig, RunConfig, SampleConfig):
     """Tokens in one training forward: a memory knob that changes no result."""
     resume: bool = False
     """Continue the run in `out`; slots, micro_batch_tokens, recompute, device and save_every
-    may differ, as they change no result."""
+    may differ, as they change a result by rounding at most."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,7 +53,7 @@ class RFTConfig(OptimizerConfig, RunConfig, SampleConfig):
 
 
 def kept_of(groups: Sequence[Group], most: int, same: Same = the_text) -> list[dict]:
-    """Demonstrations: at most `most` right completions a prompt, with how many samples of the prompt were right."""
+    """Keep as demonstrations at most `most` right completions a prompt, with how many of its samples were right."""
     return [
         {name: line[name] for name in ("prompt", "tools", "completion", "completion_tokens") if name in line}
         | {"correct": len(right_of(group))}
@@ -100,7 +100,7 @@ def rft(
 ) -> Path:
     """Sample, keep, fine-tune; returns the folder of the trained model. `same` tells which completions are one."""
     with Run(config.out, identity(config, task.train), config.resume, display, observers) as run:
-        policy = run.hold("policy", Policy.load(config, run, betas=(0.9, 0.95)))
+        policy = run.held["policy"] = Policy.load(config, run)  # without an optimizer as long as it only samples
         run.begin(config.steps, config.save_every)
         file = run.out / KEPT
         if not run.checkpoint and not (config.resume and file.exists()):  # it appears whole, after all sampling
@@ -112,4 +112,4 @@ def rft(
             (run.out / SAMPLED).unlink(missing_ok=True)
         rows = demonstration_rows(policy.tokenizer, kept, policy.model.config.max_positions)
         refuse_unknown_tokens(rows, policy.model.active_vocab)
-        return fit(run, policy, rows, config.sft)
+        return fit(run, run.hold("policy", policy.with_optimizer(betas=(0.9, 0.95))), rows, config.sft)

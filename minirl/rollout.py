@@ -35,6 +35,7 @@ class Rollout:
     indices: list[int] = field(default_factory=list)  # P, of the examples in the data; for sentences
     weights: dict[str, float] = field(default_factory=dict)  # of each reward
     verdicts: list[float] = field(default_factory=list)  # B, by the task's rule: 1 is right; stored ones: their reward
+    selected: bool = False  # a part of what was sampled
     fresh: bool = True  # drawn from the policy of this step, not stored before
     idle: str = ""  # why it trains nothing
     batches: int = 1  # of prompts that were drawn for it
@@ -70,6 +71,7 @@ class Rollout:
         parts, steps = ({name: pick(values) for name, values in x.items()} for x in (self.parts, self.steps))
         chosen = Rollout(examples, prompts, pick(self.completions), pick(self.texts), self.rewards[rows], parts, steps)
         chosen.verdicts, chosen.weights, chosen.fresh = pick(self.verdicts), self.weights, self.fresh
+        chosen.selected = True
         return chosen
 
     @property
@@ -100,7 +102,7 @@ class Rollout:
 
     @property
     def truncated(self) -> torch.Tensor:
-        """Tell which completions were cut at max_tokens, bool [B]."""
+        """Tell which completions were cut, at max_tokens or where the context was full, bool [B]."""
         return torch.tensor([c.finish_reason == "length" for c in self.completions])
 
     def step_rewards(self, tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,6 +117,7 @@ class Rollout:
             for i, (text, completion) in enumerate(zip(self.texts, self.completions, strict=True)):
                 for end, value in [(len(text), self.parts[name][i])] if steps[i] is None else steps[i]:
                     at = _token_at(tokenizer, completion.tokens, text, end)
+                    # Added, as several rewards, or steps shorter than a token, may end at one token.
                     values[i, at] += weight * value
                     ends[i, at] = True
         return values, ends
@@ -122,6 +125,7 @@ class Rollout:
     def fault_lines(self) -> dict[tuple[str, str], str]:
         """Return the first fault of each kind for each reward, with counts."""
         lines = {}
+        # Backwards, so that of each kind the first one stays.
         for fault in reversed(self.faults):
             lines[fault.reward, fault.kind] = fault.sentence
         counts = Counter((fault.reward, fault.kind) for fault in self.faults)
@@ -185,7 +189,10 @@ class Rollout:
         return out | (self._verdict_metrics(lengths) if self.verdicts else {})
 
     def _verdict_metrics(self, lengths: torch.Tensor) -> dict[str, float]:
-        """Means over nothing are NaN; a verdict that is NaN is neither right nor wrong."""
+        """Return shares of groups that are all right and all wrong, and mean lengths of right and wrong completions.
+
+        A mean of no completions is NaN. A verdict that is NaN is neither right nor wrong.
+        """
         labels = torch.tensor(self.verdicts, dtype=torch.float64)
         groups, right = labels.view(-1, self.group_size), labels == 1
         wrong = ~right & ~labels.isnan()
@@ -292,14 +299,14 @@ def ngrams_of(tokens, n: int) -> list[tuple]:
 # ---- the rollout of a step -------------------------------------------------------------------------------------------
 
 
-def scored_batch(source, number: int, rewards, config, step: Step) -> Rollout:
+def scored_batch(source, number: int, rewards, config, step: Step, in_steps: bool = False) -> Rollout:
     """Draw batch `number` of a source and reward it: a function of the config, the weights and the number.
 
     Stored completions bring their rewards. What is too long, or cut, pays for it here.
     """
     rollout = source.draw(number, step)
     if not rollout.parts:
-        rewards.score(rollout, config, step)
+        rewards.score(rollout, config, step, in_steps)
     if config.overlong_cache:
         penalty = torch.from_numpy(overlong_penalty(rollout.lengths, config.max_tokens, config.overlong_cache))
         rollout.rewards += config.overlong_penalty * rewards.pay * penalty
@@ -328,5 +335,7 @@ def counted(rollout: Rollout, config) -> torch.Tensor:
     One without a score is not: neither KL nor entropy nor value learns from it, in GRPO as in PPO. Nor is one that
     truncation=mask takes out.
     """
+    # NaN tells nothing about a completion; as a 0 it would teach what a wrong answer teaches.
     scored = ~rollout.rewards.isnan()
+    # A cut completion may have been on its way to the right answer (overlong filtering, 2503.14476 §3.4).
     return scored & ~rollout.truncated if config.truncation == "mask" else scored

@@ -161,7 +161,7 @@ class Run:
         """Save where an error ends a step before the step has reached the model."""
         self._open.close()
         step = self.step
-        if isinstance(error, InputError) and step and step.part == "rollout" and step.number > self.start:
+        if isinstance(error, InputError) and step and step.is_untouched and step.number > self.start:
             self.save(step.number)
             sentence = f"{error}; the {step.number} steps before it are saved: add --resume to go on from there"
             raise kind(sentence) from None
@@ -179,6 +179,11 @@ class Run:
             self.total, self.save_every, self._before = total, save_every, {}
             for observer in self.observers:
                 self._before |= observer.begin(self) or {}
+
+    def observe(self, observer: Observer) -> None:
+        """Add an observer to a run that has begun; it comes before the others, which may read its metrics."""
+        self.observers = [observer, *self.observers]
+        self._before |= observer.begin(self) or {}
 
     def steps(self, stage: str, total: int, save_every: int) -> "Iterator[Step]":
         """Yield the steps from `start` on; observe, log and save after each. Ctrl-C saves after the one under way.
@@ -285,7 +290,7 @@ class Step:
         self.run, self.number, self.total = run, number, total
         self.metrics: dict = {}
         self.records: dict[str, list[dict]] = {name: [] for name in LOGS[1:]}  # lines for the other logs
-        self.part = ""  # the part under way, as `time` names it
+        self.is_untouched = False  # nothing of it has reached what is held: an error saves the steps before it
 
     @property
     def done(self) -> int:
@@ -313,10 +318,16 @@ class Step:
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
         """Measure a part of the step, as time/{part} in seconds."""
-        self.part, started = part, time.perf_counter()
+        started = time.perf_counter()
         yield
-        self.part = ""
         self.add(**{f"time/{part}": time.perf_counter() - started})
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Promise that nothing within reaches what the run holds, so that an error in it costs no step before it."""
+        self.is_untouched = True
+        yield
+        self.is_untouched = False  # not where an error passes: `Run.__exit__` reads it
 
     def speed(self, part: str, tokens: float, over: str = "") -> None:
         """Log tokens_per_s/{part} over the time of a measured part, by default its own; NaN for no tokens."""
@@ -429,17 +440,7 @@ def interruptible(display: Display) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def shown(m: dict[str, float], name: str, digits: str) -> str:
-    """Format a metric for a step line; one that was not computed, or is a mean of nothing, as a dash."""
-    return "–" if math.isnan(m.get(name, math.nan)) else format(m[name], digits)
-
-
 def due(done: int, steps: int, every: int) -> bool:
     """Tell whether something is due after `done` steps: every so many, and after the last; 0 is after the last
     alone."""
     return done == steps or (every > 0 and done % every == 0)
-
-
-def tenth(done: int, steps: int) -> bool:
-    """Tell whether a run of many quick steps has a line for a person: ten in all."""
-    return due(done, steps, max(1, steps // 10))

@@ -35,7 +35,7 @@ PREFILL_TOKENS = 512  # prompts are prefilled in batches of about this many toke
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw completions."""
+    """Options of sampling: how many completions, from which distribution, and what ends them."""
 
     n: int = 1
     """Completions for each prompt."""
@@ -210,10 +210,12 @@ class _Generation:
     def _prefill(self, needed: list[int]) -> None:
         """Prefill the prompts that are needed now. A batch that they do not fill takes the next ones of the queue, as
         small forwards waste most of the hardware."""
+        # PREFILL_TOKENS may hold only some of them.
         while needed := [p for p in dict.fromkeys(needed) if p not in self.prefilled]:
             batch: dict[int, None] = {}  # an ordered set
             tokens = 0
             for prompt in chain(needed, (s // self.params.n for s in self.queue)):
+                # The first prompt goes in however long it is: otherwise it would never be prefilled.
                 if batch and tokens + len(self.prompts[prompt]) > PREFILL_TOKENS:
                     break
                 if prompt not in self.prefilled and prompt not in batch:
@@ -238,6 +240,7 @@ class _Generation:
         state = torch.tensor([last, position, self.active, index], dtype=torch.long, device=self.model.device)
         logits = self.model.logits(self.model(state[0], self.cache.step(state[1], max(position))))
         cut = {"temperature": p.temperature, "top_k": p.top_k, "top_p": p.top_p, "min_p": p.min_p}
+        # Nothing reads the entropy here, and it is up to half of a draw's work on a CPU.
         draw = sample_tokens(logits, p.seed, *state[2:], **cut, active=self.model.active_vocab, entropy=False)
         self._record(draw, logits)
         return self._retire(position)
@@ -245,6 +248,7 @@ class _Generation:
     def _record(self, draw: Draw, logits: torch.Tensor) -> None:
         """Append what was drawn to the completions; InputError for a row whose log-prob is NaN."""
         kept = None if draw.floor is None else _kept_ids(logits[:, : self.model.active_vocab], draw.floor)
+        # Waits for the device: once a step, not once a slot.
         tokens, logprobs = draw.token.tolist(), draw.logp.tolist()
         for slot, sample in enumerate(self.active):
             if math.isnan(logprobs[slot]):
@@ -264,8 +268,10 @@ class _Generation:
             completion = self.completions[self.active[slot]]
             completion.finish_reason = self._finish_reason(completion, position[slot])
             if completion.finish_reason:
+                # Attention reads slots 0 .. B-1 as one slice: a gap would be computed for nothing.
                 end = len(self.active) - 1
                 if slot < end:
+                    # The token that was just drawn has no key yet: the next step stores it.
                     self.cache.move(end, slot, position[end] + 1)
                     self.active[slot], position[slot] = self.active[end], position[end]
                 self.active.pop()

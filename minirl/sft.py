@@ -102,8 +102,8 @@ def encode(policy: Policy, examples: Sequence[dict], config: SFTConfig, display:
 
 def prepare(run: Run, config: SFTConfig, examples: Sequence[dict]) -> tuple[Policy, list[Row]]:
     """Load or restore the model, and encode the data."""
-    policy = Policy.load(config, run, betas=(0.9, 0.95))
-    return run.hold("policy", policy), encode(policy, examples, config, run.display)
+    policy = run.hold("policy", Policy.load(config, run).with_optimizer(betas=(0.9, 0.95)))
+    return policy, encode(policy, examples, config, run.display)
 
 
 def first_example(row: Row) -> tuple[Sequence[int], Sequence[int], list[bool]]:

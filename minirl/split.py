@@ -28,8 +28,10 @@ def prompt_key(example: dict) -> str:
 def split_by_problem(
     items: Sequence[Item], problem: Callable[[Item], Hashable], share: float, seed: int, refusal: str
 ) -> tuple[list[Item], list[Item]]:
-    """(training, held out): a seeded share of the distinct problems is held out, each with all its items. On both sides
-    is at least one, or none is held out for a share of 0; `refusal` says what to do where there is one in all."""
+    """Return (training, held out): a seeded share of the distinct problems is held out, each with all its items.
+
+    Each side has at least one problem; a share of 0 holds none out. InputError(refusal) for a single problem.
+    """
     problems = sorted({problem(item) for item in items}, key=lambda found: problem_hash(seed, found))
     if share and len(problems) == 1:
         raise InputError(refusal)

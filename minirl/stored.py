@@ -41,7 +41,7 @@ class Stored:
         config: PolicyConfig,
         display: Display,
     ):
-        """`outcomes` from `records.read_outcomes`; a completion that the model's positions cannot hold is left out."""
+        """Group `outcomes`, from `records.read_outcomes`, by prompt; leave out completions too long for the model."""
         self.config, self.groups, self.short, self.too_long = config, [], 0, 0
         self.logprobs, longest, group = "logprobs" in outcomes[0], model.max_positions, config.group
         if config.loss.importance != "none" and not self.logprobs:
@@ -106,8 +106,8 @@ class Stored:
         return prompt, lines[0][1].tokens
 
     def draw(self, number: int, step=None) -> Rollout:
-        """Batch `number` of the endless sequence of epochs; which completions stand for a prompt is drawn anew in each
-        of them."""
+        """Return batch `number` of the endless sequence of epochs. Each epoch draws anew which completions stand for a
+        prompt."""
         c, rows = self.config, []
         start = number * c.prompts
         for at, i in enumerate(endless_epochs(len(self.groups), c.seed, start, c.prompts), start):
@@ -140,7 +140,7 @@ def _turns(line: dict, tokenizer: Tokenizer) -> Turns:
 
 
 def _completion(line: dict, turns: Turns, tokenizer: Tokenizer) -> Completion:
-    """Sampled tokens that go on after their text were ended by a stop text, which was cut from it."""
+    """Make the completion of a line. Tokens that go on after its text were ended by a stop text, cut from the text."""
     tokens = turns.response
     stopped = tokens[-1] in tokenizer.stop_ids or tokenizer.shown(tokens) != line["completion"]
     return Completion(

@@ -29,7 +29,7 @@ def is_table(path: str | Path) -> bool:
 
 
 def is_hub_name(path: str) -> bool:
-    """owner/name with a config and a split at most, where no such file or folder is here."""
+    """Tell whether a path is owner/name, with a config and a split at most, and no file or folder here."""
     if not HUB_NAME.fullmatch(path) or path.removesuffix(".gz").endswith((".json", ".jsonl", ".parquet")):
         return False
     return not Path(path).exists() and not Path(path.split("/")[0]).is_dir()
@@ -115,7 +115,7 @@ def _arrow_rows(file: Path) -> Iterator[tuple[dict, str]]:
 
 
 def _hub_rows(path: str, name: str, rest: list[str]) -> Iterator[tuple[dict, str]]:
-    """One part behind the name is a split, two are a config and a split."""
+    """Yield rows of a data set on the hub. One part behind its name is a split, two are a config and a split."""
     try:
         import datasets
     except ImportError:

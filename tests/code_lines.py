@@ -23,7 +23,8 @@ COUNTED = re.compile(r"(?<=\| \[`)(\S+)(`\]\(\S+\) \| )([\d,]+)(?= \|)")  # a ta
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
-def code_lines(file: Path) -> int:
+def code_lines(file: Path, *functions: str) -> int:
+    """Count the code lines of a file, or of some of its functions alone."""
     source = file.read_text(encoding="utf-8")
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -32,7 +33,8 @@ def code_lines(file: Path) -> int:
     for node in ast.walk(ast.parse(source)):  # a statement that is a text: the docstring of a module, function or field
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             lines.difference_update(range(node.lineno, node.end_lineno + 1))
-    return len(lines)
+    named = [node for node in ast.parse(source).body if getattr(node, "name", None) in functions]
+    return len(lines & {i for n in named for i in range(n.lineno, n.end_lineno + 1)} if functions else lines)
 
 
 def counted_anew(page: str) -> str:

@@ -288,7 +288,7 @@ class Trainer:
             found = ppo.estimate_advantages(rollout, batch, self.parts.critic, self.beta, self.config)
             batch.advantages, batch.old_values, batch.returns = found
         else:
-            batch.advantages = grpo.advantages(rollout, batch, self.tokenizer, self.beta, self.config)
+            batch.advantages = grpo.estimate_advantages(rollout, batch, self.tokenizer, self.beta, self.config)
             batch.mask = grpo.trained_tokens(rollout, batch, self.config)
         return batch
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from minirl import grpo, ppo, prefer, reward_training, sft
 from minirl.errors import InputError
-from minirl.evaluate import HeldOut
+from minirl.evaluate import HeldOutAccuracy
 from minirl.files import contents
 from minirl.lab.display import RichDisplay
 from minirl.lab.preview import disk_of, show_disk
@@ -85,7 +85,7 @@ def _policy(prepare: Callable) -> Callable:
         with Run(config.out, identity(config, data), display=display) as run:
             parts = prepare(run, config, source, rewards_of(config, task))
             announce(config, stored, run)
-            heldout = HeldOut(task, config).measured(run)
+            heldout = HeldOutAccuracy(task, config).measured(run)
             train = "" if stored else f"{len(parts.source.measured.examples):,} training and "
             display.line(f"data: {train}{len(heldout):,} held-out examples of task {task.name} are used")
             if stored:

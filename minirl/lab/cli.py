@@ -206,7 +206,7 @@ def _defaults(kind: type, args: Sequence[str]):
         content = read_json(out / "config.json")
         refuse_format(content, out)
         return _from_json(kind, content, str(out))
-    presets = {GRPOConfig: preset_defaults, PPOConfig: partial(preset_defaults, critic=True)}
+    presets = {kind: partial(preset_defaults, critic=kind is PPOConfig) for kind in (GRPOConfig, PPOConfig)}
     preset = _value(args, "--preset") if kind in presets else None
     if preset and preset.lower() != "none":
         given = {name: _value(args, "--" + name.replace("_", "-")) for name in ("max_tokens", "prompts")}

@@ -91,7 +91,7 @@ def pretrain(task: Task, seed: int, steps: int, out: Path, display: Display) -> 
     )
     with Run(out, {"demo": "sft", "seed": seed, "steps": steps}, display=display, observers=sft_observers()) as run:
         run.resumable = False
-        policy = run.hold("policy", Policy(model, tokenizer, config, betas=(0.9, 0.95)))
+        policy = run.hold("policy", Policy(model, tokenizer, config).with_optimizer(betas=(0.9, 0.95)))
         return fit(run, policy, rows, config)
 
 

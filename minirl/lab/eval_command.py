@@ -22,13 +22,13 @@ from minirl.lab.display import RichDisplay, print_table
 from minirl.lab.rewards import load_reward
 from minirl.lab.tasks import parse_task
 from minirl.lab.training import say_notes
+from minirl.metrics import shown
 from minirl.policy import load
 from minirl.prompts import measure
 from minirl.rollout import Rollout
 from minirl.run import (
     identity,
     refuse_unwritable,
-    shown,
 )
 from minirl.sampler import Sampler, SamplingParams
 from minirl.task import Task

@@ -15,6 +15,7 @@ from minirl.judge.calls import function_call
 from minirl.judge.math import math_match
 from minirl.judge.pool import call_each, load
 from minirl.online_reward import OnlineReward
+from minirl.reward_model import RewardModel
 from minirl.rewards import TIMEOUT, Rewards, Unusable, as_list, row_of
 from minirl.rules import Reward, guarded
 from minirl.task import Task
@@ -44,8 +45,6 @@ def load_reward(spec: str) -> Reward:
     if name in FACTORIES:
         return _made(name, numbers)
     if spec.startswith("model:"):
-        from minirl.reward_model import RewardModel  # needs torch, which the pool's workers do without
-
         return RewardModel.from_pretrained(spec.removeprefix("model:"))
     place = spec.removeprefix("trusted:")
     path, colon, _ = place.rpartition(":")
@@ -77,7 +76,7 @@ def _made(name: str, numbers: str) -> Reward:
 
 
 def rewards_of(config, task: Task) -> Rewards:
-    """The rewards of a run: the task's and those of the config, which may give one of the task's another weight; none
+    """Make the rewards of a run, the task's and the config's, which may give one of the task's another weight; none
     where the completions are stored with theirs."""
     if config.data:
         return Rewards({}, task.correct)

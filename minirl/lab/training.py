@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minirl.evaluate import HeldOut
+from minirl.evaluate import HeldOutAccuracy
 from minirl.files import contents
 from minirl.grpo import GRPOConfig, grpo
 from minirl.judge.numbers import NUMBER
@@ -18,6 +18,7 @@ from minirl.lab.no_effect import without_effect
 from minirl.lab.preview import DiskCheck, PlainDisplay
 from minirl.lab.rewards import rewards_of
 from minirl.lab.tasks import parse_task
+from minirl.metrics import shown
 from minirl.outcomes import OutcomesConfig, Same, SampleConfig, the_text, write_outcomes
 from minirl.policy import Policy
 from minirl.ppo import PPOConfig, ppo
@@ -26,7 +27,7 @@ from minirl.prompts import Prompts
 from minirl.records import read_demonstrations, read_outcomes, read_preferences
 from minirl.reward_training import RewardConfig, heldout_line, read_data, train_reward_model
 from minirl.rft import RFTConfig, rft
-from minirl.run import Display, Observer, Run, Step, shown, tenth
+from minirl.run import Display, Observer, Run, Step, due
 from minirl.sft import SFTConfig, sft
 from minirl.stored import Stored
 from minirl.task import Task
@@ -45,9 +46,14 @@ class StepLines(Observer):
             step.run.display.line(text)
 
 
-def tenths(line: Callable[[int, int, dict], str]) -> Callable[[int, int, dict], str]:
-    """Give a run of many quick steps ten lines in all, and one wherever something was measured."""
-    return lambda done, total, m: line(done, total, m) if "eval/loss" in m or tenth(done, total) else ""
+def tenth(done: int, steps: int) -> bool:
+    """Tell whether a run of many quick steps has a line for a person: ten in all."""
+    return due(done, steps, max(1, steps // 10))
+
+
+def tenths(line: Callable[[int, int, dict], str], and_where: str = "") -> Callable[[int, int, dict], str]:
+    """Give a run of many quick steps ten lines in all, and one wherever the metric `and_where` was measured."""
+    return lambda done, total, m: line(done, total, m) if and_where in m or tenth(done, total) else ""
 
 
 def policy_line(step: int, steps: int, m: dict) -> str:
@@ -59,9 +65,9 @@ def policy_line(step: int, steps: int, m: dict) -> str:
     )
     kl = next((name for name in ("kl_ref/k3", "kl_old/k3") if name in m), "trained/kl_old/k3")
     critic = f"critic {shown(m, 'value/explained_var', '.2f')}" if "value/mean" in m else ""
-    judge = f"judge {shown(m, 'reward_model/accuracy', '.2f')}  " if "reward_model/accuracy" in m else ""
+    model = f"reward model {shown(m, 'reward_model/accuracy', '.2f')}  " if "reward_model/accuracy" in m else ""
     return (
-        f"step {step}/{steps}  reward {shown(m, 'reward/mean', '.3f')}{held}  {judge}kl {shown(m, kl, '.4f')}  "
+        f"step {step}/{steps}  reward {shown(m, 'reward/mean', '.3f')}{held}  {model}kl {shown(m, kl, '.4f')}  "
         f"entropy {shown(m, 'entropy', '.3f')}  {critic or 'signal ' + shown(m, 'group/signal_frac', '.2f')}  "
         f"clip {shown(m, 'clip/frac', '.3f')}  "
         f"mismatch {shown(m, 'mismatch/abs_mean', '.1e')}  len {m['len/mean']:.1f}  "
@@ -140,7 +146,7 @@ def _train(run_of: Callable, config, display: Display | None, task: Task | None)
     task = task or parse_task(config.task)
     source, stored, data = source_of(config, task)
     say_notes(task, display)
-    observers = [Announcement(config, stored, not given), DiskCheck(), HeldOut(task, config)]
+    observers = [Announcement(config, stored, not given), DiskCheck(), HeldOutAccuracy(task, config)]
     observers += [Alarms(), StepLines(policy_line)]
     return run_of(config, source, rewards_of(config, task), data, display, observers)
 
@@ -199,5 +205,5 @@ def train_prefer(config: PreferConfig, display: Display | None = None) -> Path:
 
 def train_reward(config: RewardConfig, display: Display | None = None) -> Path:
     """Run the whole of `minirl reward`."""
-    observers = [DiskCheck(), StepLines(tenths(reward_line))]
+    observers = [DiskCheck(), StepLines(tenths(reward_line, and_where="eval/loss"))]
     return train_reward_model(config, read_data(config), display or PlainDisplay(), observers)

@@ -226,10 +226,9 @@ def test_a_tenth_of_what_is_learned_is_older(batch, online):
 
 
 def test_what_is_kept_is_a_fair_sample_of_all_there_was(online):
-    counts = Counter()
+    counts, model = Counter(), online(memory=10)
     for seed in range(300):
-        model = online(memory=10)
-        model.seed = seed
+        model.seed, model.seen, model.rounds, model.old = seed, 0, 0, []
         for start in range(0, 50, 10):
             model.new = [toy(start + i) for i in range(10)]
             model._remember()

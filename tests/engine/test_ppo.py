@@ -270,9 +270,9 @@ def test_a_loss_that_asks_for_entropy_has_more_of_it(make):
 def test_the_penalty_follows_how_far_the_policy_went(make):
     """Twice where the KL after the updates was above 1.5 times the target, half below its two thirds."""
     trainer = make(**preset_defaults("ppo_penalty", critic=True), kl_target=1e-6)
-    assert trainer.beta.loss.kl_old_coef == 1
+    assert trainer.beta.policy_loss.kl_old_coef == 1
     assert trainer.step(0)["beta"] == 1
-    assert trainer.beta.loss.kl_old_coef == 2
+    assert trainer.beta.policy_loss.kl_old_coef == 2
     trainer = make(**preset_defaults("ppo_penalty", critic=True), kl_target=100.0, critic_warmup=1)
     trainer.step(0)
     assert trainer.beta.beta == 1  # the policy has not moved, which says nothing about the weight

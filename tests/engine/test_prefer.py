@@ -576,5 +576,5 @@ def test_no_gradient_is_left_by_sampling_before_training(model, folder):
     fresh, tokenizer = load(model, "float32", "cpu")
     rows = rft.demonstration_rows(tokenizer, read_demonstrations("run/kept.jsonl"), fresh.config.max_positions)
     with Run("again", {}, display=Quiet()) as run:
-        again = rft.fit(run, Policy(fresh, tokenizer, config, betas=(0.9, 0.95)), rows, config.sft)
+        again = rft.fit(run, Policy(fresh, tokenizer, config).with_optimizer(betas=(0.9, 0.95)), rows, config.sft)
     assert torch.equal(*(load(p, "float32", "cpu")[0].head_weight for p in (path, again)))

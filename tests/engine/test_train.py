@@ -44,7 +44,7 @@ from minirl.losses import PolicyLoss, policy_loss
 from minirl.model import Transformer
 from minirl.presets import PRESETS, preset_defaults, presets
 from minirl.records import read_demonstrations
-from minirl.rewards import Fault, RewardError
+from minirl.rewards import Fault, RewardError, Rewards
 from minirl.rollout import Rollout, completion_text
 from minirl.rules import overlong_penalty
 from minirl.sampler import Completion, SamplingParams
@@ -631,7 +631,7 @@ def test_every_preset_takes_a_step(preset, make):
 def test_presets_with_a_critic_are_those_of_another_command():
     assert set(PRESETS) - set(presets(critic=False)) == {"ppo", "ppo_penalty"}
     with pytest.raises(InputError, match="'ppo' needs a critic, which minirl ppo trains: choose from reinforce, "):
-        preset_defaults("ppo")
+        preset_defaults("ppo", critic=False)
 
 
 @pytest.mark.parametrize(
@@ -977,9 +977,9 @@ def test_zieglers_controller_moves_the_weight_of_the_kl(where, make):
     metrics = trainer.step(1)
     assert metrics["beta"] == beta and metrics["beta/kl"] > 0.01
     assert trainer.beta.beta == pytest.approx(beta * (1 + 24 / 48 * 0.2))
-    used = trainer.beta.in_reward if where == "reward" else trainer.beta.loss.kl_coef
+    used = trainer.beta.in_reward if where == "reward" else trainer.beta.policy_loss.kl_coef
     assert used == trainer.beta.beta
-    assert (trainer.beta.loss == loss) == (where == "reward")
+    assert (trainer.beta.policy_loss == loss) == (where == "reward")
 
 
 @pytest.mark.parametrize("in_trainer", [False, True])
@@ -1288,3 +1288,20 @@ def test_a_tiny_model_learns_to_say_seven(dtype, checkpoint, tmp_path):
     rewards = [record["reward/mean"] for record in metrics[1:]]
     assert rewards[0] < 0.7 and np.mean(rewards[-5:]) > 0.9
     assert metrics[0]["eval/mean"] < 0.7 and metrics[-1]["eval/mean"] > 0.9
+
+
+def test_a_rule_that_is_not_among_the_rewards_is_logged_without_weight():
+    """Also one that is a method, which is another object at each look."""
+
+    class Task:
+        def correct(self, prompts, completions, **columns) -> list[float]:
+            return [1.0] * len(completions)
+
+    task = Task()
+    paid, logged = (
+        Rewards({"rule": (2.0, task.correct)}, task.correct),
+        Rewards({"seven": (1.0, has_seven)}, task.correct),
+    )
+    assert list(paid.functions) == ["rule"] and paid.pay == 2.0
+    assert {name: weight for name, (weight, _) in logged.functions.items()} == {"seven": 1.0, "correct": 0.0}
+    assert Rewards({}, task.correct).functions == {}  # completions that bring their rewards

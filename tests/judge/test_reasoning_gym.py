@@ -153,7 +153,7 @@ def test_style_think_reads_the_block_and_pays_a_little_for_the_format():
     assert "between <answer> and </answer>" in row["prompt"][0]["content"]
 
 
-def test_answers_that_are_no_numbers_are_thelast_line_and_long_ones_the_whole_text():
+def test_answers_that_are_no_numbers_are_the_last_line_and_long_ones_the_whole_text():
     assert reader(["True", "False"])("thinking\nTrue\n") == "True"
     assert reader(["1", "Friday"])("7\nso Friday") == "so Friday"
     assert reader(["1 2\n3 4", "1"])(" 1 2\n3 4\n") == "1 2\n3 4"

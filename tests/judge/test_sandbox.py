@@ -295,7 +295,7 @@ def test_an_interruption_ends_what_is_under_way(pool):
 
 KILLED_TRAINER = """
 import os, sys
-from minirl.sandbox import Job, Pool
+from minirl.judge.pool import Job, Pool
 pool = Pool(2)
 pool.map([Job.call("math:sqrt", [1])] * 2, 5)
 print(*(w.process.pid for w in pool.workers), *(w.folder for w in pool.workers), flush=True)
@@ -307,6 +307,7 @@ def test_a_killed_trainer_leaves_no_process_and_no_folder_behind():
     trainer = subprocess.Popen([sys.executable, "-c", KILLED_TRAINER], stdout=subprocess.PIPE, text=True)
     words = trainer.stdout.readline().split()
     processes, folders = [int(word) for word in words[:2]], words[2:]
+    assert len(processes) == len(folders) == 2
     assert eventually(lambda: all(children(process) for process in processes))  # their cells are at work
     trainer.kill()
     trainer.wait()
@@ -320,6 +321,7 @@ def test_a_trusted_function_that_hangs_ends_when_the_trainer_is_gone(tmp_path):
     program = KILLED_TRAINER.replace('Job.call("time:sleep", [4.0])', job).replace("* 2, 5)\n", "* 2, 0.5)\n")
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     processes = [int(word) for word in trainer.stdout.readline().split()[:2]]
+    assert len(processes) == 2
     time.sleep(0.3)
     trainer.kill()
     trainer.wait()

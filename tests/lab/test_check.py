@@ -10,7 +10,7 @@ import torch
 from helpers import ALPHABET, Terminal, Trainer, all_files, tiny_checkpoint, tiny_model
 from rich.console import Console
 
-from minirl import grpo, ppo, rft
+from minirl import grpo, ppo, prefer, rft
 from minirl.files import write_json
 from minirl.grpo import GRPOConfig
 from minirl.lab import cli, commands
@@ -210,12 +210,27 @@ def test_a_disk_that_holds_no_checkpoint_is_said_before_the_first_step(monkeypat
         raise AssertionError("the disk comes first")
 
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**6, 0, 10**4))
+    monkeypatch.setattr(prefer, "list_logprobs", no_work)
     for check in ([], ["check"]):
         for command in ("grpo", "ppo", "sft", "prefer", "reward", "rft"):
             if not check:
                 monkeypatch.setattr(rft, "sample_and_keep", no_work)
             said = complaint(*check, command, *COMMANDS[command].split())
             assert "not enough for one checkpoint: free some space" in said
+
+
+def test_a_resumed_run_of_prefer_looks_at_the_disk_before_it_computes_the_reference(monkeypatch, complaint):
+    cli.main(["prefer", *COMMANDS["prefer"].split(), "--steps", "2", "--save-every", "1", "--out", "run"])
+    for done in ("run/checkpoints/step-000002", "run/model"):  # as if it had been killed after its first step
+        shutil.rmtree(done)
+
+    def no_work(*args, **options):
+        raise AssertionError("the disk comes first")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**6, 0, 10**4))
+    monkeypatch.setattr(prefer, "list_logprobs", no_work)
+    said = complaint("prefer", "--resume", "--out", "run")
+    assert "not enough for one checkpoint: free some space" in said
 
 
 def test_a_disk_that_will_be_too_small_is_said(capsys, monkeypatch):

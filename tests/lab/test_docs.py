@@ -134,6 +134,11 @@ def test_links_files_and_targets_exist(page):
     assert [target for target in made if f"\n{target}:" not in makefile] == []
 
 
+def test_the_map_names_every_file_of_the_engine():
+    files = [file.name for file in (ROOT / "minirl").glob("*.py") if not file.name.startswith("__")]
+    assert files and not [name for name in files if f"`{name}`" not in TEXTS["CONTRIBUTING.md"]]
+
+
 def test_the_readme_is_short_and_counts_the_lines_of_the_files_to_read():
     assert len(TEXTS["README.md"].splitlines()) <= 160
     assert len(COUNTED.findall(TEXTS["README.md"])) >= 8

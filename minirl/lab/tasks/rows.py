@@ -17,9 +17,11 @@ def two_sides(
     limit: int | None,
     seed: int,
 ) -> tuple[list[dict], list[dict]]:
-    """(training, held out) by `read(path, limit)`: at most the first `limit` examples, and beside them those of another
-    file, or in their place a share (default: a tenth) of their own prompts. All have the same columns, None where a
-    line lacks one."""
+    """Return (training, held out) examples, read by `read(path, limit)`; of the first file at most `limit`.
+
+    Held out are the examples of the other file, or else a share (default: a tenth) of the prompts of the first. All
+    have the same columns, None where a line lacks one.
+    """
     if heldout_path is not None and heldout_fraction is not None:
         raise InputError(f"{task}: give heldout_path or heldout_fraction, not both.")
     if heldout_fraction is not None and not 0 <= heldout_fraction < 1:

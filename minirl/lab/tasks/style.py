@@ -27,6 +27,7 @@ def check_style(task: str, style: str) -> None:
 def in_style(style: str, prompt: str | list[dict]) -> str | list[dict]:
     """Return the prompt for a text. Chat messages stay as they are; in style think the last user message also gets the
     instruction."""
+    check_style("prompt", style)
     if style == "plain" and isinstance(prompt, str):
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
