@@ -43,7 +43,7 @@ FAMILY = {  # and how many optimizer steps each takes in a step
     ),
     "dapo": (
         f"""grpo {ARITHMETIC} --preset dapo --mini-batches 1 --task data.digits.jsonl --group 8 --max-tokens 2
-        --max-gen-batches 4 --rewards repetition=1 slow.py:slow=0""",
+        --max-gen-batches 4 --rewards repetition=1""",
         1,
     ),
     "reinforce": (
