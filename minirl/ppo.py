@@ -101,8 +101,7 @@ def ppo(
     are those of minirl.grpo.grpo."""
     with Run(config.out, identity(config, data), config.resume, display, observers) as run:
         parts = prepare(run, config, source, rewards)
-        if run.start == 0:
-            run.display.example(parts.policy.tokenizer, *parts.source.first())
+        run.example = (parts.policy.tokenizer, *parts.source.first())
         for step in run.steps("step", config.steps, config.save_every):
             ppo_step(step, config, parts)
         rewards.finish(run)

@@ -124,6 +124,7 @@ class Run:
         self.state: dict = {}  # state.json of the checkpoint
         self.held: dict = {}
         self.step: Step | None = None  # the one under way
+        self.example: tuple = ()  # arguments of `Display.example`, for an observer that shows one
         self.resumable = True  # by the options of a command, which a demo or a script may not have
         self._begun = False
         self._before: dict[str, float] | None = None  # metrics of `begin`

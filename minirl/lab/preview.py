@@ -103,6 +103,14 @@ def show_disk(disk: Disk, display: Display, always: bool = False) -> None:
         display.line(str(disk))
 
 
+class ShowExample(Observer):
+    """The observer that shows the run's example before its first step."""
+
+    def begin(self, run: Run) -> None:
+        if run.start == 0:
+            run.display.example(*run.example)
+
+
 class DiskCheck(Observer):
     """The observer that stops a run whose checkpoints the disk cannot hold, before its first step."""
 

@@ -15,7 +15,7 @@ from minirl.grpo import GRPOConfig, grpo
 from minirl.judge.numbers import NUMBER
 from minirl.lab.alarms import Alarms
 from minirl.lab.no_effect import without_effect
-from minirl.lab.preview import DiskCheck, PlainDisplay
+from minirl.lab.preview import DiskCheck, PlainDisplay, ShowExample
 from minirl.lab.rewards import rewards_of
 from minirl.lab.tasks import parse_task
 from minirl.metrics import shown
@@ -146,8 +146,8 @@ def _train(run_of: Callable, config, display: Display | None, task: Task | None)
     task = task or parse_task(config.task)
     source, stored, data = source_of(config, task)
     say_notes(task, display)
-    observers = [Announcement(config, stored, not given), DiskCheck(), HeldOutAccuracy(task, config)]
-    observers += [Alarms(), StepLines(policy_line)]
+    observers = [Announcement(config, stored, not given), DiskCheck(), ShowExample()]
+    observers += [HeldOutAccuracy(task, config), Alarms(), StepLines(policy_line)]
     return run_of(config, source, rewards_of(config, task), data, display, observers)
 
 
