@@ -318,7 +318,7 @@ def test_a_killed_trainer_leaves_no_process_and_no_folder_behind():
 def test_a_trusted_function_that_hangs_ends_when_the_trainer_is_gone(tmp_path):
     (tmp_path / "mine.py").write_text("def hang():\n    while True: pass\n")
     job = f"Job.call({str(tmp_path / 'mine.py:hang')!r}, trusted=True)"
-    program = KILLED_TRAINER.replace('Job.call("time:sleep", [4.0])', job).replace("* 2, 5)\n", "* 2, 0.5)\n")
+    program = KILLED_TRAINER.replace('Job.call("time:sleep", [4.0])', job).replace("* 2, 5)\n", "* 2, 2)\n")
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     processes = [int(word) for word in trainer.stdout.readline().split()[:2]]
     assert len(processes) == 2
