@@ -30,6 +30,25 @@ from minirl.stored import Stored
 from minirl.task import Task
 from minirl.tokenizer import Tokenizer
 
+# --- golden numbers --------------------------------------------------------------------------------------------------
+
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))["cases"]
+
+
+def f64(x) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def golden(name: str) -> tuple[dict[str, torch.Tensor], dict, dict]:
+    """Return inputs, options and expected numbers of a case that was worked out independently of this code."""
+    case = GOLDEN[name]
+    return {k: f64(v) for k, v in case["inputs"].items()}, case["params"], case["expected"]
+
+
+def close(actual: torch.Tensor, expected, tol: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tol, atol=tol)
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 CONFIG = ModelConfig(

@@ -1,36 +1,20 @@
 """Advantages against golden numbers, plain Python re-derivations, and what they promise about odd groups and rows."""
 
 import inspect
-import json
 import math
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import close, f64, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirl import advantages as adv
 from minirl.errors import InputError
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())["cases"]
 NAN = math.nan
 SEEDS = st.integers(0, 2**31)
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
-
-
-def golden(name):
-    case = GOLDEN[name]
-    return {k: f64(v) for k, v in case["inputs"].items()}, case["params"], case["expected"]
-
-
-def close(actual, expected, tol=1e-9):
-    expected = torch.as_tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
 def one_group(rewards):

@@ -2,7 +2,6 @@
 
 import ast
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import GOLDEN, close, f64, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from minirl.loss_metrics import combine_metrics
 from minirl.losses import PolicyLoss, Totals, aggregation_weights, policy_loss, value_loss
 from minirl.presets import PRESETS, overrides
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())["cases"]
 INF, NAN = math.inf, math.nan
 SURROGATE_OPTIONS = {
     "clip": {"surrogate": "clip", "eps_high": 0.28, "dual_clip": 1.6},
@@ -33,19 +32,6 @@ LEVELS = ["token", "seq_mean", "seq_sum", "none"]
 KLS = ["none", "k2", "k3", "k3_is"]
 AGGREGATIONS = ["seq_mean", "token_mean", "seq_sum_const", "seq_sum", "group_token_mean"]
 IMPORTANCES = ["none", "token_truncate", "token_mask", "seq_truncate", "seq_mask", "geo_mask"]
-
-
-def f64(x):
-    return torch.tensor(x, dtype=torch.float64)
-
-
-def golden(name):
-    case = GOLDEN[name]
-    return {k: f64(v) for k, v in case["inputs"].items()}, case["params"], case["expected"]
-
-
-def close(actual, expected, tol=1e-9):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tol, atol=tol)
 
 
 def run(options, x, **changes):

@@ -1,14 +1,13 @@
 """The losses of reward models against golden numbers, their closed-form gradients and TRL, and what they promise."""
 
-import json
 import math
 from collections import defaultdict
 from itertools import combinations
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import GOLDEN, f64
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,12 +26,6 @@ from minirl.reward_losses import (
     ranking_accuracy,
     score_stats,
 )
-
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden.json").read_text())["cases"]
-
-
-def f64(x) -> torch.Tensor:
-    return torch.tensor(x, dtype=torch.float64)
 
 
 def close(actual, expected, tolerance: float = 1e-9) -> None:

@@ -568,8 +568,9 @@ def test_the_gradient_sweep_zeroes_a_row_without_coefficients_and_does_not_read_
     assert not out[1].any() and out[[0, 2]].isfinite().all() and out[[0, 2]].any(1).all()
 
 
-def test_offsets_pass_two_to_the_31():
-    """Row 2 lies 2³¹ + 32 logits behind row 0; an int32 offset would fall on other memory of the same allocation."""
+def far_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return logits [3, 37] whose row 2 lies 2³¹ + 32 logits behind row 0, the memory (ones) on which an int32 offset
+    of that row would fall, and a dense copy of the logits."""
     stride = (1 << 30) + 16
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:
         pytest.skip("needs 8.6 GB of GPU memory")
@@ -578,6 +579,11 @@ def test_offsets_pass_two_to_the_31():
     wrapped = memory.as_strided((1, 37), (1, 1), (1 << 31) + 2 * stride - (1 << 32))
     small = torch.randn(3, 37, generator=generator(9)).to(DEVICE, torch.float16)
     logits.copy_(small), wrapped.fill_(1.0)
+    return logits, wrapped, small
+
+
+def test_offsets_pass_two_to_the_31():
+    logits, wrapped, small = far_rows()
     targets, c = torch.arange(3, device=DEVICE), torch.ones(3, device=DEVICE)
     stats = stats_triton(logits, targets, 1.0)
     expected = stats_triton(small, targets, 1.0)

@@ -17,6 +17,7 @@ from test_kernels import (  # noqa: F401 (the fixture `seed` is used by its name
     Products,
     assert_near,
     assert_no_worse_than_torch,
+    far_rows,
     fresh_seed,
     generator,
     kept_of,
@@ -720,15 +721,7 @@ def test_one_number_a_row_may_be_strided_too(backend, name, seed):
 
 
 def test_offsets_pass_two_to_the_31():
-    """Row 2 lies 2³¹ + 32 logits behind row 0; an int32 offset would fall on other memory of the same allocation."""
-    stride = (1 << 30) + 16
-    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:
-        pytest.skip("needs 8.6 GB of GPU memory")
-    memory = torch.empty((1 << 31) + 2 * stride + 64, dtype=torch.float16, device=DEVICE)  # on a CPU, only addresses
-    logits = memory.as_strided((3, 37), (stride, 1), 1 << 31)
-    wrapped = memory.as_strided((1, 37), (1, 1), (1 << 31) + 2 * stride - (1 << 32))
-    small = torch.randn(3, 37, generator=generator(9)).to(DEVICE, torch.float16)
-    logits.copy_(small), wrapped.fill_(1.0)
+    logits, wrapped, small = far_rows()
     targets, ones = torch.arange(3, device=DEVICE), torch.ones(3, device=DEVICE)
 
     def in_place(z):
