@@ -7,6 +7,8 @@ escapes, `raise_exception`, `strftime_now`, `{% generation %}`), because a templ
 where the model was trained is a silent loss of quality.
 
 A template that calls `strftime_now` writes a date into the prompt: the tokenizer's `now`, which a run keeps.
+
+Time and memory of a render are bounded (metered.py).
 """
 
 import contextlib
@@ -22,12 +24,14 @@ from minirl.errors import InputError
 OLDEST_SAFE_JINJA = (3, 1, 6)  # earlier sandboxes have published escapes (CVE-2024-56326, CVE-2025-27516)
 OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}  # set by minirl, not by a user
 INSTALL = "run pip install 'minirl[cli]'"
+LONGEST = 100_000  # characters of a template; the longest of known models have 20,000
 
 try:
     import jinja2
     import jinja2.ext
     import jinja2.meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from minirl.metered import Environment, Meter, TooMuch
 except ImportError as error:
     raise InputError(f"chat templates need jinja2, which is not installed: {INSTALL}") from error
 
@@ -81,22 +85,29 @@ def _with_text_arguments(messages: list[dict]) -> list[dict]:
 def _render(template: str, messages: list[dict], moment: datetime, variables: dict) -> str:
     try:
         # Through JSON and back: no object with methods of its own reaches the template.
-        values = json.loads(json.dumps({"tools": None, "documents": None, **variables, "messages": messages}))
-    except (TypeError, ValueError) as error:
+        text = json.dumps({"tools": None, "documents": None, **variables, "messages": messages})
+        values = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the messages hold something that is not plain JSON ({error}): pass text") from error
     compiled = compile_template(template)
 
     def strftime_now(format):
+        if len(format) > 1000:
+            raise TooMuch("a format of a date of more than 1000 characters")
         return moment.strftime(format)
 
     try:
-        return compiled.render(values, strftime_now=strftime_now)
+        context = compiled.new_context({**values, "strftime_now": strftime_now})
+        context.meter = Meter(len(text))
+        return "".join(compiled.root_render_func(context))
+    except TooMuch as error:
+        raise InputError(f"the chat template asks for {error}: use another template") from None
     except jinja2.exceptions.SecurityError as error:
         raise InputError(f"the chat template reaches for Python's internals ({error}): use another template") from error
     except Exception as error:
         if type(error) is jinja2.TemplateError:  # the template's own raise_exception
-            raise InputError(f"the chat template refuses these messages: {error}") from error
-        reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"the chat template refuses these messages: {error!s:.500}") from error
+        reason = f"{type(error).__name__}: {error!s:.500}"
         raise InputError(f"the chat template cannot render these messages ({reason}): change one of the two") from error
 
 
@@ -114,18 +125,25 @@ def refuse_unread(template: str, variables: Iterable[str]) -> None:
 @lru_cache(maxsize=16)  # compiling takes longer than rendering, and a run has one template
 def compile_template(template: str) -> jinja2.Template:
     """Compile a template once; InputError names the line where it is no valid Jinja."""
+    if len(template) > LONGEST:
+        raise InputError(f"the chat template has {len(template):,} characters, and {LONGEST:,} at most are read")
     try:
         return _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
         reason = f"{error.message}, line {error.lineno}"
-        raise InputError(f"the chat template is not valid Jinja ({reason}): fix it in tokenizer_config.json") from error
+    except TooMuch as error:
+        reason = f"it asks for {error}"
+    except SyntaxError as error:  # of the Python code that Jinja makes of it
+        reason = error.msg
+    except (RecursionError, MemoryError, ValueError, OverflowError) as error:
+        reason = f"{type(error).__name__}: it is nested too deeply, or holds a number that is too large"
+    raise InputError(f"the chat template is not valid Jinja ({reason:.500}): fix it in tokenizer_config.json")
 
 
 @lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> Environment:
     extensions = [_GenerationTag, jinja2.ext.loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _tojson
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals["raise_exception"] = _raise_exception
     return environment
 
@@ -138,11 +156,6 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Write JSON without Jinja's own escapes of <, > and & for HTML, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message):

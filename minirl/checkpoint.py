@@ -113,8 +113,9 @@ def _files(folder: Path) -> dict[str, list[str] | None]:
 
 def _read(file: Path, names, expected, dtype, device) -> Iterator[tuple[str, torch.Tensor]]:
     """Read tensors with their names from one file; `expected` holds the shape of each name that the model knows."""
-    if not file.exists():
-        raise InputError(f"{file} is named in {INDEX} but does not exist: download it again")
+    if not file.is_file():
+        what = "is no file" if file.exists() else f"is named in {INDEX} but does not exist"
+        raise InputError(f"{file} {what}: download it again")
     try:
         with safe_open(file, "pt", device="cpu") as content:
             held = list(content.keys())

@@ -8,10 +8,8 @@ out, as templates ask whether a key is there. A template skips a role that it do
 known ones are taken, in any case of letters.
 """
 
-import json
-
 from minirl.errors import InputError
-from minirl.files import kind_of
+from minirl.files import kind_of, parse_json
 
 ROLES = {
     "human": "user",
@@ -93,7 +91,7 @@ def _of_sharegpt(value: dict, what: str) -> dict:
     role, text = _role(value["from"], what), value.get("value")
     if value["from"] != "function_call":
         return {"role": role, "content": text}
-    calls = _parsed(text, f"{what}, a function_call,")
+    calls = _parsed(text, f"{what}, a function_call")
     return {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
@@ -107,7 +105,7 @@ def _calls(calls: object, what: str) -> list[dict]:
             raise InputError(f"{what} has a tool call without a function's 'name': give 'name' and 'arguments'.")
         arguments = function.get("arguments")
         if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
-            arguments = _parsed(arguments, f"{what}, the arguments of {function['name']}:")
+            arguments = _parsed(arguments, f"{what}, the arguments of {function['name']}")
         outer = {key: x for key, x in call.items() if x is not None} if "function" in call else {"type": "function"}
         found.append({**outer, "function": {**function, "arguments": {} if arguments is None else arguments}})
     return found
@@ -146,7 +144,6 @@ def with_system(prompt: str | list[dict], row: dict, where: str) -> str | list[d
 
 
 def _parsed(text: object, what: str) -> object:
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{what} is no JSON ({error}): correct it.") from None
+    if not isinstance(text, str):
+        raise InputError(f"{what} is {kind_of(text)} where the text of JSON is needed: correct it.")
+    return parse_json(text, what, "correct it.")

@@ -91,15 +91,15 @@ def parse_config(c: dict, where: str = "config.json") -> ModelConfig:
     if c.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where}: hidden_act {c['hidden_act']!r} is not supported: only 'silu' is")
     family, keys = FAMILIES[kind], _Keys(c, where)
-    heads, layers = keys.size("num_attention_heads"), keys.size("num_hidden_layers")
-    kv_heads = keys.size("num_key_value_heads", heads)
+    heads, layers = keys.size("num_attention_heads", most=2**16), keys.size("num_hidden_layers", most=1000)
+    kv_heads = keys.size("num_key_value_heads", heads, most=2**16)
     if heads % kv_heads:
         raise InputError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     width = keys.size("hidden_size")
     # Without head_dim a family has either width / heads or, in Qwen3's reference code, 128.
     if c.get("head_dim") is None and kind != "qwen3" and width % heads:
         raise InputError(f"{where}: hidden_size {width} is no multiple of num_attention_heads {heads}: give head_dim")
-    head_dim = keys.size("head_dim", width // heads if kind != "qwen3" else 128)
+    head_dim = keys.size("head_dim", width // heads if kind != "qwen3" else 128, most=2**16)
     if head_dim % 2:
         raise InputError(f"{where}: head_dim {head_dim} is odd: rotary embedding pairs its halves")
     theta, scaling = _rope(keys, family["theta"])
@@ -117,7 +117,7 @@ def parse_config(c: dict, where: str = "config.json") -> ModelConfig:
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_positions=keys.size("max_position_embeddings", 2048),
+        max_positions=keys.size("max_position_embeddings", 2048, most=2**31),
         tied=keys.flag("tie_word_embeddings", kind == "smollm3"),
         qkv_bias=family["qkv_bias"] or bias,
         out_bias=bias and kind != "qwen2",  # whose reference code reads no attention_bias
@@ -145,8 +145,10 @@ class _Keys:
             raise InputError(f"{self.where}: {key!r} is {value!r:.80}: it must be {wanted}")
         return value
 
-    def size(self, key: str, default: int | None = None) -> int:
-        return self.read(key, default, "a positive whole number", lambda x: type(x) is int and x > 0)
+    def size(self, key: str, default: int | None = None, most: int = 2**24) -> int:
+        """Read a size, far above those of real models at `most`: more would take forever, or overflow a product."""
+        wanted = f"a positive whole number of at most {most:,}"
+        return self.read(key, default, wanted, lambda x: type(x) is int and 0 < x <= most)
 
     def number(self, key: str, default: float | None = None) -> float:
         return float(self.read(key, default, "a positive number", lambda x: type(x) in (int, float) and 0 < x < 1e30))
@@ -197,7 +199,7 @@ def _windows(keys: _Keys, kind: str, layers: int, rope_layers: tuple[bool, ...])
     asked = kind == "mistral" or (kind != "llama" and keys.flag("use_sliding_window"))
     if not asked or keys.config.get("sliding_window", default) is None:  # a null turns the window off
         return ()
-    window = keys.size("sliding_window", default)
+    window = keys.size("sliding_window", default, most=2**31)
     if kind == "mistral":
         return (window,) * layers
     types = keys.per_layer("layer_types", layers, ("full_attention", "sliding_attention"))

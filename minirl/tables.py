@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from minirl.errors import InputError
-from minirl.files import json_values, parse_json, read_json
+from minirl.files import json_values, parse_json, read_bounded, read_json
 
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # words that name a split in a file's path
 FILES = (".parquet", ".jsonl", ".jsonl.gz")
@@ -48,7 +48,7 @@ def rows_of(path: str | Path) -> Iterator[tuple[object, str]]:
         yield from _hub_rows(str(path), name, rest)
     elif files := _json_files(Path(path)):
         for file in files:
-            yield parse_json(file.read_bytes(), str(file), "each file must be one object"), str(file)
+            yield parse_json(read_bounded(file), str(file), "each file must be one object"), str(file)
     elif Path(name).is_dir():
         for file in data_files(Path(name), rest[0] if rest else None):
             yield from json_values(file) if ".jsonl" in file.name else _arrow_rows(file)

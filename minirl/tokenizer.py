@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from minirl.checkpoint import resolve
 from minirl.errors import InputError, NoChatTemplate
-from minirl.files import read_json, write_atomic, write_json
+from minirl.files import read_bounded, read_json, write_atomic, write_json
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
@@ -61,7 +61,7 @@ class Tokenizer:
         # tokenizer_config.json wins over the older special_tokens_map.json, and a template's own file over both.
         config = _read_if_there(path / "special_tokens_map.json") | _read_if_there(path / "tokenizer_config.json")
         if (path / "chat_template.jinja").is_file():
-            config["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
+            config["chat_template"] = _read_text(path / "chat_template.jinja")
         tokenizer = cls(backend, config, _read_stop_ids(path), where=f" of {path}")
         tokenizer.generation = _read_if_there(path / "generation_config.json")
         return tokenizer
@@ -340,7 +340,14 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
 
 
 def _read_if_there(file: Path) -> dict:
-    return read_json(file) if file.exists() else {}
+    return read_json(file) if file.exists() or file.is_symlink() else {}  # a link to nowhere is a fault of the folder
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return read_bounded(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is no text in UTF-8 ({error}): restore the file or download it again") from None
 
 
 def _read_stop_ids(path: Path) -> list[int]:

@@ -164,7 +164,7 @@ def _typed(text: str) -> object:
         return BOOLEANS[text.lower()]
     try:
         return json.loads(text, parse_constant=str)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -141,7 +141,7 @@ CHECKPOINTS = {
     "no folder": (lambda: shutil.rmtree("model"), ["model", "does not exist"]),
     "a file for a folder": (lambda: (shutil.rmtree("model"), Path("model").touch()), ["model is a file"]),
     "no config.json": (lambda: os.remove("model/config.json"), ["model/config.json does not exist"]),
-    "broken config.json": (lambda: cut("model/config.json"), ["model/config.json is not valid JSON", "line"]),
+    "broken config.json": (lambda: cut("model/config.json"), ["model/config.json: not valid JSON", "line"]),
     "config.json holds a list": (lambda: Path("model/config.json").write_text("[]"), ["config.json", "list"]),
     "unknown model_type": (lambda: edit_config(model_type="mamba"), ["config.json", "'mamba'", "llama"]),
     "a key is missing": (lambda: edit_config(hidden_size=None), ["config.json", "'hidden_size' is missing"]),

@@ -24,6 +24,7 @@ PACKAGES = {"engine": ENGINE, "judge": set(), "kernels": {"torch", "triton"}}  #
 PACKAGES["lab"] = ENGINE | {"tyro", "rich", "matplotlib"}
 OWN = {
     "minirl.chat": {"jinja2"},
+    "minirl.metered": {"jinja2"},
     "minirl.judge.equality": {"math_verify"},
     "minirl.judge.reasoning_worker": {"reasoning_gym"},
 }
