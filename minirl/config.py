@@ -4,7 +4,6 @@ A field's docstring is its text in --help, its type says which values it may hav
 fields of a config are named in the call, but for the checkpoint and the data, or the task, which come first.
 """
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -12,15 +11,15 @@ from minirl.errors import InputError
 from minirl.losses import PolicyLoss
 from minirl.sampler import SamplingParams
 
-LIMITS = {
+LIMITS = {  # finite in fp32 too, and after a division by a small number
     "at least 1": lambda value: value >= 1,
-    "positive and finite": lambda value: 0 < value < math.inf,
-    "finite and not negative": lambda value: 0 <= value < math.inf,
+    "positive and finite, below 1e30": lambda value: 0 < value < 1e30,
+    "finite and not negative, below 1e30": lambda value: 0 <= value < 1e30,
 }
 Count = Annotated[int, "at least 1"]
-Positive = Annotated[float, "positive and finite"]
-NotNegative = Annotated[float, "finite and not negative"]
-Whole = Annotated[int, "finite and not negative"]
+Positive = Annotated[float, "positive and finite, below 1e30"]
+NotNegative = Annotated[float, "finite and not negative, below 1e30"]
+Whole = Annotated[int, "finite and not negative, below 1e30"]
 
 
 def require(holds: bool, sentence: str) -> None:

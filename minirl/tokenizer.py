@@ -357,7 +357,7 @@ def _read_stop_ids(path: Path) -> list[int]:
         if ids is None or ids == []:
             continue
         ids = ids if isinstance(ids, list) else [ids]
-        if not all(type(i) is int and i >= 0 for i in ids):
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise InputError(f"eos_token_id in {path / name} must be one id or a list, not {ids!r:.80}: correct it")
         return list(dict.fromkeys(ids))
     return []
@@ -366,10 +366,14 @@ def _read_stop_ids(path: Path) -> list[int]:
 def _listed_tokens(config: dict, where: str) -> list[tuple[int | None, AddedToken]]:
     """Return (id, token) of the added tokens that tokenizer_config.json lists; the id is None where it gives none."""
     by_id = config.get("added_tokens_decoder") or {}
+    if not isinstance(by_id, dict) or not all(re.fullmatch("[0-9]{1,9}", i) for i in by_id):
+        raise InputError(f"added_tokens_decoder{where} must map ids to tokens, not be {by_id!r:.80}: correct it")
     found = [(int(i), _added_token(by_id[i], "added_tokens_decoder", where, False)) for i in sorted(by_id, key=int)]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(key) or []
-        listed = listed.values() if isinstance(listed, dict) else listed
+        listed = list(listed.values()) if isinstance(listed, dict) else listed
+        if not isinstance(listed, list):
+            raise InputError(f"{key}{where} must be a list or an object of tokens, not {listed!r:.80}: correct it")
         found += [(None, _added_token(value, key, where, True)) for value in listed]
     return found
 
@@ -383,7 +387,7 @@ def _added_token(value: str | dict, key: str, where: str, special: bool) -> Adde
 def _token_text(value: str | dict, key: str, where: str) -> str:
     """Return the text of a token, which configurations write as a string or as an object with `content`."""
     text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str):
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # half of a surrogate pair has no UTF-8
         raise InputError(f"{key}{where} must be text or an object with 'content', not {value!r:.80}: correct it")
     return text
 
@@ -394,7 +398,9 @@ def _default_template(value: str | list[dict] | None, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     try:
-        named = {entry["name"]: entry["template"] for entry in value}
+        named = {str(entry["name"]): entry["template"] for entry in value}
+        if not all(isinstance(template, str) for template in named.values()):
+            raise TypeError
     except (TypeError, KeyError):
         raise InputError(f"chat_template{where} must be text or a list of name and template: correct it") from None
     if "default" not in named and len(named) != 1:

@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from minirl.errors import InputError, NoChatTemplate, did_you_mean
-from minirl.files import read_json
+from minirl.files import is_number, kind_of, read_json
 from minirl.grpo import GRPOConfig
 from minirl.lab.check import CHECKS
 from minirl.lab.commands import COMMANDS
@@ -237,6 +237,8 @@ def _from_json(kind: type, content: dict, out: str):
                 f"{out}/config.json: the key {name!r} is not one of this command's: was this another command's run?"
             )
         values[name] = tuple(value) if isinstance(value, list) else value
+        if not _fits(values[name], known[name].type):
+            raise InputError(f"{out}/config.json: {name!r} is {kind_of(value)}, which no {name} is: restore it")
     try:
         for name in values:
             if is_dataclass(known[name].type):
@@ -244,6 +246,24 @@ def _from_json(kind: type, content: dict, out: str):
         return kind(**values, out=out)
     except TypeError as error:
         raise InputError(f"{out}/config.json is not as this command wrote it ({error}): restore it") from None
+
+
+def _fits(value: object, kind: object) -> bool:
+    """Tell whether a value from a file may stand in a field of this type."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):  # a name that it does not know is refused when it is made
+        known = {f.name: f.type for f in fields(kind)}
+        return isinstance(value, dict) and all(_fits(x, known[name]) for name, x in value.items() if name in known)
+    if outer in (tuple, dict):
+        parts = value if outer is tuple else (value.values() if isinstance(value, dict) else ())
+        return isinstance(value, outer) and all(_fits(part, inner[0 if outer is tuple else 1]) for part in parts)
+    if outer is Literal:
+        return isinstance(value, str)  # `Config` knows which
+    if outer is Annotated:
+        return _fits(value, inner[0])
+    if inner:
+        return any(_fits(value, part) for part in inner)
+    return type(value) is kind or (kind is float and is_number(value))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -213,6 +213,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "size is a fraction": (configured(intermediate_size=31.5), (CONFIG, "'intermediate_size' is 31.5")),
     "size is true": (configured(num_key_value_heads=True), (CONFIG, "'num_key_value_heads' is True")),
     "size is zero": (configured(num_attention_heads=0), (CONFIG, "'num_attention_heads' is 0")),
+    "size has many digits": (
+        with_bytes(CONFIG, lambda text: text.replace(b": 20,", b": " + b"9" * 5000 + b",")),
+        (CONFIG,),
+    ),
+    "layers without end": (configured(num_hidden_layers=10**9), (CONFIG, "'num_hidden_layers' is 1000000000", "1,000")),
+    "size overflows": (configured(vocab_size=2**40), (CONFIG, "'vocab_size'", "at most")),
+    "product overflows": (
+        configured(num_attention_heads=2**40, num_key_value_heads=1),
+        (CONFIG, "num_attention_heads"),
+    ),
     "size is negative": (configured(max_position_embeddings=-1), (CONFIG, "'max_position_embeddings' is -1")),
     "flag is text": (configured(tie_word_embeddings="false"), (CONFIG, "'tie_word_embeddings' is 'false'")),
     "epsilon is text": (configured(rms_norm_eps="tiny"), (CONFIG, "'rms_norm_eps' is 'tiny'")),

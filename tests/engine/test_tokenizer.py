@@ -454,6 +454,19 @@ def test_broken_json_is_an_error_that_names_the_file(tmp_path, name, content):
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"\xff{{ messages }}", b"\xff\xfea"])
+def test_a_template_that_is_no_text_is_an_error(tmp_path, content):
+    (write_folder(tmp_path) / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(InputError, match=r"chat_template\.jinja is no text in UTF-8"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_link_to_nowhere_is_no_missing_file(tmp_path):
+    (write_folder(tmp_path) / "tokenizer_config.json").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json does not exist"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_json_that_is_no_tokenizer_is_an_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "telepathy"}}')
     with pytest.raises(InputError, match=r"tokenizer\.json cannot be read"):
@@ -470,6 +483,14 @@ def test_json_that_is_no_tokenizer_is_an_error(tmp_path):
             "default",
         ),
         ({"tokenizer_config": {"chat_template": [1]}}, "chat_template"),
+        ({"tokenizer_config": {"chat_template": [{"name": 1, "template": ""}, {"name": "b", "template": ""}]}}, "1.*b"),
+        ({"tokenizer_config": {"chat_template": [{"name": "default", "template": 5}]}}, "chat_template"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": "<a>"}}}, "added_tokens_decoder"),
+        ({"tokenizer_config": {"added_tokens_decoder": ["<a>"]}}, "added_tokens_decoder"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: "<a>"}}}, "added_tokens_decoder"),
+        ({"tokenizer_config": {"additional_special_tokens": 5}}, "additional_special_tokens"),
+        ({"tokenizer_config": {"additional_special_tokens": ["\udcff"]}}, "additional_special_tokens"),
+        ({"generation_config": {"eos_token_id": [2**40]}}, "generation_config.json"),
         ({"generation_config": {"eos_token_id": "2"}}, "generation_config.json"),
         ({"config": {"eos_token_id": [True]}}, "config.json"),
     ],

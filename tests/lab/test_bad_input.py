@@ -335,7 +335,18 @@ def test_a_changed_data_file_is_refused(command, complaint):
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"frob": 1}, "'frob'"), ({"loss": {"frob": 1}}, "'frob'"), ({"loss": 3}, "config.json"), ({"lr": 0}, "lr")],
+    [
+        ({"frob": 1}, "'frob'"),
+        ({"loss": {"frob": 1}}, "'frob'"),
+        ({"loss": 3}, "config.json"),
+        ({"lr": 0}, "lr"),
+        ({"device": 5}, "'device' is a number"),
+        ({"rewards": -0.0}, "'rewards'"),
+        ({"model": ["a"]}, "'model' is a list"),
+        ({"loss": {"kl_coef": "x"}}, "'loss'"),
+        ({"steps": True}, "'steps'"),
+        ({"template": {"a": []}}, "'template'"),
+    ],
 )
 def test_a_stored_config_that_does_not_fit(change, word, complaint):
     trained("--steps", "1")
