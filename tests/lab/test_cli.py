@@ -152,7 +152,7 @@ def limits(f: Field) -> list[str]:
     return [kind.__metadata__[0] for kind in (f.type, *get_args(f.type)) if get_origin(kind) is Annotated]
 
 
-OUTSIDE = {"at least 1": 0, "positive and finite": math.inf, "finite and not negative": -1}
+OUTSIDE = {"at least 1": 0, "positive and finite, below 1e30": math.inf, "finite and not negative, below 1e30": -1}
 
 
 @pytest.mark.parametrize("kind", [*(kind for kind, _ in cli.COMMANDS.values()), Refresh])
