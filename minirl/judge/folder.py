@@ -11,10 +11,10 @@ MAX_FILES, MAX_DISK = 256, 64 * 2**20  # number of files and folders, and their 
 MAX_DEPTH = 12  # folders in folders; this many names of 255 bytes are still a path that can be opened
 
 
-def is_full(folder: str) -> bool:
-    """Return whether the folder holds more than the limits allow. The cell is at work, so anything may be gone the next
-    moment. A folder that cannot be read counts as full: the cell may hide its files there."""
-    entries = size = 0
+def is_full(folder: str, held: int = 0) -> bool:
+    """Return whether the folder, with `held` bytes elsewhere, holds more than the limits allow. The cell is at work, so
+    anything may be gone the next moment. A folder that cannot be read counts as full: files may be hidden there."""
+    entries, size = 0, held
     level = [folder]
     for _ in range(MAX_DEPTH + 1):
         below = []
@@ -26,7 +26,8 @@ def is_full(folder: str) -> bool:
                         if entry.is_dir(follow_symlinks=False):
                             below.append(entry.path)
                         else:
-                            size += entry.stat(follow_symlinks=False).st_size
+                            about = entry.stat(follow_symlinks=False)
+                            size += max(about.st_size, 512 * about.st_blocks)  # blocks may lie beyond its end
                         if entries > MAX_FILES or size > MAX_DISK:
                             return True
             except (FileNotFoundError, NotADirectoryError):  # the cell has just removed or replaced it
@@ -35,6 +36,17 @@ def is_full(folder: str) -> bool:
                 return True
         level = below
     return bool(level)
+
+
+def pinned(process: int, folder: str) -> int:
+    """Count the removed files of the folder that a process still maps: they are in no folder, and no limit counts them.
+    0 where the system does not let this process look."""
+    try:
+        with open(f"/proc/{process}/maps", errors="replace") as file:
+            gone = [line.split(maxsplit=5) for line in file if line.endswith(" (deleted)\n")]
+    except OSError:
+        return 0
+    return len({(device, number) for *_, device, number, path in gone if path.startswith(folder)})
 
 
 def empty(folder: str) -> None:

@@ -69,11 +69,11 @@ class WorkerProcess:
     def __init__(self, selector: selectors.BaseSelector, use: str):
         program = Path(__file__).with_name("worker.py")
         self.folder = os.path.realpath(tempfile.mkdtemp(prefix="minirl-"))  # where its cells may write
-        path = json.dumps([p or os.getcwd() for p in sys.path])
+        settings = json.dumps([[p or os.getcwd() for p in sys.path], self.folder, use])
         # -P and -s: neither the script's folder nor the user's packages hide a module; -I would ignore PYTHONHASHSEED
-        command = [sys.executable, "-P", "-s", str(program), path, self.folder]
+        command = [sys.executable, "-P", "-s", str(program)]
         # Keys and tokens in the environment are kept from code that is not trusted.
-        keep = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+        keep = ("TMPDIR", "LD_LIBRARY_PATH", *(("PATH", "CUDA_VISIBLE_DEVICES") if use == "calls" else ()))
         env = {name: os.environ[name] for name in (os.environ if use == "trusted" else keep) if name in os.environ}
         env |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}  # the same result on every run
         self.process = subprocess.Popen(
@@ -81,13 +81,14 @@ class WorkerProcess:
         )
         self.inbox, self.outbox, self.selector = self.process.stdin.fileno(), self.process.stdout.fileno(), selector
         os.set_blocking(self.inbox, False)
-        self.unsent, self.received = memoryview(b""), b""
+        self.unsent, self.received = memoryview(f"{settings}\n".encode()), b""
         self.walls: set[str] = set()  # that its machine has; empty until its first message
         self.use = use
         self.function = ""  # the one that it has loaded
         self.assignment: Assignment | None = None
         self.deadline = time.monotonic() + LOADING  # for its first message
         selector.register(self.outbox, selectors.EVENT_READ, self)
+        selector.register(self.inbox, selectors.EVENT_WRITE, self)
 
     def send(self, kind: bytes, parts: Sequence[bytes], seconds: float, memory_mb: int) -> None:
         """Queue a message for the worker and set its deadline."""

@@ -27,14 +27,19 @@ class ProgramError(Exception):
 
 
 class AtFault(BaseException):
-    """Raised where the tests are at fault, not the program."""
+    """Raised where the tests are at fault, not the program.
+
+    That must be certain: a program can starve its tester, and lead the tests to wherever they fail. So what happens
+    once it has begun counts against it, but for what it cannot have caused: an import that failed before, too, and a
+    first argument that cannot be sent.
+    """
 
 
 # --- the program's side -----------------------------------------------------------------------------------------------
 
 
 def serve(program: str, channel: Channel) -> None:
-    """Run the program, then answer the tester until it closes the channel."""
+    """Run the program once the tester is ready, then answer it until it closes the channel."""
     objects: list[object] = []  # by the number in the references that the tester holds
 
     def refer(value):
@@ -46,6 +51,7 @@ def serve(program: str, channel: Channel) -> None:
 
     module = sys.modules["program"] = types.ModuleType("program")  # dataclasses and pickle look its classes up there
     scope = vars(module)
+    channel.receive()
     try:
         exec(compile(program, "<program>", "exec"), scope)
         channel.send(["ready"])
@@ -168,6 +174,8 @@ class Tester:
 
     def __init__(self, channel: Channel):
         self.channel = channel
+        self.answered = False  # whether the tests have seen anything of the program
+        self.missing: set[str] = set()  # modules that could not be imported before it began
 
     def ask(self, action: str, target: Remote, *rest):
         """Return the program's answer; arguments that it has changed in place are changed here too.
@@ -181,6 +189,7 @@ class Tester:
             raise Failed("the program ended before its tests") from None
         try:
             answer = self.channel.receive()
+            self.answered = True
             if answer[0] == "raised":
                 result = _exception(*answer[1:])
             else:
@@ -202,11 +211,11 @@ class Tester:
             raise ValueError(f"a {kind}")
         return Remote(self, [kind, *rest])
 
-    @staticmethod
-    def _refer(value):
+    def _refer(self, value):
         if isinstance(value, Remote):
             return object.__getattribute__(value, "_place")
-        raise AtFault(f"the tests pass a {type(value).__name__} to the program, which cannot be sent")
+        kind = Failed if self.answered else AtFault
+        raise kind(f"the tests pass a {type(value).__name__} to the program, which cannot be sent")
 
     def run(self, helpers: str, tests: str, entry: str) -> None:
         """Run the tests; any exception means that the program does not pass. `helpers` is what the tests may call on
@@ -214,11 +223,13 @@ class Tester:
         not define is the program's."""
         try:
             scope: dict[str, object] = {"__name__": "tests"}
-            scope["__builtins__"] = vars(builtins) | {"__import__": _import}
-            exec(compile(helpers, "<helpers>", "exec"), scope)
-            tree = ast.parse(tests)
-        except Exception as error:
+            scope["__builtins__"] = vars(builtins) | {"__import__": self._import}
+            above, tree = ast.parse(helpers), ast.parse(tests)
+            exec(compile(above, "<helpers>", "exec"), scope)
+            self._import_all(above, tree)
+        except BaseException as error:
             raise AtFault(f"the tests cannot be read ({type(error).__name__}: {error})") from error
+        self.channel.send(["begin"])
         ready = self.channel.receive()
         if ready[0] == "raised":
             raise Failed(f"the program raised {ready[1][0]}: {ready[2]}")
@@ -229,6 +240,27 @@ class Tester:
         exec(compile(tree, "<tests>", "exec"), scope)
         self.ask("name", Remote(self, ["name", "__name__"]))  # a program that has exited has not passed
 
+    def _import_all(self, *trees: ast.AST) -> None:
+        """Import what the tests may import later, while nothing but they themselves can be the reason that it fails."""
+        for node in (node for tree in trees for node in ast.walk(tree)):
+            names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
+            modules = names if isinstance(node, ast.Import) else [node.module] if _is_from_import(node) else []
+            for module in modules:
+                try:
+                    builtins.__import__(module, None, None, names)
+                except (ImportError, OSError):
+                    self.missing.add(module)
+                except Exception:  # the tests see it where they import it
+                    pass
+
+    def _import(self, name: str, *rest):
+        """Import for the tests and mark an error that is theirs, as they may catch it and raise another."""
+        try:
+            return builtins.__import__(name, *rest)
+        except (ImportError, OSError) as error:
+            error.of_the_tests = name in self.missing
+            raise
+
 
 def verdict(channel: Channel, helpers: str, tests: str, entry: str) -> dict:
     """Return {"passed": bool, "why": what went wrong}, and "at_fault" where the tests are, not the program."""
@@ -236,7 +268,7 @@ def verdict(channel: Channel, helpers: str, tests: str, entry: str) -> dict:
         Tester(channel).run(helpers, tests, entry)
     except AtFault as error:
         return {"passed": False, "why": str(error), "at_fault": True}
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return {"passed": False, "why": "the program ended before its tests"}
     except Failed as error:
         return {"passed": False, "why": str(error)}
@@ -249,13 +281,8 @@ def verdict(channel: Channel, helpers: str, tests: str, entry: str) -> dict:
     return {"passed": True, "why": ""}
 
 
-def _import(*arguments):
-    """Import for the tests and mark an error as theirs, as they may catch it and raise another."""
-    try:
-        return builtins.__import__(*arguments)
-    except (ImportError, OSError) as error:
-        error.of_the_tests = True
-        raise
+def _is_from_import(node: ast.AST) -> bool:
+    return isinstance(node, ast.ImportFrom) and not node.level
 
 
 def _free_names(tree: ast.AST) -> set[str]:

@@ -1,6 +1,6 @@
 """Serve the pool: a process that forks a cell for each job, and kills it when its time is over.
 
-    python -P -s worker.py SYS_PATH FOLDER      jobs on standard input, results on standard output
+    python -P -s worker.py      a line with its settings, then jobs on standard input; results on standard output
 
 The worker forks before the content of the job is read, and the cell reads it: so no cell inherits anything of another
 job, and the cell of a program nothing of its tests. A trusted function is called in the worker itself, one that does
@@ -23,16 +23,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":  # before anything of the project or of a user is imported
-    sys.path[:] = json.loads(sys.argv[1])
+    # Not in the command line, which every process of the machine can read, and not a byte beyond the line.
+    sys.path[:], FOLDER, USE = json.loads(sys.stdin.buffer.raw.readline())
 
 from minirl.errors import told
-from minirl.judge import tester
-from minirl.judge.folder import empty, is_full, remove
+from minirl.judge import mounts, tester
+from minirl.judge.folder import empty, is_full, pinned, remove
 from minirl.judge.messages import FRAME, Channel, read_exactly, send
-from minirl.judge.walls import Limits, Walls, available_walls, import_folders, python_folders, python_path
+from minirl.judge.walls import (
+    FILE_BYTES,
+    THREADS,
+    Limits,
+    Walls,
+    available_walls,
+    import_folders,
+    python_folders,
+    python_library,
+    python_path,
+)
 
 HEADER = struct.Struct(">cdIII")  # kind, seconds, memory in MiB, bytes of the two parts that follow
-LOAD, CALL, TRUSTED, TESTS = b"L", b"C", b"T", b"P"
+LOAD, CALL, TRUSTED, TESTS, TESTER = b"L", b"C", b"T", b"P", b"J"
 ACK = b"+"  # a cell sends it when it has read its part of the job
 MAX_RESULT = 16 * 2**20  # bytes
 TICK = 0.02  # seconds between two looks at a cell's folder
@@ -50,11 +61,21 @@ PRELOADED = (  # imported once, before the forks, so that no program waits for t
 class Worker:
     """Read jobs from a pipe, run each in cells of its own, write the results to another pipe."""
 
-    def __init__(self, jobs: int, results: int, folder: str):
-        self.jobs, self.results, self.folder = jobs, results, folder
+    def __init__(self, jobs: int, results: int, folder: str, use: str):
+        self.jobs, self.results = jobs, results
         self.function: Callable | None = None
         self.own = ""  # the folder of the function's file, where that was added to sys.path
-        self.walls = {TESTS: Walls(folder, python_folders())}
+        self.mounted = use != "trusted" and mounts.enter(folder)
+        self.folder = os.path.join(folder, mounts.CELL) if self.mounted else folder  # where cells write
+        self.walls = {}
+        if use == "tests":
+            root = folder if self.mounted else ""
+            if root:
+                mounts.fill(root, *python_library())
+            self.walls = {
+                kind: Walls(self.folder, python_folders(), root, self.mounted, number)
+                for number, kind in enumerate((TESTS, TESTER))
+            }
 
     def serve(self) -> None:
         """Serve until the trainer closes the pipe, which raises an EOFError."""
@@ -80,7 +101,8 @@ class Worker:
         try:
             with killed_after(LOADING + GRACE):
                 self.function = load_function(spec)
-            self.walls[CALL] = Walls(self.folder, [*import_folders(), *filter(None, [self.own])])
+            readable = [*import_folders(), *filter(None, [self.own])]
+            self.walls[CALL] = Walls(self.folder, readable, own_mounts=self.mounted)
         except BaseException as error:
             return _as_json({"error": told(error)})
         return _as_json({"value": True})
@@ -119,7 +141,7 @@ class Worker:
 
         def run_tests(cell: "Cell") -> None:
             ends = answers[0], questions[1]
-            parts = json.loads(cell.enter(self.jobs, tests_size, self.walls[TESTS], limits, ends))
+            parts = json.loads(cell.enter(self.jobs, tests_size, self.walls[TESTER], limits, ends))
             sys.path[:] = python_path()
             send(cell.results, _as_json({"value": tester.verdict(Channel(*ends), **parts)}))
 
@@ -142,21 +164,24 @@ class Worker:
     def _result(self, cells: list["Cell"], limits: Limits) -> bytes:
         """Return the report of the last cell; kill all of them and remove what they have written."""
         try:
-            return self._watched(cells[-1], time.monotonic() + limits.seconds)
+            return self._watched(cells, time.monotonic() + limits.seconds)
         finally:
             for cell in cells:
                 cell.end()
             empty(self.folder)
 
-    def _watched(self, cell: "Cell", deadline: float) -> bytes:
-        """Read the report of a cell while its time and its folder last."""
-        received, size = b"", FRAME.size
+    def _watched(self, cells: list["Cell"], deadline: float) -> bytes:
+        """Read the report of the last cell while their time and their folder last, and their threads are few."""
+        cell, received, size = cells[-1], b"", FRAME.size
         while len(received) < size:
             left = deadline - time.monotonic()
             if left <= 0:
                 return _as_json({"timeout": True})
-            if is_full(self.folder):
+            held = 0 if self.mounted else sum(pinned(cell.pid, self.folder) for cell in cells)
+            if is_full(self.folder, FILE_BYTES * held):
                 return _as_json({"error": "it wrote too much to its folder"})
+            if any(cell.threads() > THREADS for cell in cells):
+                return _as_json({"error": f"it has more than {THREADS} threads"})
             if not select.select([cell.results], [], [], min(left, TICK))[0]:
                 continue
             part = os.read(cell.results, min(size - len(received), 2**20))
@@ -195,14 +220,20 @@ class Cell:
         os.write(self.results, ACK)
         for output in (1, 2):
             os.dup2(0, output)  # the worker's 0 is /dev/null: nothing that is printed is seen
-        os.chdir(walls.folder)
-        os.environ.update(HOME=walls.folder, TMPDIR=walls.folder)
         tempfile.tempdir = None
         walls.close(limits)
         kept = sorted({*keep, *([self.results] if reports else [])})
         for low, high in zip([2, *kept], [*kept, 2**16], strict=True):
             os.closerange(low + 1, high)
         return payload
+
+    def threads(self) -> int:
+        """Count its threads, 0 where there is no /proc to ask."""
+        try:
+            with open(f"/proc/{self.pid}/stat") as file:
+                return int(file.read().rpartition(")")[2].split()[17])
+        except OSError:
+            return 0
 
     def end(self) -> None:
         """Kill all processes of the group, and note how the first one ended."""
@@ -267,16 +298,18 @@ def main() -> None:
     jobs, results = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)  # what a trusted function prints must not mix with the results
-    folder = sys.argv[2]
     try:
         for module in PRELOADED:
             importlib.import_module(module)
-        send(results, _as_json({"walls": sorted(available_walls())}))
-        Worker(jobs, results, folder).serve()
+        walls = available_walls()
+        worker = Worker(jobs, results, FOLDER, USE)
+        send(results, _as_json({"walls": sorted(walls | ({"mounts"} if worker.mounted else set()))}))
+        worker.serve()
     except (EOFError, BrokenPipeError):  # the trainer is gone
         pass
     finally:
-        remove(folder)
+        mounts.leave(FOLDER)
+        remove(FOLDER)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""Give a worker mounts of its own: a small file system for its cells to write to, and a root that shows them little.
+
+The file system bounds their disk in whatever way they take it: blocks beyond a file's end, removed files that are open
+or mapped. In the root no path exists but those that they need, so `stat` finds nothing else. Only the worker and its
+cells see these mounts, which end with them. An ordinary user gets them by a user namespace, where the system has those.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from minirl.judge.folder import MAX_DISK, MAX_FILES
+from minirl.judge.libc import check, libc, succeeds
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 0x1000, 0x4000, 0x40000
+MNT_DETACH = 2
+CELL = "cell"  # the folder to write to, in `folder` and in the root
+
+
+def enter(folder: str) -> bool:
+    """Enter mounts of this process's own, with a root to be filled at `folder` and a file system in it, at CELL. False,
+    and nothing done, where the system does not allow that."""
+    if not hasattr(os, "setresuid") or not succeeds(lambda: _enter(folder)):  # it cannot be taken back half-way
+        return False
+    _enter(folder)
+    return True
+
+
+def leave(folder: str) -> None:
+    """Take the mounts off the folder, if there are any, so that it can be removed."""
+    if hasattr(os, "setresuid"):
+        libc().umount2(folder.encode(), MNT_DETACH)
+
+
+def _enter(folder: str) -> None:
+    uid, gid = os.geteuid(), os.getegid()
+    check(libc().unshare(CLONE_NEWNS | (CLONE_NEWUSER if uid else 0)))
+    if uid:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            Path("/proc/self", name).write_text(text)
+    _mount("none", "/", "", MS_REC | MS_PRIVATE)  # nothing of what follows is seen outside
+    _tmpfs(folder, "size=1m,mode=755")
+    cell = os.path.join(folder, CELL)
+    os.mkdir(cell)
+    _tmpfs(cell, f"size={MAX_DISK},nr_inodes={MAX_FILES + 1},mode=700")  # one inode is that of the folder itself
+
+
+def fill(root: str, shown: Iterable[str], hidden: Iterable[str]) -> None:
+    """Show files and folders in the root, where they are outside, and an empty folder in place of each of `hidden`."""
+    for path in shown:
+        place = root + path
+        if os.path.isdir(path):
+            os.makedirs(place, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            Path(place).touch()
+        _mount(path, place, "", MS_BIND | MS_REC)
+    for path in hidden:
+        if os.path.isdir(root + path):
+            _tmpfs(root + path, "size=4k,mode=755")
+    _mount("none", root, "", MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+
+
+def _tmpfs(place: str, options: str) -> None:
+    _mount("none", place, "tmpfs", MS_NOSUID | MS_NODEV, options)
+
+
+def _mount(source: str, place: str, kind: str, flags: int, options: str = "") -> None:
+    words = (word.encode() for word in (source, place, kind))
+    check(libc().mount(*words, ctypes.c_ulong(flags), options.encode()))
