@@ -35,7 +35,7 @@ def is_full(folder: str, held: int = 0) -> bool:
             except OSError:
                 return True
         level = below
-    return bool(level)
+    return bool(level) or size > MAX_DISK
 
 
 def pinned(process: int, folder: str) -> int:

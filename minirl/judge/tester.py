@@ -30,8 +30,8 @@ class AtFault(BaseException):
     """Raised where the tests are at fault, not the program.
 
     That must be certain: a program can starve its tester, and lead the tests to wherever they fail. So what happens
-    once it has begun counts against it, but for what it cannot have caused: an import that failed before, too, and a
-    first argument that cannot be sent.
+    once it has begun counts against it, but for what it cannot have caused: before its first answer an argument that
+    cannot be sent, and an import that failed before it began, too.
     """
 
 
@@ -227,6 +227,8 @@ class Tester:
             above, tree = ast.parse(helpers), ast.parse(tests)
             exec(compile(above, "<helpers>", "exec"), scope)
             self._import_all(above, tree)
+        except AtFault:
+            raise
         except BaseException as error:
             raise AtFault(f"the tests cannot be read ({type(error).__name__}: {error})") from error
         self.channel.send(["begin"])
@@ -240,16 +242,22 @@ class Tester:
         exec(compile(tree, "<tests>", "exec"), scope)
         self.ask("name", Remote(self, ["name", "__name__"]))  # a program that has exited has not passed
 
-    def _import_all(self, *trees: ast.AST) -> None:
-        """Import what the tests may import later, while nothing but they themselves can be the reason that it fails."""
+    def _import_all(self, *trees: ast.Module) -> None:
+        """Import what the tests may import later, while nothing but they themselves can be the reason that it fails.
+        AtFault for what they surely import."""
+        surely = {id(node) for tree in trees for node in tree.body}
         for node in (node for tree in trees for node in ast.walk(tree)):
             names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
-            modules = names if isinstance(node, ast.Import) else [node.module] if _is_from_import(node) else []
-            for module in modules:
+            wanted = [(name, ()) for name in names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                wanted = [(node.module, names)]
+            for module, parts in wanted:
                 try:
-                    builtins.__import__(module, None, None, names)
-                except (ImportError, OSError):
+                    builtins.__import__(module, None, None, parts)
+                except (ImportError, OSError) as error:
                     self.missing.add(module)
+                    if id(node) in surely:
+                        raise AtFault(_not_here(error)) from error
                 except Exception:  # the tests see it where they import it
                     pass
 
@@ -258,7 +266,7 @@ class Tester:
         try:
             return builtins.__import__(name, *rest)
         except (ImportError, OSError) as error:
-            error.of_the_tests = name in self.missing
+            error.of_the_tests = name in self.missing and not self.answered
             raise
 
 
@@ -275,14 +283,14 @@ def verdict(channel: Channel, helpers: str, tests: str, entry: str) -> dict:
     except BaseException as error:
         why = f"{type(error).__name__}: {_message(error)}".removesuffix(": ")
         if getattr(error, "of_the_tests", False):
-            why = f"the tests import what the sandbox does not have ({why}): only Python's standard library is there"
-            return {"passed": False, "why": why, "at_fault": True}
+            return {"passed": False, "why": _not_here(error), "at_fault": True}
         return {"passed": False, "why": why}
     return {"passed": True, "why": ""}
 
 
-def _is_from_import(node: ast.AST) -> bool:
-    return isinstance(node, ast.ImportFrom) and not node.level
+def _not_here(error: Exception) -> str:
+    what = f"{type(error).__name__}: {_message(error)}"
+    return f"the tests import what the sandbox does not have ({what}): only Python's standard library is there"
 
 
 def _free_names(tree: ast.AST) -> set[str]:
