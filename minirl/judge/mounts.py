@@ -7,6 +7,7 @@ cells see these mounts, which end with them. An ordinary user gets them by a use
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,18 +20,24 @@ MNT_DETACH = 2
 CELL = "cell"  # the folder to write to, in `folder` and in the root
 
 
-def enter(folder: str) -> bool:
-    """Enter mounts of this process's own, with a root to be filled at `folder` and a file system in it, at CELL. False,
-    and nothing done, where the system does not allow that."""
-    if not hasattr(os, "setresuid") or not succeeds(lambda: _enter(folder)):  # it cannot be taken back half-way
+def enter(folder: str, shown: Iterable[str] = (), hidden: Iterable[str] = ()) -> bool:
+    """Enter mounts of this process's own: a root at `folder` with the files and folders of `shown`, where they are
+    outside, but nothing in those of `hidden`; and in it, at CELL, a file system to write to. False, and nothing done,
+    where the system does not allow that."""
+
+    def make() -> None:
+        _enter(folder)
+        _fill(folder, shown, hidden)
+
+    if sys.platform != "linux" or not succeeds(make):  # it cannot be taken back half-way
         return False
-    _enter(folder)
+    make()
     return True
 
 
 def leave(folder: str) -> None:
     """Take the mounts off the folder, if there are any, so that it can be removed."""
-    if hasattr(os, "setresuid"):
+    if sys.platform == "linux":
         libc().umount2(folder.encode(), MNT_DETACH)
 
 
@@ -47,13 +54,12 @@ def _enter(folder: str) -> None:
     _tmpfs(cell, f"size={MAX_DISK},nr_inodes={MAX_FILES + 1},mode=700")  # one inode is that of the folder itself
 
 
-def fill(root: str, shown: Iterable[str], hidden: Iterable[str]) -> None:
-    """Show files and folders in the root, where they are outside, and an empty folder in place of each of `hidden`."""
+def _fill(root: str, shown: Iterable[str], hidden: Iterable[str]) -> None:
     for path in shown:
         place = root + path
         if os.path.isdir(path):
             os.makedirs(place, exist_ok=True)
-        else:
+        elif not os.path.exists(place):
             os.makedirs(os.path.dirname(place), exist_ok=True)
             Path(place).touch()
         _mount(path, place, "", MS_BIND | MS_REC)

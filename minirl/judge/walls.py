@@ -48,8 +48,8 @@ class Walls:
 
     def __init__(self, folder: str, readable: Iterable[str], root: str = "", own_mounts: bool = False, number: int = 0):
         """Prepare walls that let a process write to `folder` alone, and read it and `readable`, files and folders. It
-        will see the filled root of `mounts` where one is given. Walls with another number have another user, who shares
-        the folder."""
+        will see the root of `mounts` where one is given. Walls with another number have another user, who shares the
+        folder: a program and its tester."""
         self.folder, self.root = folder, root
         self.worker = os.getpid()
         self.uid, self.gid = (_own_uid(number), _own_uid(0)) if os.geteuid() == 0 else (None, None)

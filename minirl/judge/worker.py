@@ -65,13 +65,12 @@ class Worker:
         self.jobs, self.results = jobs, results
         self.function: Callable | None = None
         self.own = ""  # the folder of the function's file, where that was added to sys.path
-        self.mounted = use != "trusted" and mounts.enter(folder)
+        # A program sees the standard library alone, a function whatever it may import.
+        self.mounted = use != "trusted" and mounts.enter(folder, *(python_library() if use == "tests" else ()))
         self.folder = os.path.join(folder, mounts.CELL) if self.mounted else folder  # where cells write
         self.walls = {}
         if use == "tests":
             root = folder if self.mounted else ""
-            if root:
-                mounts.fill(root, *python_library())
             self.walls = {
                 kind: Walls(self.folder, python_folders(), root, self.mounted, number)
                 for number, kind in enumerate((TESTS, TESTER))

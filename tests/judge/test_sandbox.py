@@ -3,6 +3,8 @@
 Each program is judged by `f(2) == 4` and two more calls, which every honest one passes.
 """
 
+import ctypes
+import mmap
 import os
 import signal
 import socket
@@ -162,6 +164,23 @@ def test_a_folder_is_full_by_count_size_and_depth(tmp_path):
         assert not folder.is_full(str(place))
         file.truncate(folder.MAX_DISK + 1)
         assert folder.is_full(str(place))
+        file.truncate(0)
+        assert not folder.is_full(str(place)) and folder.is_full(str(place), folder.MAX_DISK + 1)
+        keep_size, fallocate = 1, ctypes.CDLL(None).fallocate
+        if fallocate(file.fileno(), keep_size, ctypes.c_long(0), ctypes.c_long(2 * folder.MAX_DISK)) == 0:
+            assert folder.is_full(str(place))
+
+
+def test_removed_files_that_are_mapped_are_counted(tmp_path):
+    kept = []
+    for _ in range(3):
+        with open(tmp_path / "a", "w+b") as file:
+            file.truncate(8192)
+            kept += [mmap.mmap(file.fileno(), 4096, offset=offset) for offset in (0, 4096)]
+        if len(kept) < 6:
+            (tmp_path / "a").unlink()
+    assert folder.pinned(os.getpid(), str(tmp_path)) == 2
+    assert folder.pinned(os.getpid(), str(tmp_path / "other")) == folder.pinned(2**22 + 1, str(tmp_path)) == 0
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
@@ -169,10 +188,9 @@ def test_a_folder_is_full_by_count_size_and_depth(tmp_path):
 
 def running(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
 
 
 def children(process: int) -> list[int]:
@@ -286,6 +304,45 @@ def test_a_killed_trainer_leaves_no_process_and_no_folder_behind():
     trainer.wait()
     assert eventually(lambda: not any(map(running, processes)))
     assert eventually(lambda: not any(map(os.path.exists, folders)))
+
+
+OUTLIVES = """
+import ctypes, threading, time
+libc = ctypes.CDLL(None)
+for call in (lambda: libc.prctl(1, 0, 0, 0, 0), lambda: libc.prctl(36, 1, 0, 0, 0), lambda: libc.setresuid(-1, -1, -1)):
+    call()
+libc.setsid()
+for _ in range(4): threading.Thread(target=time.sleep, args=(60,)).start()
+time.sleep(60)
+"""
+
+
+def test_a_program_dies_with_its_worker():
+    """It dies although it asks for the opposite, and although nobody is left to kill it."""
+    program = KILLED_TRAINER.replace('Job.call("math:sqrt", [1])', 'Job.tests("", "")')
+    program = program.replace('Job.call("time:sleep", [4.0])', f"Job.tests({OUTLIVES!r}, '')").replace(", 5)", ", 60)")
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    workers = [int(word) for word in trainer.stdout.readline().split()[:2]]
+    assert eventually(lambda: all(any(threads(cell) > 4 for cell in children(worker)) for worker in workers))
+    cells = [cell for worker in workers for cell in children(worker)]
+    for process in (*workers, trainer.pid):
+        os.kill(process, signal.SIGKILL)
+    trainer.wait()
+    assert len(cells) == 4 and eventually(lambda: not any(map(running, cells)))
+
+
+def threads(process: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{process}/task"))
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_worker_shows_nothing_in_its_command_line(pool):
+    pool.map([Job.call("math:sqrt", [4]), Job.tests(RIGHT, TESTS, entry="f")], 5)
+    for worker in pool.workers:
+        command = Path(f"/proc/{worker.process.pid}/cmdline").read_text()
+        assert worker.folder not in command and "site-packages" not in command.replace(walls.__file__[:-8], "")
 
 
 def ticks(process: int) -> int:
