@@ -1,6 +1,7 @@
 """Put the sandbox under load: random programs, some of which hang.
 
     python -m bench.sandbox [--candidates 10000] [--hanging 0.05] [--workers 8] [--seconds 0.5]
+    python -m bench.sandbox --against ../before --candidates 1000     in turns with another checkout, five of each
 
 It fails unless every candidate has the right outcome and no process and no folder is left.
 """
@@ -10,12 +11,16 @@ import json
 import os
 import platform
 import random
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from minirl.judge.pool import Job, Pool
 
+TURNS = 5
 HANGS = (
     "while True: pass",
     "import time\ntime.sleep(1000)",
@@ -58,6 +63,22 @@ def processes() -> int:
     return len(family) - 1
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Print candidates a minute of this checkout and another, in turns, and the ratio of their medians."""
+    options = [f"--{name}={getattr(args, name)}" for name in ("candidates", "hanging", "workers", "seconds")]
+    rates: dict[str, list[float]] = {os.getcwd(): [], str(args.against.resolve()): []}
+    with tempfile.TemporaryDirectory() as folder:
+        for place in [*rates] * TURNS:
+            env = os.environ | {"PYTHONPATH": place, "TMPDIR": folder}
+            out = Path(folder, "out.json")
+            command = [sys.executable, "-m", "bench.sandbox", *options, f"--out={out}"]
+            subprocess.run(command, check=True, cwd=place, env=env, stdout=subprocess.DEVNULL)
+            rates[place].append(json.loads(out.read_text())["candidates_a_minute"])
+            print(place, round(rates[place][-1]), flush=True)
+    here, there = map(statistics.median, rates.values())
+    print(f"{here:.0f} against {there:.0f} a minute: {here / there:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=10_000)
@@ -65,7 +86,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/sandbox.json"))
+    parser.add_argument("--against", type=Path, help="another checkout, to compare with")
     args = parser.parse_args()
+    if args.against:
+        compare(args)
+        return
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp()  # so that what is left is this run's
     jobs = candidates(args.candidates, args.hanging, random.Random(0))
     folders = set(Path(tempfile.gettempdir()).glob("minirl-*"))
     before, started = processes(), time.monotonic()

@@ -176,12 +176,9 @@ class Worker:
             left = deadline - time.monotonic()
             if left <= 0:
                 return _as_json({"timeout": True})
-            held = 0 if self.mounted else sum(pinned(cell.pid, self.folder) for cell in cells)
-            if is_full(self.folder, FILE_BYTES * held):
-                return _as_json({"error": "it wrote too much to its folder"})
-            if any(cell.threads() > THREADS for cell in cells):
-                return _as_json({"error": f"it has more than {THREADS} threads"})
             if not select.select([cell.results], [], [], min(left, TICK))[0]:
+                if excess := self._excess(cells):
+                    return _as_json({"error": excess})
                 continue
             part = os.read(cell.results, min(size - len(received), 2**20))
             if not part:
@@ -193,6 +190,13 @@ class Worker:
                 if size > MAX_RESULT:
                     return _as_json({"error": f"its result has more than {MAX_RESULT} bytes"})
         return received[FRAME.size :]
+
+    def _excess(self, cells: list["Cell"]) -> str:
+        """Return what the cells have too much of, where the kernel may not have refused it."""
+        held = 0 if self.mounted else sum(pinned(cell.pid, self.folder) for cell in cells)
+        if is_full(self.folder, FILE_BYTES * held):
+            return "it wrote too much to its folder"
+        return f"it has more than {THREADS} threads" * any(cell.threads() > THREADS for cell in cells)
 
 
 class Cell:
