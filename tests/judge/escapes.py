@@ -70,14 +70,15 @@ def pin(file, size=2**21):
     assert place != 2**64 - 1
     return place
 """
+KEY = 0x4D524C  # of the objects that attacks try to make
 BATCH, SECONDS = 12, 1.5
 TESTS = "assert f(2) == 4\nassert f(0) == 0\nassert f(-3) == 9\n"
 RIGHT = "\ndef f(x):\n    return x * x\n"
 
 
 def programs(cases: dict, places: tuple, all_of_them: bool) -> dict[str, tuple[str, str, str]]:
-    """Return the program, the tests and their helpers of each attack; system calls come in few programs, which say
-    which of them were not refused."""
+    """Return the program, the tests and their helpers of each attack, or of those on resources alone; system calls come
+    in few programs, which say which of them were not refused."""
     column = {"x86_64": 0, "aarch64": 1}[platform.machine()]
     numbers = {name: pair[column] for name, pair in NUMBERS.items()}
     head = HEAD.replace("{numbers!r}", repr(numbers)).replace("{places!r}", repr(places))
@@ -86,7 +87,8 @@ def programs(cases: dict, places: tuple, all_of_them: bool) -> dict[str, tuple[s
     for n in range(0, len(calls), BATCH):
         lines = (f"won += [{name!r}] * sys({c!r}, {', '.join(map(str, a))})" for name, (c, *a) in calls[n : n + BATCH])
         attacks[f"calls {n}"] = "\n".join(["won = []", *lines, "raise Exception(f'won: {won}')"])
-    return {name: (head + attack + RIGHT, TESTS, "") for name, attack in attacks.items()} | cases["judge"]
+    judged = cases["judge"] if all_of_them else {}
+    return {name: (head + attack + RIGHT, TESTS, "") for name, attack in attacks.items()} | judged
 
 
 def state(process: int) -> dict:
@@ -106,8 +108,10 @@ def state(process: int) -> dict:
 
 def objects() -> list[str]:
     """Return the objects that outlive processes: shared memory, semaphores, queues."""
-    tables = [Path("/proc/sysvipc", kind).read_text() for kind in ("shm", "sem", "msg")]
-    return tables + [str(p) for place in ("/dev/shm", "/dev/mqueue") for p in Path(place).glob("*minirl*")]
+    tables = {kind: Path("/proc/sysvipc", kind).read_text() for kind in ("shm", "sem", "msg")}
+    return [kind for kind, table in tables.items() if str(KEY) in table] + [
+        str(p) for place in ("/dev/shm", "/dev/mqueue") for p in Path(place).glob("*minirl*")
+    ]
 
 
 def judge(folder: str, all_of_them: bool) -> dict:
@@ -121,10 +125,14 @@ def judge(folder: str, all_of_them: bool) -> dict:
     os.chmod(f"{folder}/service", 0o777)
     victim = subprocess.Popen(["sleep", "600"])
     before, trainer, there = state(victim.pid), state(os.getpid()), objects()
-    attacks = programs(read_cases("escapes"), (victim.pid, os.getpid(), f"{folder}/service", folder), all_of_them)
+    cases = read_cases("escapes")
+    attacks = programs(cases, (victim.pid, os.getpid(), f"{folder}/service", folder), all_of_them)
     with Pool(4) as pool:
-        jobs = [Job.tests(program, tests, helpers, "f") for program, tests, helpers in attacks.values()]
-        outcomes = dict(zip(attacks, pool.map(jobs, SECONDS, 256), strict=True))
+        jobs = {name: Job.tests(program, tests, helpers, "f") for name, (program, tests, helpers) in attacks.items()}
+        # A function of the user's may be called with hostile text, too, and its code must not get anywhere either.
+        by_functions = [name for name in attacks if name.startswith("calls ") or name in cases["resources"]]
+        jobs |= {f"{name}, in a function": Job.call("builtins:exec", [attacks[name][0], {}]) for name in by_functions}
+        outcomes = dict(zip(jobs, pool.map(list(jobs.values()), SECONDS, 256), strict=True))
         walls = sorted(set.intersection(*(worker.walls for worker in pool.workers)))
     harm = [f"victim: {name}" for name, now in state(victim.pid).items() if now != before[name]]
     harm += [f"trainer: {name}" for name, now in state(os.getpid()).items() if now != trainer[name]]

@@ -35,8 +35,12 @@ def test_no_attack_escapes_is_paid_or_goes_unjudged(report):
         if name in CASES["hidden"] and "mounts" not in report["walls"]:
             continue
         if name.startswith("calls "):
-            assert outcome["why"] == "the program raised Exception: won: []", outcome
-        assert isinstance(outcome, str) or not (outcome["passed"] or "at_fault" in outcome), (name, outcome)
+            why = outcome if isinstance(outcome, str) else outcome["why"]
+            assert why in ("the program raised Exception: won: []", "ChildError: Exception: won: []"), why
+        if isinstance(outcome, dict):
+            assert not outcome["passed"] and "at_fault" not in outcome, (name, outcome)
+        else:
+            assert outcome.startswith(("ChildError: ", "TimeoutError: ")), (name, outcome)
 
 
 def test_no_attack_harms_anybody(report):
