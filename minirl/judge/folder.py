@@ -7,6 +7,8 @@ while it is read here, nest folders deeper than a path can name, or take away th
 import os
 import secrets
 
+from minirl.judge.libc import libc
+
 MAX_FILES, MAX_DISK = 256, 64 * 2**20  # number of files and folders, and their bytes, that a cell may write
 MAX_DEPTH = 12  # folders in folders; this many names of 255 bytes are still a path that can be opened
 
@@ -41,11 +43,20 @@ def is_full(folder: str, held: int = 0) -> bool:
 def pinned(process: int, folder: str) -> int:
     """Count the removed files of the folder that a process still maps: they are in no folder, and no limit counts them.
     0 where the system does not let this process look."""
+    place = f"/proc/{process}"
     try:
-        with open(f"/proc/{process}/maps", errors="replace") as file:
+        owner = os.stat(place)
+        if os.geteuid() == 0:  # root of a container may not look at another user's process, but that user may
+            libc().setfsgid(owner.st_gid)
+            libc().setfsuid(owner.st_uid)
+        with open(f"{place}/maps", errors="replace") as file:
             gone = [line.split(maxsplit=5) for line in file if line.endswith(" (deleted)\n")]
     except OSError:
         return 0
+    finally:
+        if os.geteuid() == 0:
+            libc().setfsuid(0)
+            libc().setfsgid(os.getegid())
     return len({(device, number) for *_, device, number, path in gone if path.startswith(folder)})
 
 

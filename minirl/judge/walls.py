@@ -31,7 +31,7 @@ OPEN_FILES = 32  # a file that is removed while open is in no folder to be count
 THREADS = 32  # processes and threads of the process's user, where it has one of its own; else the worker counts them
 SIGNALS = 64  # that wait to be delivered: the kernel counts them for the whole user
 
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS = 1, 8
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS = 1, 4, 8
 CAP_DAC_READ_SEARCH = 2  # to read a Python in /root; Landlock decides what else may be read
 
 
@@ -61,6 +61,15 @@ class Walls:
             prepared()
         # In a user namespace, too, a user's processes are counted apart from those outside, from kernel 5.14 on.
         self.counted = self.uid is not None or (own_mounts and _landlock_version() >= 2)
+        if not succeeds(self._close_once):  # every program would seem to die
+            raise OSError("the walls of the sandbox cannot be closed on this machine")
+
+    def _close_once(self) -> None:
+        try:
+            self.close(Limits(1.0))
+        except OSError as error:
+            print(f"the walls of the sandbox cannot be closed: {error}", file=sys.stderr)
+            raise
 
     def close(self, limits: Limits) -> None:
         """Close the walls around this process, for good; OSError if one of `available_walls` cannot be closed."""
@@ -74,6 +83,7 @@ class Walls:
         if sys.platform == "linux":
             _become(self.uid, self.gid, keep_reading=self.rules is not None)
             prctl(PR_SET_NO_NEW_PRIVS, 1)  # no setuid program gives rights back; Landlock and seccomp require it
+            prctl(PR_SET_DUMPABLE, 1)  # its worker may look at its memory map, whatever user it had
             prctl(PR_SET_PDEATHSIG, 9)  # it dies with its worker; set here, as changing the user clears it
             if os.getppid() != self.worker:
                 raise OSError("the worker ended before its cell was ready")
@@ -171,13 +181,14 @@ def _set_ids(uid: int, gid: int) -> None:
 
 def _become(uid: int | None, gid: int | None, keep_reading: bool) -> None:
     """Change to the user, if there is one, and drop all privileges; but where Landlock stands, a process that was root
-    keeps the one of reading any file."""
-    kept = 0
+    keeps the one of reading any file, if it had that: root in a container may not."""
+    header, held, kept = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24), 0
     if uid is not None:
         prctl(PR_SET_KEEPCAPS, 1)
         _set_ids(uid, gid)
-        kept = 1 << CAP_DAC_READ_SEARCH if keep_reading else 0
-    check(libc().capset(struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
+        check(libc().capget(header, held))
+        kept = struct.unpack("=6I", held)[1] & (1 << CAP_DAC_READ_SEARCH if keep_reading else 0)
+    check(libc().capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)))
 
 
 # --- files: Landlock (docs.kernel.org/userspace-api/landlock.html) ----------------------------------------------------

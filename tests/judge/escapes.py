@@ -132,6 +132,7 @@ def judge(folder: str, all_of_them: bool) -> dict:
         # A function of the user's may be called with hostile text, too, and its code must not get anywhere either.
         by_functions = [name for name in attacks if name.startswith("calls ") or name in cases["resources"]]
         jobs |= {f"{name}, in a function": Job.call("builtins:exec", [attacks[name][0], {}]) for name in by_functions}
+        jobs["honest"] = Job.tests(RIGHT, TESTS, entry="f")
         outcomes = dict(zip(jobs, pool.map(list(jobs.values()), SECONDS, 256), strict=True))
         walls = sorted(set.intersection(*(worker.walls for worker in pool.workers)))
     harm = [f"victim: {name}" for name, now in state(victim.pid).items() if now != before[name]]
@@ -156,7 +157,7 @@ def checked(result: int) -> None:
 
 
 def forbid_mounts(libc) -> None:
-    """Refuse `unshare`, as the filters of containers do."""
+    """Refuse `unshare`, as the filters of containers do, for which root lacks the capability."""
     column = {"x86_64": 0, "aarch64": 1}[platform.machine()]
     lines = [(0x20, 0, 0, 0), (0x15, 0, 1, (272, 97)[column]), (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
@@ -164,8 +165,8 @@ def forbid_mounts(libc) -> None:
     checked(libc.prctl(22, ctypes.c_long(2), struct.pack("@HP", len(lines), ctypes.addressof(code)), 0, 0))
 
 
-def become_nobody(libc) -> None:
-    """Change to a user without rights, who can still read Python and this project, wherever root has them."""
+def show_python(libc) -> None:
+    """Let every user read Python and this project, wherever root has them; no other process sees this."""
     checked(libc.unshare(0x20000))
     checked(libc.mount(b"none", b"/", None, ctypes.c_ulong(0x44000), None))
     needed = [os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, ROOT)]
@@ -178,6 +179,15 @@ def become_nobody(libc) -> None:
             os.makedirs(path)
             checked(libc.mount(f"/proc/self/fd/{place}".encode(), path.encode(), None, ctypes.c_ulong(0x5000), None))
         os.close(place)
+
+
+def drop_capabilities(libc) -> None:
+    """Keep those that root has in a container, by default."""
+    for capability in {*range(64)} - {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31}:
+        libc.prctl(24, *map(ctypes.c_long, (capability, 0, 0, 0)))
+
+
+def become_nobody() -> None:
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -186,12 +196,13 @@ def become_nobody(libc) -> None:
 def main() -> None:
     kind, folder = sys.argv[1:3]
     libc = ctypes.CDLL(None, use_errno=True)
-    if kind.startswith("user") and os.getuid() == 0:
+    if kind in ("user", "user, no mounts", "root, no mounts") and os.getuid() == 0:
         try:
-            become_nobody(libc)
+            show_python(libc)
         except OSError as error:
-            raise SystemExit(f"cannot become an ordinary user ({error})") from error
-    if kind.endswith("no mounts") and not kind.startswith("now"):
+            raise SystemExit(f"cannot show Python to other users ({error})") from error
+        drop_capabilities(libc) if kind.startswith("root") else become_nobody()
+    if kind == "user, no mounts":
         forbid_mounts(libc)
     if not kind.startswith("now"):  # a process that has changed its user is not an ordinary one: start anew
         os.execv(sys.executable, [sys.executable, __file__, f"now, {kind}", folder])

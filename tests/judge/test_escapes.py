@@ -23,14 +23,16 @@ def report(request):
         os.chmod(folder, 0o777)
         program = [sys.executable, str(Path(__file__).with_name("escapes.py")), request.param, folder]
         done = subprocess.run(program, capture_output=True, text=True, timeout=300)
-        if "cannot become an ordinary user" in done.stderr:
-            pytest.skip("root may not make the mounts by which an ordinary user would see Python")
+        if "cannot show Python" in done.stderr:
+            pytest.skip("root may not make the mounts by which other users would see Python")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout) | {"kind": request.param}
 
 
 def test_no_attack_escapes_is_paid_or_goes_unjudged(report):
     assert ("user" in report["walls"]) == report["kind"].startswith("root")
+    assert "mounts" not in report["walls"] or "no mounts" not in report["kind"]
+    assert report["outcomes"].pop("honest") == {"passed": True, "why": ""}
     for name, outcome in report["outcomes"].items():
         if name in CASES["hidden"] and "mounts" not in report["walls"]:
             continue
