@@ -73,7 +73,9 @@ class Walls:
 
     def close(self, limits: Limits) -> None:
         """Close the walls around this process, for good; OSError if one of `available_walls` cannot be closed."""
-        _set_limits(limits, self.counted)
+        # The kernel counts per user: a worker that has the same one counts, too, and so would the trainer's threads.
+        others = 0 if self.uid is not None else threads(self.worker)
+        _set_limits(limits, THREADS + others if self.counted else None)
         home = self.folder
         if self.root:
             os.chroot(self.root)
@@ -138,7 +140,16 @@ def _system_files() -> list[str]:
     return [path for path in found if os.path.exists(path)]
 
 
-def _set_limits(limits: Limits, counted: bool) -> None:
+def threads(process: int) -> int:
+    """Count the threads of a process, 0 where there is no /proc to ask."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[17])
+    except OSError:
+        return 0
+
+
+def _set_limits(limits: Limits, most_threads: int | None) -> None:
     """Set the limits of the kernel; a lower one that is already there stays."""
     cpu = int(limits.seconds) + 2
     wanted = {
@@ -150,8 +161,8 @@ def _set_limits(limits: Limits, counted: bool) -> None:
     }
     if hasattr(resource, "RLIMIT_SIGPENDING"):
         wanted[resource.RLIMIT_SIGPENDING] = SIGNALS
-    if counted:  # the kernel counts per user: with a shared one the trainer's threads would count too
-        wanted[resource.RLIMIT_NPROC] = THREADS
+    if most_threads:
+        wanted[resource.RLIMIT_NPROC] = most_threads
     if os.path.exists("/proc/self/statm"):
         with open("/proc/self/statm") as file:
             in_use = int(file.read().split()[0]) * resource.getpagesize()

@@ -40,6 +40,7 @@ from minirl.judge.walls import (
     python_folders,
     python_library,
     python_path,
+    threads,
 )
 
 HEADER = struct.Struct(">cdIII")  # kind, seconds, memory in MiB, bytes of the two parts that follow
@@ -196,7 +197,7 @@ class Worker:
         held = 0 if self.mounted else sum(pinned(cell.pid, self.folder) for cell in cells)
         if is_full(self.folder, FILE_BYTES * held):
             return "it wrote too much to its folder"
-        return f"it has more than {THREADS} threads" * any(cell.threads() > THREADS for cell in cells)
+        return f"it has more than {THREADS} threads" * any(threads(cell.pid) > THREADS for cell in cells)
 
 
 class Cell:
@@ -229,14 +230,6 @@ class Cell:
         for low, high in zip([2, *kept], [*kept, 2**16], strict=True):
             os.closerange(low + 1, high)
         return payload
-
-    def threads(self) -> int:
-        """Count its threads, 0 where there is no /proc to ask."""
-        try:
-            with open(f"/proc/{self.pid}/stat") as file:
-                return int(file.read().rpartition(")")[2].split()[17])
-        except OSError:
-            return 0
 
     def end(self) -> None:
         """Kill all processes of the group, and note how the first one ended."""

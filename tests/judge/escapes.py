@@ -70,6 +70,15 @@ def pin(file, size=2**21):
     assert place != 2**64 - 1
     return place
 """
+THREADS = """
+import threading, time
+for _ in range(40): threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # as packages may, imported
+def five():
+    threads, done = [threading.Thread(target=lambda: done.append(1)) for _ in range(5)], []
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return {"passed": len(done) == 5, "why": ""}
+"""
 KEY = 0x4D524C  # of the objects that attacks try to make
 BATCH, SECONDS = 12, 1.5
 TESTS = "assert f(2) == 4\nassert f(0) == 0\nassert f(-3) == 9\n"
@@ -123,6 +132,8 @@ def judge(folder: str, all_of_them: bool) -> dict:
     service = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     service.bind(f"{folder}/service")
     os.chmod(f"{folder}/service", 0o777)
+    Path(folder, "own").mkdir()
+    Path(folder, "own/mine.py").write_text(THREADS)
     victim = subprocess.Popen(["sleep", "600"])
     before, trainer, there = state(victim.pid), state(os.getpid()), objects()
     cases = read_cases("escapes")
@@ -133,12 +144,13 @@ def judge(folder: str, all_of_them: bool) -> dict:
         by_functions = [name for name in attacks if name.startswith("calls ") or name in cases["resources"]]
         jobs |= {f"{name}, in a function": Job.call("builtins:exec", [attacks[name][0], {}]) for name in by_functions}
         jobs["honest"] = Job.tests(RIGHT, TESTS, entry="f")
+        jobs["honest, in a function"] = Job.call(f"{folder}/own/mine.py:five", [])
         outcomes = dict(zip(jobs, pool.map(list(jobs.values()), SECONDS, 256), strict=True))
         walls = sorted(set.intersection(*(worker.walls for worker in pool.workers)))
     harm = [f"victim: {name}" for name, now in state(victim.pid).items() if now != before[name]]
     harm += [f"trainer: {name}" for name, now in state(os.getpid()).items() if now != trainer[name]]
     harm += [f"objects {objects()}"] if objects() != there else []
-    harm += [f"left: {path}" for path in map(str, Path(folder).iterdir()) if not path.endswith("/service")]
+    harm += [f"left: {path}" for path in map(str, Path(folder).iterdir()) if not path.endswith(("/service", "/own"))]
     service.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         harm.append(f"the service heard {service.recv(9)!r}")

@@ -32,7 +32,8 @@ def report(request):
 def test_no_attack_escapes_is_paid_or_goes_unjudged(report):
     assert ("user" in report["walls"]) == report["kind"].startswith("root")
     assert "mounts" not in report["walls"] or "no mounts" not in report["kind"]
-    assert report["outcomes"].pop("honest") == {"passed": True, "why": ""}
+    for name in ("honest", "honest, in a function"):
+        assert report["outcomes"].pop(name) == {"passed": True, "why": ""}
     for name, outcome in report["outcomes"].items():
         if name in CASES["hidden"] and "mounts" not in report["walls"]:
             continue
