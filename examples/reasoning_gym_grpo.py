@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from smollm2_grpo import MODEL, fetch_model
 
 from minirl.lab.cli import main
-from minirl.lab.report import read_metrics
+from minirl.lab.logs import read_metrics
 
 OUT = Path("runs/reasoning_gym")
 TERMS = "min_terms=2,max_terms=2,min_digits=1,max_digits=1"

@@ -15,7 +15,7 @@ from sft_grpo import SIZES, arguments, gains, supervised
 
 from minirl import InputError, OutcomesConfig, PPOConfig, RewardConfig, sample_outcomes, train_ppo, train_reward
 from minirl.lab.display import RichDisplay
-from minirl.lab.report import read_metrics, series
+from minirl.lab.logs import Columns, read_metrics
 
 OUTCOMES = {"demo": {"prompts": 1024, "samples": 8}, "checkpoint": {"prompts": 80, "samples": 16}}
 REWARD = {
@@ -55,7 +55,7 @@ def ppo(sft: Path, reward: Path, args, display) -> Path:
 
 def draw(run: Path, score: str, path: Path) -> None:
     """Plot the score that PPO raises and the share of right answers over its steps."""
-    records = read_metrics(run)
+    metrics = Columns.of(read_metrics(run))
     figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
     right = left.twinx()
     for axes, name, label, style in (
@@ -63,7 +63,7 @@ def draw(run: Path, score: str, path: Path) -> None:
         (right, "reward/correct", "rule: right samples", "C0-"),
         (right, "eval/mean", "rule: right held-out samples", "C0o"),
     ):
-        axes.plot(*series(records, name), style, label=label)
+        axes.plot(*metrics.series(name), style, label=label)
         axes.set_ylabel(label.partition(":")[0])
     left.set_xlabel("PPO step")
     right.set_ylim(0, 1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from minirl.grpo import GRPOConfig
 from minirl.lab.demo import DemoConfig, run_demo
 from minirl.lab.display import RichDisplay, print_table
 from minirl.lab.eval_command import EvalConfig, evaluation, prompt_text
-from minirl.lab.report import plot, read_metrics, report
+from minirl.lab.logs import read_metrics
+from minirl.lab.report import plot, read_log, report
 from minirl.lab.training import sample_outcomes, train_grpo, train_ppo, train_prefer, train_reward, train_rft, train_sft
 from minirl.outcomes import FILES, OutcomesConfig
 from minirl.policy import load
@@ -149,8 +151,10 @@ def _last_completions(run: Path, count: int = 6) -> list[str]:
 
 
 def draw(c: ReportConfig) -> None:
-    folder = Path(c.run)
-    print(f"plot:   {plot([folder], folder / 'plot.png')}\nreport: {report(folder)}")
+    folder, log = Path(c.run), read_log(c.run)
+    for note in log.notes:
+        print(note, file=sys.stderr)
+    print(f"plot:   {plot([log], folder / 'plot.png', [str(folder)])}\nreport: {report(folder, log)}")
 
 
 COMMANDS: dict[str, tuple[type, Callable]] = {

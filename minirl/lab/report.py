@@ -1,6 +1,7 @@
 """Draw a run: curves over its steps, and one page with numbers, warnings and sampled completions.
 
 Everything is read from the run folder, so a run that is still going, was killed, or came from elsewhere has one too.
+Of a long run only what is shown is in memory: eight bytes a step and curve.
 """
 
 import base64
@@ -8,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -20,54 +21,30 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from minirl.errors import InputError
 from minirl.files import read_json, write_atomic
-from minirl.lab.alarms import Alarms
+from minirl.lab.alarms import WATCHED, Alarms
+from minirl.lab.logs import Columns, damage, read_columns, read_completions, refuse_empty
 
-Records = list[dict]  # lines of metrics.jsonl
-
-
-def read_metrics(folder: str | Path) -> Records:
-    """Read a run's metrics.jsonl, but for a last line that was cut off."""
-    file = Path(folder) / "metrics.jsonl"
-    if records := _read_lines(file):
-        return records
-    raise InputError(f"{file} holds no finished step: wait for the first one, or check the folder")
+POINTS = 2000  # values of a curve; of more, several to a pixel, the extremes and the means of every few are drawn
 
 
-def _read_lines(file: Path) -> Records:
-    try:
-        lines = file.read_bytes().split(b"\n")  # not splitlines: a completion may hold other line ends
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): give the folder of a run") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line or b"{}")
-            whole = isinstance(record["step"], int)
-        except (ValueError, TypeError, KeyError):  # bad JSON or UTF-8, no object, no step
-            whole = False
-        if whole:
-            records.append(record)
-        elif line and number < len(lines):  # the last one has no line end: its writer was stopped in the middle
-            raise InputError(f"{file}, line {number}: not a JSON object with a whole 'step': remove the line")
-    return records
+@dataclass
+class Log:
+    """The part of a run that a plot and a page show."""
+
+    metrics: Columns
+    completions: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # about damaged lines
 
 
-def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps in which a metric has a finite value, and these values."""
-    pairs = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float) and np.isfinite(r[name])]
-    return np.array([step for step, _ in pairs], dtype=int), np.array([value for _, value in pairs], dtype=float)
-
-
-def matching(pattern: str, *runs: Records) -> list[str]:
-    """Return the metrics whose whole name matches, in the order of their first appearance."""
-    names = dict.fromkeys(name for records in runs for record in records for name in record)
-    return [name for name in names if re.fullmatch(pattern, name)]
-
-
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Return the centred running mean, over fewer values at the ends."""
-    kernel = np.ones(max(1, min(width, len(values))))
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+def read_log(folder: str | Path, completions: bool = True) -> Log:
+    """Read what is shown of a run, with or without its completions. Damaged lines are left out, and named in notes."""
+    (file, more), damaged = (Path(folder) / name for name in ("metrics.jsonl", "completions.jsonl")), ([], [])
+    metrics = read_columns(file, SHOWN, damaged[0])
+    if not len(metrics.steps):
+        refuse_empty(file)
+    chosen = read_completions(more, damaged[1]) if completions and more.exists() else []
+    notes = [f"{damage(*found)}; left out" for found in zip((file, more), damaged, strict=True) if found[1]]
+    return Log(metrics, chosen, notes)
 
 
 # ---- plot ------------------------------------------------------------------------------------------------------------
@@ -82,15 +59,15 @@ class Panel:
     exact: bool = False  # drawn as it is, without a running mean
     steady: bool = True  # also show a line that never changes
 
-    def lines(self, runs: Sequence[Records]) -> dict[str, str]:
+    def lines(self, runs: Sequence[Columns]) -> dict[str, str]:
         """Return metric -> label of the lines to draw; the only part of a reward, equal to its total, is left out."""
-        found, total = {}, [series(records, "reward/mean")[1].tolist() for records in runs]
+        found, total = {}, [run.series("reward/mean")[1] for run in runs]
         for pattern, label in self.names.items():
-            for name in matching(pattern, *runs):
-                values = [series(records, name)[1].tolist() for records in runs]
-                different = {value for run in values for value in run}
-                repeated = pattern == PARTS and values == total
-                if len(different) > (0 if self.steady else 1) and not repeated:
+            for name in dict.fromkeys(name for run in runs for name in run.values if re.fullmatch(pattern, name)):
+                values = [run.series(name)[1] for run in runs]
+                every = np.concatenate(values)
+                repeated = pattern == PARTS and all(map(np.array_equal, values, total))
+                if len(every) and (self.steady or every.min() < every.max()) and not repeated:
                     found[name] = re.fullmatch(pattern, name).expand(label)
         return found
 
@@ -117,23 +94,28 @@ PANELS = (
     Panel("Learning rate", "", {"lr": "learning rate"}, exact=True, steady=False),
     Panel("Speed", "tokens/s", {"tokens_per_s/(.+)": r"\1"}),
 )
+EVALUATED = "eval/(?:mean|accuracy|samples|prompts)"  # for the headline
+SHOWN = re.compile(
+    "|".join(f"(?:{name})" for name in (EVALUATED, WATCHED.pattern, *(n for p in PANELS for n in p.names)))
+)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")  # told apart by everybody
 STYLES, GREY = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1))), "#666666"
 
 
-def plot(folders: Sequence[str | Path], png: str | Path, labels: Sequence[str] | None = None) -> Path:
-    """Draw one run, or several into the same panels, and write the picture to `png`."""
-    names = labels or [str(folder) for folder in folders]
-    if not folders or len(names) != len(folders):
-        raise InputError(f"{len(folders)} runs and {len(names)} labels to plot: give a label for each run")
-    figure = draw([read_metrics(folder) for folder in folders], names)
+def plot(runs: Sequence[str | Path | Log], png: str | Path, labels: Sequence[str] | None = None) -> Path:
+    """Draw one run, or several into the same panels, and write the picture to `png`. A run is a folder, or a log with
+    a label."""
+    names = labels or [str(run) for run in runs]
+    if not runs or len(names) != len(runs):
+        raise InputError(f"{len(runs)} runs and {len(names)} labels to plot: give a label for each run")
+    figure = draw([(run if isinstance(run, Log) else read_log(run, completions=False)).metrics for run in runs], names)
     if len(names) == 1:
         figure.suptitle(_literal(names[0]), x=0.01, ha="left", fontsize=12, weight="bold")
     write_atomic(png, lambda staging: figure.savefig(staging, format="png"))
     return Path(png)
 
 
-def draw(runs: Sequence[Records], labels: Sequence[str]) -> Figure:
+def draw(runs: Sequence[Columns], labels: Sequence[str]) -> Figure:
     """Draw every panel that has data, three a row."""
     shown = [(panel, lines) for panel in PANELS if (lines := panel.lines(runs))]
     if not shown:
@@ -141,7 +123,8 @@ def draw(runs: Sequence[Records], labels: Sequence[str]) -> Figure:
     rows, columns = -(-len(shown) // 3), min(3, len(shown))
     figure = Figure(figsize=(4 * columns, 0.5 + 2.4 * rows), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    width = max(map(len, runs)) // 20
+    longest = max(len(run.steps) for run in runs)
+    width, few = longest // 20, points_a_bin(longest)
     for i, (panel, lines) in enumerate(shown, 1):
         _draw_panel(figure.add_subplot(rows, columns, i), panel, lines, runs, width)
     if len(runs) > 1:
@@ -149,26 +132,53 @@ def draw(runs: Sequence[Records], labels: Sequence[str]) -> Figure:
         fit = max(1, 45 * columns // (6 + max(map(len, labels))))
         figure.legend(handles, map(_literal, labels), loc="outside upper left", ncols=fit, frameon=False, fontsize=10)
     if width > 1:
-        figure.supxlabel(f"faint: each step   full: mean of {width} steps", x=0.99, ha="right", fontsize=8, color=GREY)
+        each = "each step" if few == 1 else f"lowest and highest of every {few} steps"
+        figure.supxlabel(f"faint: {each}   full: mean of {width} steps", x=0.99, ha="right", fontsize=8, color=GREY)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, lines: dict[str, str], runs: Sequence[Records], width: int) -> None:
+def points_a_bin(count: int) -> int:
+    """Return of how many values of a curve the extremes and the mean are drawn: 1 is all of them."""
+    return 1 if count <= POINTS else -(-2 * count // POINTS)
+
+
+def extremes(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points of a curve [N]: of a long one the lowest and the highest of each bin, which look the same."""
+    few = points_a_bin(len(values))
+    if few == 1:
+        return steps, values
+    bins = np.pad(values, (0, -len(values) % few), mode="edge").reshape(-1, few)
+    first = few * np.arange(len(bins))
+    at = np.unique([first + bins.argmin(1), first + bins.argmax(1)])
+    return steps[at], values[at]
+
+
+def smooth(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and the centred running mean over `width` values [N], over fewer at the ends; of a long curve
+    at the middle step of each bin."""
+    first = np.arange(0, len(values), few := points_a_bin(len(values)))
+    sums, counts = np.add.reduceat(values, first), np.diff(first, append=len(values))
+    kernel = np.ones(max(1, min(width, len(values)) // few))
+    return steps[first + counts // 2], np.convolve(sums, kernel, "same") / np.convolve(counts, kernel, "same")
+
+
+def _draw_panel(axes: Axes, panel: Panel, lines: dict[str, str], runs: Sequence[Columns], width: int) -> None:
     several, handles = len(runs) > 1, []
     for k, name in enumerate(lines):
         colour, style = COLOURS[k % len(COLOURS)], STYLES[k % len(STYLES)] if several else "-"
         handles.append(Line2D([], [], color=GREY if several else colour, ls=style, lw=1.4))
-        for i, records in enumerate(runs):
+        for i, run in enumerate(runs):
             look = {"color": COLOURS[i % len(COLOURS)] if several else colour, "ls": style}
-            steps, values = series(records, name)
+            steps, values = run.series(name)
             sparse = panel.exact or name.startswith("eval/")  # neighbours are many steps apart
             mean = width > 1 and len(values) > 0 and not sparse
             if mean:
-                axes.plot(steps, values, lw=0.6, alpha=0.15 if several else 0.3, **look)
+                axes.plot(*extremes(steps, values), lw=0.6, alpha=0.15 if several else 0.3, **look)
             look |= {"marker": "o", "ms": 2.5, "clip_on": False} if panel.exact and panel.scale == "share" else {}
-            axes.plot(steps, smooth(values, width) if mean else values, lw=1.1 if several else 1.6, **look)
+            points = smooth(steps, values, width) if mean else extremes(steps, values)
+            axes.plot(*points, lw=1.1 if several else 1.6, **look)
     _dress(axes, panel, len(lines) > 1)
-    axes.set_xlim(0, max(record["step"] for records in runs for record in records) or 1)
+    axes.set_xlim(0, max(run.steps.max() for run in runs) or 1)
     if len(lines) > 1:
         names = [_literal(label if len(label) < 24 else f"…{label[-22:]}") for label in lines.values()]
         place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": 4, "borderaxespad": 0}
@@ -216,25 +226,24 @@ ul { background: #fff5e5; border-left: 4px solid #e69f00; padding: .7em 1em .7em
 """
 
 
-def report(folder: str | Path) -> Path:
-    """Write report.html, a page that needs nothing else, into the folder of a run."""
+def report(folder: str | Path, log: Log | None = None) -> Path:
+    """Write report.html, a page that needs nothing else, into the folder of a run, whose log may have been read."""
     folder, buffer = Path(folder), io.BytesIO()
-    records = read_metrics(folder)
+    log = log or read_log(folder)
     config = read_json(file) if (file := folder / "config.json").exists() else {}
-    completions = _read_lines(file) if (file := folder / "completions.jsonl").exists() else []
-    draw([records], [str(folder)]).savefig(buffer, format="png")
+    draw([log.metrics], [str(folder)]).savefig(buffer, format="png")
     picture, name = base64.b64encode(buffer.getvalue()).decode(), escape("/".join(folder.resolve().parts[-2:]))
     about = " · ".join(str(config[key]) for key in ("model", "task", "preset", "data") if config.get(key))
-    trouble = "".join(f"<li>{escape(sentence)}</li>" for sentence in Alarms(records).summary())
+    trouble = "".join(f"<li>{escape(sentence)}</li>" for sentence in [*log.notes, *Alarms(log.metrics).summary()])
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>{STYLE}</style></head><body>
-<h1>{name}</h1><p>{escape(about)}</p><p class="headline">{escape(_headline(records))}</p>
+<h1>{name}</h1><p>{escape(about)}</p><p class="headline">{escape(_headline(log.metrics))}</p>
 {f"<h2>Warnings</h2><ul>{trouble}</ul>" if trouble else ""}
 <h2>Curves</h2><img alt="curves over the steps" src="data:image/png;base64,{picture}">
-<h2>Numbers</h2>{_table(("", "", "first steps", "last steps", ""), _numbers(records))}
-{_samples(completions)}
+<h2>Numbers</h2>{_table(("", "", "first steps", "last steps", ""), _numbers(log.metrics))}
+{_samples(log.completions)}
 <h2>Config</h2><div class="config">{_table((), _flat(config))}</div></body></html>
 """
     # "replace", as sampled text may hold half of a surrogate pair
@@ -242,36 +251,35 @@ def report(folder: str | Path) -> Path:
     return folder / "report.html"
 
 
-def _headline(records: Records) -> str:
+def _headline(run: Columns) -> str:
     """Say held-out accuracy before and after, and what it was measured on."""
-    steps, values = series(records, "eval/mean")
+    steps, values = run.series("eval/mean")
     if not len(steps):
-        steps, values = series(records, "eval/accuracy")
+        steps, values = run.series("eval/accuracy")
         found = f": held-out pairs in the right order {values[0]:.1%} → {values[-1]:.1%}" if len(steps) else ""
-        return f"{records[-1]['step']} steps{found}"
-    latest = {name: value for record in records for name, value in record.items()}
-    measured = f"mean of {latest.get('eval/samples')} samples for each of {latest.get('eval/prompts')} prompts"
+        return f"{run.steps[-1]} steps{found}"
+    samples, prompts = (next(map(int, run.series(f"eval/{x}")[1][-1:]), None) for x in ("samples", "prompts"))
+    measured = f"mean of {samples} samples for each of {prompts} prompts"
     return f"held-out accuracy {values[0]:.1%} → {values[-1]:.1%} at step {steps[-1]} ({measured})"
 
 
-def _numbers(records: Records) -> list[tuple]:
+def _numbers(run: Columns) -> list[tuple]:
     """Return a row for each curve: means over the first and the last tenth of its values."""
     rows = []
     for panel in PANELS:
-        for name, label in (lines := panel.lines([records])).items():
-            values = series(records, name)[1]
+        for name, label in (lines := panel.lines([run])).items():
+            values = run.series(name)[1]
             n, share = max(1, len(values) // 10), panel.scale == "share"
             means = (f"{mean:.1%}" if share else mean for mean in (values[:n].mean(), values[-n:].mean()))
             rows.append((panel.title, label if len(lines) > 1 else "", *means, panel.unit))
     return rows
 
 
-def _samples(completions: Records) -> str:
-    """Write a table of the completions of the first, the middle and the last step that has some."""
-    steps = sorted({record["step"] for record in completions})
-    chosen = [r for r in completions if r["step"] in (steps[0], steps[len(steps) // 2], steps[-1])]
-    names = dict.fromkeys(name for record in chosen for name in ("step", "prompt", "completion", "reward", *record))
-    return "<h2>Completions</h2>" + _table(names, [[r.get(n) for n in names] for r in chosen]) if chosen else ""
+def _samples(completions: list[dict]) -> str:
+    """Write a table of completions."""
+    names = dict.fromkeys(n for record in completions for n in ("step", "prompt", "completion", "reward", *record))
+    rows = [[record.get(n) for n in names] for record in completions]
+    return "<h2>Completions</h2>" + _table(names, rows) if rows else ""
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -10,13 +10,14 @@ import pytest
 from helpers import Quiet, records, run_of, sft_run
 
 from minirl.grpo import GRPOConfig
-from minirl.lab import alarms
+from minirl.lab import alarms, logs
 from minirl.lab.alarms import WINDOW, Alarms
+from minirl.lab.logs import Columns
 from minirl.lab.training import train_grpo
 
 
 def summary(records: list[dict]) -> list[str]:
-    return Alarms(records).summary()
+    return Alarms(Columns.of(records)).summary()
 
 
 # ---- silence -----------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def test_a_fall_of_accuracy_that_few_samples_would_show_by_chance_is_no_hacking(
 
 
 def test_a_share_of_cut_off_ones_that_falls_is_no_alarm_any_more():
-    watch = Alarms(run_of(100, truncated_frac=grows(0.55, 0.95)))
+    watch = Alarms(Columns.of(run_of(100, truncated_frac=grows(0.55, 0.95))))
     (alarm,) = watch.raised.values()
     assert alarm.first < 15 and 20 < alarm.last < 60 and watch.in_force == 0
 
@@ -163,14 +164,14 @@ def test_flat_accuracy_under_noise_is_no_hacking_however_long_the_run():
     """100 evaluations of 64 x 8 samples, a reward that goes up and down: there is always a best one to fall from."""
     hacked = 0
     for seed in range(30):
-        rng, watch = random.Random(seed), Alarms()
+        rng, records = random.Random(seed), []
         for step in range(1, 1001):
             record = {"step": step, "reward/mean": 0.5 + rng.gauss(0, 0.05)}
             if step % 10 == 0:
                 right = 0.5 + rng.gauss(0, (0.25 / 512) ** 0.5)
                 record |= {"eval/mean": right, "eval/prompts": 64, "eval/samples": 8}
-            watch.update(record)
-        hacked += "hacked" in watch.raised
+            records.append(record)
+        hacked += "hacked" in Alarms(Columns.of(records)).raised
     assert hacked <= 1
 
 
@@ -213,10 +214,32 @@ def test_an_alarm_that_is_over_is_no_longer_in_force():
 
 
 def test_what_is_kept_does_not_grow_with_the_run():
-    watch = Alarms(run_of(400))
-    assert {len(ends.first) for ends in watch.ends.values()} | {len(ends.last) for ends in watch.ends.values()} <= {
-        *range(WINDOW + 1)
+    watch = Alarms(Columns.of(run_of(400)))
+    watch.update(run_of(401)[-1])
+    assert max(len(ends.first) for ends in watch.ends.values()) == WINDOW
+    assert max(len(ends.values) for ends in watch.ends.values()) == WINDOW + 1
+
+
+@pytest.mark.parametrize("block", [1, 7, 50, 1000])
+def test_alarms_are_the_same_in_blocks_of_any_size(block, monkeypatch):
+    """Also where metrics have holes, begin late, or are what no float holds."""
+    changes = {
+        "truncated_frac": lambda x, v: 0.9 if 0.2 <= x < 0.4 or x > 0.9 else math.nan if 0.5 < x < 0.6 else 0.0,
+        "eval/mean": falls_late,
+        "kl_old/k3": lambda x, v: 3.0 if 0.3 < x < 0.36 else v,
+        "entropy": lambda x, v: 10**400 if x == 0.5 else v * 5 ** (2 * x),
+        "reward_model/accuracy": lambda x, v: 0.9 - x if x > 0.5 else None,
+        "group/signal_frac": lambda x, v: "none" if x < 0.1 else 0.0,
     }
+    records = run_of(200, **changes)
+    steps = Alarms()
+    for record in records:
+        steps.update(record)
+    assert len(steps.raised) == 6 and steps.in_force < 6
+    monkeypatch.setattr(logs, "BLOCK", block)
+    watch = Alarms(Columns.of(records))
+    assert list(watch.raised.items()) == list(steps.raised.items())
+    assert watch.step == steps.step and watch.heldout == steps.heldout
 
 
 def test_alarms_of_a_resumed_run_are_those_of_one_that_was_not():
@@ -227,7 +250,7 @@ def test_alarms_of_a_resumed_run_are_those_of_one_that_was_not():
     assert sum(map(len, whole.values())) == 3
     for stop in (5, 37, 60, 75, 99):
         written = json.loads(json.dumps(records[: stop + 1]))
-        resumed = Alarms(written)
+        resumed = Alarms(Columns.of(written))
         rest = {record["step"]: new for record in records[stop + 1 :] if (new := resumed.update(record))}
         assert rest == {step: new for step, new in whole.items() if step > stop}
         assert resumed.summary() == summary(records)

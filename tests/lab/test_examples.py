@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minirl.lab.report import read_metrics
+from minirl.lab.logs import read_metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -2,13 +2,17 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import run_of, sft_run
 
 from minirl.errors import InputError
-from minirl.lab.report import COLOURS, draw, plot, read_metrics, report, series
+from minirl.lab import cli, logs
+from minirl.lab.logs import Columns, read_columns, read_metrics
+from minirl.lab.report import COLOURS, POINTS, draw, extremes, plot, read_log, report, smooth
 
 
 def write(folder: Path, records: list[dict], completions: list[dict] = (), config: dict | None = None) -> Path:
@@ -55,6 +59,10 @@ def panels(figure) -> dict:
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
+def drawn(runs: list[list[dict]], labels: list[str]):
+    return draw([Columns.of(records) for records in runs], labels)
+
+
 def legend(axes_or_figure) -> list[str]:
     return [text.get_text() for text in axes_or_figure.texts]
 
@@ -80,8 +88,11 @@ def test_a_broken_line_is_named_with_its_file(tmp_path, line):
     folder = write(tmp_path / "run", [{"step": 1}])
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(line + '\n{"step": 3}\n')
-    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: .*: remove the line$"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: .*: remove what is damaged$"):
         read_metrics(folder)
+    log = read_log(folder)
+    assert log.metrics.steps.tolist() == [1, 3]
+    assert log.notes == [f"{folder}/metrics.jsonl, line 2: not a JSON object with a whole 'step'; left out"]
 
 
 def test_a_folder_that_is_no_run_or_has_no_step_yet(tmp_path):
@@ -98,8 +109,10 @@ def test_unusual_line_ends_in_a_text_do_not_split_it(tmp_path):
 
 
 def test_a_series_skips_what_is_no_finite_number():
-    values = [1, None, "x", float("nan"), float("inf"), 2.5]
-    steps, found = series([{"step": i, "loss": value} for i, value in enumerate(values)] + [{"step": 9}], "loss")
+    values = [1, None, "x", float("nan"), float("inf"), 2.5, 10**400, [3]]
+    steps, found = Columns.of([{"step": i, "loss": value} for i, value in enumerate(values)] + [{"step": 9}]).series(
+        "loss"
+    )
     assert steps.tolist() == [0, 5] and found.tolist() == [1.0, 2.5]
 
 
@@ -110,7 +123,7 @@ def test_a_plot_of_an_rl_run_shows_every_panel(tmp_path):
     png = plot([write(tmp_path / "run", run_of())], tmp_path / "plots" / "run.png")
     data = png.read_bytes()
     assert data.startswith(b"\x89PNG") and int.from_bytes(data[16:20]) >= 1200
-    shown = panels(draw([run_of()], ["run"]))
+    shown = panels(drawn([run_of()], ["run"]))
     assert list(shown) == RL_PANELS
     assert legend(shown["Held-out accuracy"].get_legend()) == ["mean", "greedy", "pass@8", "maj@8"]
     assert legend(shown["Reward"].get_legend()) == ["total", "correct", "format", "repetition"]
@@ -118,7 +131,7 @@ def test_a_plot_of_an_rl_run_shows_every_panel(tmp_path):
 
 
 def test_a_plot_of_an_sft_run_shows_loss_entropy_and_learning_rate():
-    assert list(panels(draw([sft_run()], ["sft"]))) == ["Loss", "Entropy", "Gradient norm", "Learning rate", "Speed"]
+    assert list(panels(drawn([sft_run()], ["sft"]))) == ["Loss", "Entropy", "Gradient norm", "Learning rate", "Speed"]
 
 
 def test_panels_and_lines_without_news_are_left_out():
@@ -126,19 +139,19 @@ def test_panels_and_lines_without_news_are_left_out():
     records = [{k: v for k, v in r.items() if k not in gone[1:] and not k.startswith("eval/")} for r in run_of(30)]
     for record in records[1:]:
         record |= {"kl_old/k3": 0.0, "reward/correct": record["reward/mean"]}  # on policy; one reward of weight 1
-    shown = panels(draw([records], ["run"]))
+    shown = panels(drawn([records], ["run"]))
     assert set(RL_PANELS) - set(shown) == {"Held-out accuracy", "KL", "Clipped", "Sampler against trainer"}
     assert legend(shown["Reward"].get_legend()) == ["total", "format", "repetition"]
     assert shown["Completion length"].get_legend() is None
 
 
 def test_equal_accuracies_are_all_shown():
-    shown = panels(draw([[{"step": 0, "eval/mean": 0.0, "eval/greedy": 0.0, "eval/pass@4": 0.0}]], ["run"]))
+    shown = panels(drawn([[{"step": 0, "eval/mean": 0.0, "eval/greedy": 0.0, "eval/pass@4": 0.0}]], ["run"]))
     assert legend(shown["Held-out accuracy"].get_legend()) == ["mean", "greedy", "pass@4"]
 
 
 def test_several_runs_keep_their_colours_in_every_panel():
-    figure = draw([run_of(50, seed) for seed in range(3)], ["seed 0", "seed 1", "seed 2"])
+    figure = drawn([run_of(50, seed) for seed in range(3)], ["seed 0", "seed 1", "seed 2"])
     assert legend(figure.legends[0]) == ["seed 0", "seed 1", "seed 2"]
     assert list(panels(figure)) == RL_PANELS
     for axes in figure.axes:
@@ -146,15 +159,15 @@ def test_several_runs_keep_their_colours_in_every_panel():
 
 
 def test_runs_of_different_kinds_and_lengths_share_a_plot():
-    shown = panels(draw([run_of(50), sft_run(12)], ["rl", "sft"]))
+    shown = panels(drawn([run_of(50), sft_run(12)], ["rl", "sft"]))
     assert {"Loss", "Reward", "Learning rate"} <= set(shown)
     assert {axes.get_xlim() for axes in shown.values()} == {(0, 50)}
 
 
 def test_a_spike_turns_an_axis_logarithmic():
     records = run_of(40, **{"grad_norm": lambda x, v: 500.0 if x == 0.5 else v})
-    assert panels(draw([records], ["run"]))["Gradient norm"].get_yscale() == "log"
-    assert panels(draw([run_of(40)], ["run"]))["Gradient norm"].get_yscale() == "linear"
+    assert panels(drawn([records], ["run"]))["Gradient norm"].get_yscale() == "log"
+    assert panels(drawn([run_of(40)], ["run"]))["Gradient norm"].get_yscale() == "linear"
 
 
 @pytest.mark.filterwarnings("error")
@@ -243,12 +256,95 @@ def test_a_page_needs_only_metrics(tmp_path):
     assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == []
 
 
-def test_broken_completions_are_named(tmp_path):
-    folder = write(tmp_path / "run", run_of(12))
-    (folder / "completions.jsonl").write_text("{\n{}\n")
-    with pytest.raises(InputError, match=r"completions\.jsonl, line 1"):
-        report(folder)
-    assert not (folder / "report.html").exists()
+def test_damaged_lines_are_left_out_and_named_on_the_page(tmp_path, capsys):
+    """Zeros over a page of the disk, half a line that another follows, a line that is no object, and the last one cut
+    off; of completions also in a line of a step that is shown."""
+    folder = write(tmp_path / "run", run_of(100), completions_of())
+    for name, damage in (("metrics.jsonl", range(4, 90, 12)), ("completions.jsonl", (10, 101, 199))):
+        lines = (folder / name).read_bytes().splitlines(keepends=True)
+        for kind, i in enumerate(damage):
+            line = lines[i]
+            lines[i] = (b"\0" * len(line) + b"\n", line[:20] + b"\0" * 20 + line[40:], line[:-9] + line)[kind % 3]
+        (folder / name).write_bytes(b"".join(lines) + lines[-1][:-5])
+    cli.main(["report", "--run", str(folder)])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith(
+        "metrics.jsonl, lines 5, 17, 29, 41, 53 and 3 more: not a JSON object with a whole 'step'; left out"
+    )
+    assert said[1].endswith("completions.jsonl, lines 11, 102, 200: not a JSON object with a whole 'step'; left out")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(f"<li>{sentence}</li>".replace("'", "&#x27;") in text for sentence in said) and len(said) == 2
+    steps = re.findall(r'<tr><td class="number">(\d+)</td>', text[text.index("<h2>Completions") :])
+    assert steps == ["1", "1", "51", "100"]
+
+
+def test_a_log_without_any_whole_line_is_one_sentence(tmp_path, monkeypatch, complaint):
+    monkeypatch.chdir(tmp_path)
+    folder = write(Path("run"), [])
+    (folder / "metrics.jsonl").write_bytes(b"\0" * 4096 + b"\n")
+    assert "holds no finished step" in complaint("report", "--run", str(folder), left=["run/metrics.jsonl"])
+
+
+# ---- long runs -------------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_a_file_are_those_of_its_records(tmp_path, monkeypatch):
+    """In lines of several layouts, with null, texts, lists, integers of any size and names that JSON escapes."""
+    odd = [None, 3, -2.5e-7, 'a, "b": 1', [1, {"loss": 2}], 10**400, True, 1e300, -1e301]
+    lines = [{"step": i, "loss": 1 / (i + 1), "x": odd[i % 9], 'reward/é, "': i} for i in range(60)]
+    for i, line in enumerate(lines):
+        line |= {"lr": odd[i // 7]} if i % 5 == 0 else {}
+        line |= {f"reward/{i}": i} if i > 50 else {}
+    (tmp_path / "log").write_text(
+        "".join(json.dumps(line, ensure_ascii=i % 2 == 0) + "\n" for i, line in enumerate(lines))
+    )
+    monkeypatch.setattr(logs, "BLOCK", 7)
+    wanted = re.compile("loss|x|lr|reward/.*")
+    found, expected = read_columns(tmp_path / "log", wanted, []), Columns.of(lines)
+    assert found.steps.tolist() == list(range(60)) and list(found.values) == list(expected.values)
+    for name, values in expected.values.items():
+        np.testing.assert_array_equal(found.values[name], values)
+    assert [name for name in read_columns(tmp_path / "log", re.compile("lr"), []).values] == ["lr"]
+
+
+def test_a_long_curve_keeps_its_spikes_and_its_means():
+    steps = np.arange(10 * POINTS)
+    values = np.random.default_rng(0).normal(size=len(steps))
+    values[[0, 4321, -1]] = 50, -70, 60
+    at, drawn_values = extremes(steps, values)
+    assert len(at) <= 2 * POINTS and (np.diff(at) > 0).all() and np.array_equal(drawn_values, values[at])
+    assert {0, 4321, len(steps) - 1} <= set(at.tolist())
+    values[[0, 4321, -1]] = 0
+    middles, means = smooth(steps, values, len(steps) // 20)
+    exact = smooth_exactly(values, len(steps) // 20)[middles]
+    assert len(middles) <= POINTS and np.abs(means - exact)[50:-50].max() < 0.03
+    short = smooth(steps[:POINTS], values[:POINTS], 30)
+    assert np.array_equal(short[0], steps[:POINTS]) and np.allclose(short[1], smooth_exactly(values[:POINTS], 30))
+
+
+def smooth_exactly(values: np.ndarray, width: int) -> np.ndarray:
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def test_a_long_run_is_read_and_drawn_in_little_memory_and_says_what_is_drawn(tmp_path):
+    """Of 20,000 steps 30 times as much as a line stays, in place of all of their lines, which are 20 MB as objects."""
+    record = run_of(1)[1] | {"eval/mean": 0.5, **{f"other/{i}": 0.1 + i for i in range(40)}}
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "metrics.jsonl", "w") as file:
+        for step in range(20_000):
+            file.write(json.dumps(record | {"step": step, "grad_norm": step % 97}) + "\n")
+    tracemalloc.start()
+    try:
+        log = read_log(tmp_path / "run")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    shown = sum(values.nbytes for values in log.metrics.values.values())
+    assert shown < 20_000 * 8 * 45 and peak < 2 * shown + 8e6
+    figure = draw([log.metrics], ["long"])
+    assert figure._supxlabel.get_text() == "faint: lowest and highest of every 20 steps   full: mean of 1000 steps"
+    assert max(len(line.get_xdata()) for axes in figure.axes for line in axes.lines) <= 2 * POINTS
 
 
 def preference_run(steps: int = 60) -> list[dict]:
@@ -262,10 +358,10 @@ def preference_run(steps: int = 60) -> list[dict]:
 
 def test_held_out_points_are_drawn_as_they_are_beside_a_smoothed_line():
     records = preference_run()
-    accuracy = panels(draw([records], ["x"]))["Accuracy"]
-    drawn = [line.get_ydata().tolist() for line in accuracy.lines]
-    assert series(records, "eval/accuracy")[1].tolist() in drawn
-    assert len(drawn) == 3  # of training each step and their mean
+    accuracy = panels(drawn([records], ["x"]))["Accuracy"]
+    curves = [line.get_ydata().tolist() for line in accuracy.lines]
+    assert Columns.of(records).series("eval/accuracy")[1].tolist() in curves
+    assert len(curves) == 3  # of training each step and their mean
 
 
 def test_the_headline_of_a_run_on_pairs_is_their_order(tmp_path):
@@ -277,4 +373,4 @@ def test_a_reward_model_and_a_moving_weight_have_their_panels():
     records = run_of()
     for record in records:
         record |= {"reward_model/accuracy": 1 - record["step"] / 200, "beta": 0.1 + record["step"] / 1000}
-    assert {"Reward model", "Weight of the KL"} <= panels(draw([records], ["x"])).keys()
+    assert {"Reward model", "Weight of the KL"} <= panels(drawn([records], ["x"])).keys()
