@@ -5,7 +5,8 @@ one of its names is first used: the judge's workers, which run without torch, im
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # a type checker reads it as True; without the module `typing` Ctrl-C is handled sooner
 
 if TYPE_CHECKING:  # the names of the table below once more: `X as X` tells a type checker that X is meant for others
     # isort: off

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import Field, asdict, fields, is_dataclass, replace
@@ -631,3 +632,46 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word():
     found = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True)
     os.close(theirs)
     assert (found.returncode, found.stderr) == (1, "")
+
+
+# ---- Ctrl-C while the program is imported ---------------------------------------------------------------------------
+
+SLOW_IMPORT = """
+import sys, time
+
+class Slow:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == sys.argv[-1]:
+            print("importing", flush=True)
+            try:
+                time.sleep(60)
+            except BaseException as error:  # as imports do that try one thing and then another
+                raise ImportError("in the middle of an import") from error
+
+sys.meta_path.insert(0, Slow)
+from minirl.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("module", "kind", "code"), [("torch", "SIGINT", 130), ("torch", "SIGTERM", -signal.SIGTERM)])
+def test_a_signal_in_the_middle_of_an_import_is_no_traceback(module, kind, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_IMPORT, "report", module],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    for _ in range(3):
+        process.send_signal(getattr(signal, kind))
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == code
+
+
+def test_ctrl_c_before_a_command_begins_and_again_at_its_end_is_no_traceback():
+    script = "import signal, sys, types; from minirl.__main__ import main\n"
+    script += "def again(): signal.raise_signal(signal.SIGINT)\n"
+    script += "sys.modules['minirl.lab.cli'] = types.SimpleNamespace(main=again)\ntry: main()\nfinally: again()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
