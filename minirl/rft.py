@@ -8,15 +8,25 @@ stop text ended has no stop token to learn.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minirl.config import Count, NotNegative, OptimizerConfig, RunConfig
 from minirl.errors import InputError
 from minirl.examples import demonstration_rows, refuse_unknown_tokens
-from minirl.files import read_jsonl, write_jsonl
-from minirl.outcomes import Group, Same, SampleConfig, right_and_wrong, right_of, sample_and_check, summary, the_text
+from minirl.files import write_jsonl
+from minirl.outcomes import (
+    Group,
+    Same,
+    SampleConfig,
+    Samples,
+    right_and_wrong,
+    right_of,
+    sample_and_check,
+    summary,
+    the_text,
+)
 from minirl.policy import Policy
 from minirl.records import read_demonstrations
 from minirl.run import Display, Run, identity
@@ -24,7 +34,7 @@ from minirl.sft import SFTConfig, fit
 from minirl.task import Task
 
 KEPT = "kept.jsonl"
-SAMPLED = "sampled.jsonl"  # in the folder of a run that was stopped while it sampled, or kept nothing
+SAMPLED = "sampled.jsonl"  # in the folder of a run while it samples, or where it kept nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +62,7 @@ class RFTConfig(OptimizerConfig, RunConfig, SampleConfig):
         return SFTConfig(**shared, data=str(Path(self.out) / KEPT))
 
 
-def kept_of(groups: Sequence[Group], most: int, same: Same = the_text) -> list[dict]:
+def kept_of(groups: Iterable[Group], most: int, same: Same = the_text) -> list[dict]:
     """Keep as demonstrations at most `most` right completions a prompt, with how many of its samples were right."""
     return [
         {name: line[name] for name in ("prompt", "tools", "completion", "completion_tokens") if name in line}
@@ -63,36 +73,39 @@ def kept_of(groups: Sequence[Group], most: int, same: Same = the_text) -> list[d
 
 
 def sample_and_keep(policy: Policy, task: Task, config: RFTConfig, same: Same, run: Run) -> list[dict]:
-    """Write the lines of kept.jsonl and return them. Ctrl-C leaves the completions so far in SAMPLED, with which a
-    resumed run begins; so does an InputError where nothing can be kept, so that one can see why."""
-    file, display = run.out / SAMPLED, run.display
-    lines = read_jsonl(file) if config.resume and file.exists() else []
-    done = [lines[i : i + config.samples] for i in range(0, len(lines), config.samples)]
-    groups, stopped = sample_and_check(policy.model, policy.tokenizer, task, config, display, done)
-    kept = kept_of(groups, config.max_per_prompt, same)
-    if stopped or not kept:
-        write_jsonl(file, [line for group in groups for line in group])
+    """Write the lines of kept.jsonl and return them. The completions are in SAMPLED from the moment that they are
+    checked, and a resumed run goes on there; also where nothing can be kept, so that one can see why."""
+    samples, display = Samples(run.out / SAMPLED, config.samples), run.display
+    if not config.resume:
+        samples.file.unlink(missing_ok=True)
+    try:
+        stopped = sample_and_check(policy.model, policy.tokenizer, task, config, display, samples, run._begin)
+    except KeyboardInterrupt:  # the second one
+        stopped = True
+    finally:
+        samples.close()
     if stopped:
-        run.log(0, {"rft/prompts": len(groups)})  # and with it the config that --resume needs
-        display.line(f"stopped after {len(groups)} prompts; continue with --resume --out {run.out}")
+        if samples.prompts:
+            display.line(f"stopped after {samples.prompts} prompts; continue with --resume --out {run.out}")
         raise KeyboardInterrupt
+    kept = kept_of(samples.groups(), config.max_per_prompt, same)
     if not kept:
         raise InputError(
-            f"no completion is right and ended ({summary(groups, config)}): {_advice(groups)}; {file} holds what was "
-            "sampled"
+            f"no completion is right and ended ({summary(samples, config)}): {_advice(samples)}; {samples.file} holds "
+            "what was sampled"
         )
     write_jsonl(run.out / KEPT, kept)
     display.line(
-        f"kept {len(kept)} completions of {len(groups)} prompts in {run.out / KEPT}: {summary(groups, config)}"
+        f"kept {len(kept)} completions of {samples.prompts} prompts in {run.out / KEPT}: {summary(samples, config)}"
     )
     return kept
 
 
-def _advice(groups: Sequence[Group]) -> str:
+def _advice(samples: Samples) -> str:
     """Say what to do where nothing is right and ended: was all that is right cut, or all there is?"""
-    lines = [line for group in groups for line in right_of(group)] or [line for group in groups for line in group]
-    cut = all(line["finish_reason"] == "length" for line in lines)
-    return "raise --max-tokens" if cut else "take more samples, or a better model"
+    right, right_cut, cut, count = (samples.counts[name] for name in ("right", "right, cut", "cut", "all"))
+    all_cut = right_cut == right if right else cut == count
+    return "raise --max-tokens" if all_cut else "take more samples, or a better model"
 
 
 def rft(

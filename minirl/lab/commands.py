@@ -17,7 +17,7 @@ from minirl.lab.eval_command import EvalConfig, evaluation, prompt_text
 from minirl.lab.logs import read_metrics
 from minirl.lab.report import plot, read_log, report
 from minirl.lab.training import sample_outcomes, train_grpo, train_ppo, train_prefer, train_reward, train_rft, train_sft
-from minirl.outcomes import FILES, OutcomesConfig
+from minirl.outcomes import FILES, PART, OutcomesConfig
 from minirl.policy import load
 from minirl.ppo import PPOConfig
 from minirl.prefer import PreferConfig
@@ -107,7 +107,7 @@ def training(train: Callable) -> Callable:
 
 
 def outcomes(config: OutcomesConfig) -> None:
-    written = [Path(config.out) / name for name in FILES]
+    written = [Path(config.out) / name for name in (*FILES, PART)]
     with RichDisplay() as display, said_if_nothing_is_left(display, lambda: any(file.exists() for file in written)):
         files = sample_outcomes(config, display)
     for file in files:

@@ -1,11 +1,13 @@
 """Preferences, pairs and rejection sampling on a tiny model: what is learned, what is kept, what is refused, and runs
 that were stopped."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -31,7 +33,7 @@ from minirl.examples import held_out, ranked_lists
 from minirl.lab import cli, commands, display
 from minirl.lab.tasks import parse_task
 from minirl.lab.training import same_of, sample_outcomes, train_prefer, train_rft
-from minirl.outcomes import OutcomesConfig, pairs_of, right_and_wrong
+from minirl.outcomes import OutcomesConfig, Samples, pairs_of, right_and_wrong
 from minirl.policy import Policy, load
 from minirl.prefer import PreferConfig
 from minirl.preferences import PreferenceLoss
@@ -312,9 +314,9 @@ def test_rft_keeps_what_is_right_and_ended_each_once_and_at_most_so_many(model, 
     shown, harvest = Quiet(), rft.sample_and_check
 
     def watched(*args):
-        groups, stopped = harvest(*args)
-        seen.extend(groups)
-        return groups, stopped
+        stopped = harvest(*args)
+        seen.extend(args[5].groups())
+        return stopped
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rft, "sample_and_check", watched)
@@ -353,10 +355,11 @@ def test_rft_learns_the_tokens_that_were_sampled(model, folder, monkeypatch):
         learned.extend((policy.tokenizer.decode(row.prompt), tuple(row.response)) for row in rows)
 
     def watched(*args):
-        groups, stopped = harvest(*args)
-        for line in (line for group in groups for line in group if line["reward"] and line["finish_reason"] == "stop"):
-            seen[line["prompt"], tuple(line["completion_tokens"])] = line["completion"]
-        return groups, stopped
+        stopped = harvest(*args)
+        for line in (line for group in args[5].groups() for line in group):
+            if line["reward"] and line["finish_reason"] == "stop":
+                seen[line["prompt"], tuple(line["completion_tokens"])] = line["completion"]
+        return stopped
 
     harvest = rft.sample_and_check
     monkeypatch.setattr(rft, "sample_and_check", watched)
@@ -402,8 +405,9 @@ def test_rft_learns_another_spelling_of_a_text_as_it_was_sampled():
 def test_rft_raises_the_share_of_right_completions(model, folder):
     def share(checkpoint: str) -> float:
         loaded, config = load(checkpoint, "float32", "cpu"), rft_config(checkpoint, samples=32, seed=7)
-        groups, _ = rft.sample_and_check(*loaded, parse_task(task("calm")), config, Quiet())
-        return sum(line["reward"] for group in groups for line in group) / (12 * 32)
+        samples = Samples(Path(f"{Path(checkpoint).name}.jsonl"), 32)
+        assert not rft.sample_and_check(*loaded, parse_task(task("calm")), config, Quiet(), samples)
+        return sum(line["reward"] for group in samples.groups() for line in group) / (12 * 32)
 
     config = rft_config(model, task=task("calm"), samples=32, max_per_prompt=16, steps=40, batch=32, lr=4e-3)
     assert share(str(train_rft(replace(config, save_every=99), Quiet()))) > share(model) + 0.2
@@ -413,11 +417,11 @@ def test_prompts_beyond_a_chunk_draw_their_own_completions(model, folder, monkey
     monkeypatch.setattr(outcomes, "CHUNK", 2)
     write_jsonl("prompts.jsonl", [{"prompt": "1+2=", "column": i} for i in range(4)])
     loaded, config = load(model, "float32", "cpu"), rft_config(model, prompts=4)
-    groups, stopped = rft.sample_and_check(*loaded, parse_task(task()), config, Quiet())
-    assert not stopped and len({tuple(texts_of(group)) for group in groups}) == len(groups) == 4
+    samples = Samples(Path("samples.jsonl"), 12)
+    assert not rft.sample_and_check(*loaded, parse_task(task()), config, Quiet(), samples)
+    groups = list(samples.groups())
+    assert len({tuple(texts_of(group)) for group in groups}) == len(groups) == 4
     assert [line["column"] for line in groups[3]] == [3] * 12
-    resumed, _ = rft.sample_and_check(*loaded, parse_task(task()), config, Quiet(), groups[:2])
-    assert resumed == groups
 
 
 def group_of(right: list[str], wrong: list[str]) -> outcomes.Group:
@@ -501,28 +505,134 @@ def test_the_samples_are_all_that_was_drawn(model, folder):
     assert not cut & {line[side] for line in pairs for side in ("chosen", "rejected")}
 
 
-def interrupt_sampling(monkeypatch, call: int) -> None:
+def interrupt_sampling(monkeypatch, call: int, number: int = signal.SIGINT) -> None:
     generate, calls = Sampler.generate, count(1)
 
     def interrupted(*args):
         if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return generate(*args)
 
     monkeypatch.setattr(Sampler, "generate", interrupted)
 
 
-def test_ctrl_c_writes_the_pairs_of_the_prompts_that_are_done(model, folder, monkeypatch, capsys):
+def sampled_outcomes(model: str, out: str, display=None, **changes) -> list[Path]:
+    sizes = SAMPLING | {"samples": 4, "max_tokens": 6}
+    config = OutcomesConfig(model, task(), out=out, **sizes | changes)
+    return sample_outcomes(config, display or Quiet())
+
+
+def contents_of(folder: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_outcomes_that_are_stopped_are_kept_and_go_on_there(number, model, folder, monkeypatch, capsys):
     monkeypatch.setattr(outcomes, "CHUNK", 4)
-    interrupt_sampling(monkeypatch, 2)
-    options = f"--model {model} --task {task()} --prompts 12 --samples 12 --max-tokens 20 --temperature 1"
-    with pytest.raises(SystemExit) as stop:
-        cli.main(f"outcomes --out made {options}".split())
-    assert stop.value.code == 130
-    assert " from 8 prompts" in capsys.readouterr().out
-    done = {f"{a}+{b}=" for a, b in SUMS[:8]}
-    assert {line["prompt"] for line in read_jsonl("made/pairs.jsonl")} <= done
-    assert {line["prompt"] for line in read_jsonl("made/samples.jsonl")} == done
+    options = f"--model {model} --task {task()} --prompts 12 --samples 4 --max-tokens 6 --temperature 1"
+    cli.main(f"outcomes --out whole {options}".split())
+    with monkeypatch.context() as patch:
+        interrupt_sampling(patch, 2, number)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(f"outcomes --out made {options}".split())
+    assert stop.value.code == 130 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    said = capsys.readouterr().out
+    assert "stopped after 8 prompts, whose completions are in made/samples.part.jsonl: the same command goes on" in said
+    assert {line["prompt"] for line in read_jsonl("made/samples.part.jsonl")} == {f"{a}+{b}=" for a, b in SUMS[:8]}
+    assert contents_of("made").keys() == {"samples.part.jsonl", "outcomes.json"}
+    shutil.copytree("made", "ended")
+    cli.main(f"outcomes --out made {options}".split())
+    assert "made/samples.part.jsonl holds the completions of 8 prompts" in capsys.readouterr().out
+    assert contents_of("made") == contents_of("whole")
+    cli.main(f"outcomes --out ended {options} --prompts 8 --max-per-prompt 2".split())  # what changes no sample
+    assert read_jsonl("ended/samples.jsonl") == read_jsonl("whole/samples.jsonl")[: 8 * 4]
+
+
+def test_killed_outcomes_end_with_the_same_bytes(model, folder, monkeypatch):
+    """Whatever the last write left: what is whole stays, and what is drawn anew is the same."""
+    monkeypatch.setattr(outcomes, "CHUNK", 4)
+    sampled_outcomes(model, "whole")
+    generate, calls = Sampler.generate, count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "generate", lambda *args: kill() if next(calls) == 3 else generate(*args))
+        with pytest.raises(Killed):
+            sampled_outcomes(model, "killed")
+    with monkeypatch.context() as patch:  # labels are written, pairs are not
+        patch.setattr(outcomes, "pairs_of", lambda *args: kill())
+        with pytest.raises(Killed):
+            sampled_outcomes(model, "killed at its end")
+    lines = Path("killed/samples.part.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 8 * 4 and Path("killed at its end/labels.jsonl").exists()
+    zeros = b"\0" * len(lines[0])
+    for damage, (left, sampled) in {
+        "between writes": (lines, 1),
+        "half a line": ([*lines, lines[0][:40]], 1),
+        "zeros": ([*lines, zeros], 1),
+        "half a chunk": (lines[:25], 2),
+        "zeros in a line": ([*lines[:20], zeros + lines[20], *lines[21:]], 2),
+        "no chunk": (lines[:15], 3),
+        "at its end": (None, 0),
+    }.items():
+        shutil.copytree("killed" if left else "killed at its end", damage)
+        if left:
+            Path(damage, "samples.part.jsonl").write_bytes(b"".join(left))
+        with monkeypatch.context() as patch:
+            calls = count()
+            patch.setattr(Sampler, "generate", lambda *args, calls=calls: (next(calls), generate(*args))[1])
+            sampled_outcomes(model, damage)
+        assert next(calls) == sampled, damage
+        assert contents_of(damage) == contents_of("whole"), damage
+
+
+def test_unfinished_outcomes_are_never_mixed_with_others(model, folder, monkeypatch):
+    monkeypatch.setattr(outcomes, "CHUNK", 4)
+    with monkeypatch.context() as patch:
+        interrupt_sampling(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            sampled_outcomes(model, "made")
+    before = contents_of("made")
+    tiny_checkpoint("other", seed=5)
+    for changes, sentence in (
+        (
+            {"temperature": 0.5},
+            r"other options or data \(temperature: 1.0 -> 0.5\): give the same, choose another --out",
+        ),
+        ({"samples": 13}, r"samples: 4 -> 13"),
+        ({"prompts": 5}, "already holds the completions of 8 prompts, and --prompts asks for 5: give 8 at least"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            sampled_outcomes(model, "made", **changes)
+    with monkeypatch.context() as patch:  # other weights under the same name
+        patch.setattr(outcomes, "load", lambda _, *args, **options: load("other", *args, **options))
+        with pytest.raises(InputError, match="model_hash"):
+            sampled_outcomes(model, "made")
+    with open("made/samples.part.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is being written by another process"):
+            sampled_outcomes(model, "made")
+    write_jsonl("prompts.jsonl", [{"prompt": "1+2="}] * 12)
+    with pytest.raises(InputError, match="data_hash"):
+        sampled_outcomes(model, "made")
+    assert contents_of("made") == before
+
+
+def test_memory_does_not_grow_with_the_prompts(model, folder, monkeypatch):
+    """No group of an earlier chunk is held while a later one is sampled."""
+    monkeypatch.setattr(outcomes, "CHUNK", 2)
+    made, alive, lines = [], [], outcomes._lines
+
+    class Held(list):
+        """A list that can be watched."""
+
+    def watched(*args):
+        alive.append(sum(ref() is not None for ref in made))
+        group = Held(lines(*args))
+        made.append(weakref.ref(group))
+        return group
+
+    monkeypatch.setattr(outcomes, "_lines", watched)
+    sampled_outcomes(model, "made")
+    assert len(alive) == 12 and max(alive) <= 3
 
 
 def test_an_rft_that_is_stopped_while_it_samples_goes_on_there(model, folder, monkeypatch):
@@ -539,13 +649,22 @@ def test_an_rft_that_is_stopped_while_it_samples_goes_on_there(model, folder, mo
     run_of("rft", model, "run", resume=True)
     assert next(calls) == 1
     check_same(Path("run"), Path("whole"))
+    monkeypatch.setattr(Sampler, "generate", lambda *args: kill() if next(calls) == 4 else generate(*args))
+    with pytest.raises(Killed):
+        run_of("rft", model, "killed")
+    with open("killed/sampled.jsonl", "ab") as file:
+        file.write(b'{"prompt": "1+')
+    run_of("rft", model, "killed", resume=True)
+    assert next(calls) == 6  # two chunks, the killed one, and that and the last one again
+    check_same(Path("killed"), Path("whole"))
 
 
 @pytest.mark.parametrize("command", ["outcomes --out made", "rft --out run"])
 def test_nothing_right_and_nothing_scored_are_one_sentence(command, model, folder, complaint):
     options = "--prompts 3 --samples 2 --max-tokens 20"
     file = "made/samples.jsonl" if command.startswith("outcomes") else "run/sampled.jsonl"
-    said = complaint(*f"{command} --model {model} --task {task('never')} {options}".split(), left=[file])
+    about = "made/outcomes.json" if command.startswith("outcomes") else "run/config.json"
+    said = complaint(*f"{command} --model {model} --task {task('never')} {options}".split(), left=[file, about])
     assert "0 of 6 completions right" in said and "more samples" in said
     assert len(read_jsonl(file)) == 6 and f"{file} holds what was sampled" in said  # it is data all the same
     shutil.rmtree(Path(file).parent)
@@ -557,7 +676,7 @@ def test_where_every_completion_was_cut_rft_asks_for_longer_ones(model, folder, 
     """Also where the rule says right: it is of a text without an end."""
     for judge in ("never", "even"):
         options = f"--model {model} --task {task(judge)} --prompts 3 --samples 2 --max-tokens 1 --out {judge}"
-        said = complaint(*f"rft {options}".split(), left=[f"{judge}/sampled.jsonl"])
+        said = complaint(*f"rft {options}".split(), left=[f"{judge}/sampled.jsonl", f"{judge}/config.json"])
         assert "6 cut at max_tokens = 1): raise --max-tokens" in said and "more samples" not in said
         assert not Path(judge, "kept.jsonl").exists()
 
