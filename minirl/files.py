@@ -2,6 +2,8 @@
 bounds: a file, a line and what is made of them have a largest size, and no device or idle pipe holds the reader up."""
 
 import codecs
+import fcntl
+import glob
 import gzip
 import json
 import os
@@ -13,7 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader, RawIOBase
 from itertools import chain
 from pathlib import Path
@@ -43,17 +45,12 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(fd)
-    staging = Path(name)
-    try:
+    with _reserved(path, is_folder=False) as staging:
         write(staging)
         os.chmod(staging, 0o644)
         _sync(staging)
         os.replace(staging, path)
         _sync(path.parent)
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -73,8 +70,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     vanishes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    try:
+    with _reserved(path, is_folder=True) as staging:
         yield staging
         os.chmod(staging, 0o755)
         for file in staging.rglob("*"):
@@ -83,8 +79,6 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(path)
         os.rename(staging, path)
         _sync(path.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def is_number(x: object) -> bool:
@@ -310,3 +304,49 @@ def parse_json(text: bytes | str, where: str, advice: str) -> object:
         raise InputError(f"{where}: not valid JSON ({error}): {advice}") from None
     refuse_deep(value, where, text.count("[") + text.count("{"))
     return value
+
+
+@contextmanager
+def _reserved(path: Path, is_folder: bool) -> Iterator[Path]:
+    """Make a file or folder beside `path` to write it in, which is gone at the end unless it took its place. It is
+    locked until then: one that nobody locks was left by a process that was killed, and is removed."""
+    prefix = f".{path.name}-"
+    for left in path.parent.glob(glob.escape(prefix) + "?" * 8):
+        with suppress(OSError):  # such as that it is locked
+            lock = _locked(left, fcntl.LOCK_NB)
+            _remove(left)
+            os.close(lock)
+    lock = None
+    while lock is None:
+        if is_folder:
+            staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+        else:
+            fd, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
+            os.close(fd)
+            staging = Path(name)
+        with suppress(FileNotFoundError):  # somebody took it for left before it was locked
+            lock = _locked(staging)
+    try:
+        yield staging
+    finally:
+        _remove(staging)
+        os.close(lock)
+
+
+def _locked(path: Path, flags: int = 0) -> int:
+    """Return a descriptor that holds a lock on a file or folder that is still there until it is closed."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | flags)
+        os.stat(path)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,7 +1,11 @@
 """Reports on made-up run folders: what is drawn, what is warned about, and that a page carries no foreign markup."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pytest
 from helpers import run_of, sft_run
 
 from minirl.errors import InputError
+from minirl.files import atomic_folder
 from minirl.lab import cli, logs
 from minirl.lab.logs import Columns, read_columns, read_metrics
 from minirl.lab.report import COLOURS, POINTS, draw, extremes, plot, read_log, report, smooth
@@ -283,6 +288,42 @@ def test_a_log_without_any_whole_line_is_one_sentence(tmp_path, monkeypatch, com
     folder = write(Path("run"), [])
     (folder / "metrics.jsonl").write_bytes(b"\0" * 4096 + b"\n")
     assert "holds no finished step" in complaint("report", "--run", str(folder), left=["run/metrics.jsonl"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_next_write_clears_what_a_killed_one_left_but_not_what_a_living_one_writes(number, tmp_path):
+    """A picture and a folder, whose writer is killed, or stopped in the middle and goes on after another's write."""
+    folder = write(tmp_path / "run", run_of(12))
+    script = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from minirl.files import atomic_folder, write_atomic
+
+        def picture(staging):
+            with atomic_folder("model") as model:
+                (model / "weights").write_text("of the other")
+                staging.write_text("of the other")
+                print("writing", flush=True)
+                os.kill(os.getpid(), int(sys.argv[1]))
+        write_atomic("plot.png", picture)
+    """
+    command = [sys.executable, "-c", script, str(int(number))]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        os.waitpid(process.pid, os.WUNTRACED) if number == signal.SIGSTOP else process.wait()
+        assert len(hidden := list(folder.glob(".*"))) == 2
+        hidden_too = folder / ".plot.png.txt"
+        hidden_too.write_text("not a staging file")
+        plot([folder], folder / "plot.png")
+        with atomic_folder(folder / "model"):
+            pass
+        hidden_too.unlink()
+        if number == signal.SIGSTOP:
+            assert sorted(folder.glob(".*")) == sorted(hidden)
+            process.send_signal(signal.SIGCONT)
+            assert process.wait() == 0
+            assert (folder / "plot.png").read_text() == (folder / "model" / "weights").read_text() == "of the other"
+    assert not list(folder.glob(".*"))
 
 
 # ---- long runs -------------------------------------------------------------------------------------------------------
