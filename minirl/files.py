@@ -314,8 +314,10 @@ def _reserved(path: Path, is_folder: bool) -> Iterator[Path]:
     for left in path.parent.glob(glob.escape(prefix) + "?" * 8):
         with suppress(OSError):  # such as that it is locked
             lock = _locked(left, fcntl.LOCK_NB)
-            _remove(left)
-            os.close(lock)
+            try:
+                _remove(left, is_folder)
+            finally:
+                os.close(lock)
     lock = None
     while lock is None:
         if is_folder:
@@ -329,7 +331,7 @@ def _reserved(path: Path, is_folder: bool) -> Iterator[Path]:
     try:
         yield staging
     finally:
-        _remove(staging)
+        _remove(staging, is_folder)
         os.close(lock)
 
 
@@ -345,8 +347,8 @@ def _locked(path: Path, flags: int = 0) -> int:
     return fd
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def _remove(path: Path, is_folder: bool) -> None:
+    if is_folder:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
