@@ -35,7 +35,7 @@ import sys
 import time
 import traceback
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -447,17 +447,8 @@ def work(python: str, root: Path, cases: dict[str, Iterable[str]]) -> None:
 
 
 def work_here(cases: dict[str, list[str]]) -> None:
-    """Import all that the commands need, then fork for each; the body of the process that `work` starts."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        sys.argv = ["minirl", "--help"]
-        runpy.run_module("minirl", run_name="__main__")
-    import matplotlib.axes
-    import matplotlib.figure
-    import torch._dynamo  # noqa: F401 - half of the time of a short case, if each imports it
-
-    matplotlib.axes.Axes.grid, matplotlib.figure.Figure.savefig = lambda *args, **options: None, empty_plot
-    os.fsync = lambda file: None
-    gc.freeze()  # else the collector of each fork copies the pages of all modules
+    """Run the commands of each case, each in a fork of this process; the body of the process that `work` starts."""
+    warm()
     print(f"minirl is {sys.modules['minirl'].__file__}")
     root = Path.cwd()
     for name, commands in cases.items():
@@ -475,18 +466,38 @@ def work_here(cases: dict[str, list[str]]) -> None:
     os._exit(0)  # as in `forked`
 
 
+def warm() -> None:
+    """Import all that the commands need, for the forks of this process, and leave plots and the disk's pace out."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        sys.argv = ["minirl", "--help"]
+        runpy.run_module("minirl", run_name="__main__")
+    import matplotlib.axes
+    import matplotlib.figure
+    import torch._dynamo  # noqa: F401 - half of the time of a short case, if each imports it
+
+    matplotlib.axes.Axes.grid, matplotlib.figure.Figure.savefig = lambda *args, **options: None, empty_plot
+    os.fsync = lambda file: None
+    gc.freeze()  # else the collector of each fork copies the pages of all modules
+
+
 def forked(words: list[str], log: str) -> int:
     """Run `python -m minirl` in a fork of this process and return its exit code. LOG.out, LOG.err and LOG.exit keep
     its output and the code."""
+    code = os.waitstatus_to_exitcode(os.waitpid(started(words, log), 0)[1])
+    Path(f"{log}.exit").write_text(str(code))
+    return code
+
+
+def started(words: list[str], log: str, before: Callable[[], object] = lambda: None) -> int:
+    """Start `python -m minirl` in a fork of this process and return its number. The fork calls `before` first."""
     sys.stdout.flush()
     if child := os.fork():
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        Path(f"{log}.exit").write_text(str(code))
-        return code
+        return child
     for stream, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv, code = ["minirl", *words], 0
     try:
+        before()
         runpy.run_module("minirl", run_name="__main__")
     except SystemExit as stop:
         code = stop.code or 0
