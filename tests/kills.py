@@ -47,7 +47,7 @@ KINDS = {  # name -> command; the referee's, with more steps where there are ste
             "sft_bfloat16": "sft_bfloat16",
             "grpo": "truncated_sampling",
             "dapo": "dapo",
-            "process_rewards": "gspo_token",
+            "process_rewards": "process_model",
             "reference_reset": "reference_reset",
             "faults": "faults",
             "online_reward": "online_bce",
