@@ -1,7 +1,8 @@
 """Damage checkpoints and logs of a run that was killed in the middle, resume it, and say what came of each damage.
 
-    python tests/damages.py                       every damage, of two runs
-    python tests/damages.py --only '*log*' --runs ppo
+    python tests/damages.py                              every damage of a PPO run
+    python tests/damages.py --runs ppo online_reward     and of one whose reward model learns on
+    python tests/damages.py --only 'metrics*' --all
     python tests/damages.py --short               a few of each kind
 
 After a resume a damage is one of these:
@@ -47,7 +48,7 @@ RUNS = {  # together they leave every file that a checkpoint has
 STEPS = "--steps 4 --save-every 1 --eval-every 0 --eval-prompts 1 --eval-samples 1"
 OLD, NEW, CUT = "step-000002", "step-000003", "step-000004"  # the checkpoints that there are, and the one it died in
 LOGS = ("metrics.jsonl", "completions.jsonl", "faults.jsonl")
-LIMIT, MEMORY = 60, 3 << 30  # seconds and bytes, of a resumed run
+LIMIT, MEMORY = 20, 3 << 30  # seconds and bytes, of a resumed run
 FAILURES = ("SILENT", "SPOILT", "TRACEBACK", "HANG", "KILLED")
 FALLBACK, HARMLESS, SENTENCE = ({name} for name in ("fallback", "harmless", "sentence"))
 SHORT = (  # patterns of the most telling damages
@@ -56,6 +57,9 @@ SHORT = (  # patterns of the most telling damages
     *("metrics.jsonl: a line doubled", "both checkpoints: *", "a text beside the checkpoints", "weights: NaN, sealed"),
     *("completions.jsonl: half a line at its end", "checkpoint: renamed*"),
 )
+
+MAIN = ("weights", "optimizer", "state", "manifest", "tokenizer.json")  # other files get the damages in THIN alone
+THIN = ("a bit in the middle", "empty", "missing", "a link to itself", "that of another run")
 
 Apply = Callable[[Path], object]  # damages the run in a folder
 
@@ -170,11 +174,12 @@ NESTED, DIGITS = "[" * 100_000 + "]" * 100_000, "7" * 5000
 def of_state(state: dict) -> Iterator[tuple[str, Apply]]:
     yield from ((f"without {name}", fields(partial(lambda name, s: s.pop(name) and None, name))) for name in state)
     for field in state:
-        for said, value in (("NaN", "NaN"), ("infinite", "-Infinity"), ("a text", '"3"'), ("null", "null")):
-            yield f"{field} {said}", text(field, value)
-        yield f"a {field} of 5,000 digits", text(field, DIGITS)
-        yield f"a {field} nested 100,000 deep", text(field, NESTED)
-        yield f"{field} negative", text(field, "-1")
+        yield f"{field} NaN", text(field, "NaN")
+        yield f"{field} a text", text(field, '"3"')
+    yield "a step without end", text("step", "Infinity")
+    yield "a step below 0", text("step", "-1")
+    yield "a step of 5,000 digits", text("step", DIGITS)
+    yield "a step nested 100,000 deep", text("step", NESTED)
     yield "another step", text("step", "2")
     yield "a step far on", text("step", "1000000000000000000000000000000")
     yield "a step that is no whole number", text("step", "2.5")
@@ -382,7 +387,8 @@ def damages_of(sources: Sources) -> dict[str, Damage]:
     for file in sorted(path for path in new.rglob("*") if path.is_file()):
         name, place = file.relative_to(new), str(file.relative_to(sources.cut))
         others = (old / name, sources.other / "checkpoints" / NEW / name)
-        for said, apply in of_any_file(file, *others):
+        chosen = [x for x in of_any_file(file, *others) if name_of(name) in MAIN or x[0] in THIN]
+        for said, apply in chosen:
             found[f"{name_of(name)}: {said}"] = Damage(at(place, apply), FALLBACK)
     state, manifest = new / "state.json", new / "manifest.json"
     for said, apply in of_state(json.loads(state.read_bytes())):
@@ -555,6 +561,8 @@ def damage_all(given: argparse.Namespace) -> list[tuple[str, str, str, str]]:
         began = shown = time.monotonic()
         for task, (came, why) in zip(tasks, pool.map(try_damage, *zip(*tasks, strict=True)), strict=True):
             found.append((*task[:2], came, why))
+            if given.all or came in FAILURES or came.endswith("?"):
+                print(f"{came:10} {task[0]}: {task[1]}: {why}"[:300], flush=True)
             if time.monotonic() - shown > 10:
                 shown = time.monotonic()
                 left = (shown - began) * (len(tasks) / len(found) - 1)
@@ -566,7 +574,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--only", nargs="+", metavar="PATTERN", default=["*"], help="of names of damages")
-    add("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="(default: both)")
+    add("--runs", nargs="+", choices=RUNS, default=["ppo"], help=f"of {', '.join(RUNS)} (default: ppo)")
     add("--short", action="store_true", help="the most telling damages of ppo, from random weights")
     add("--jobs", type=int, default=2, help="runs at a time, on one thread each (default: %(default)s)")
     add("--work", type=Path, default=Path("runs/damages"), help="(default: %(default)s)")
@@ -581,9 +589,6 @@ def main() -> None:
     kills.make_material(Path("material"), trained=not given.short)
     kills.warm_up()
     found = damage_all(given)
-    for kind, name, came, why in found:
-        if given.all or came in FAILURES or came.endswith("?"):
-            print(f"{came:10} {kind}: {name}: {why}"[:300])
     print(summary(found))
     failed = sum(came in FAILURES for _, _, came, _ in found)
     print(f"{failed} of {len(found)} damages failed; {time.monotonic() - began:.0f} s")
