@@ -23,9 +23,9 @@ from statistics import median
 from bench import common
 
 # SmolLM2-135M has width 576, 30 layers, heads of 64 (9, with 3 of keys), 1,536 in the MLP, and ties the 49,152 tokens.
-SHAPE = {"width": 192, "layers": 10, "heads": 3, "kv_heads": 1, "head_dim": 64, "mlp_width": 512, "tied": True}
-VOCABULARY = 8192
-SAMPLED = {"prompts": 8, "group": 8, "max_tokens": 48}
+SHAPE = {"width": 128, "layers": 6, "heads": 2, "kv_heads": 1, "head_dim": 64, "mlp_width": 352, "tied": True}
+VOCABULARY = 4096
+SAMPLED = {"prompts": 8, "group": 8, "max_tokens": 32}
 ALPHABET = "0123456789+=~(,)abcdefghijklmnopqrstuvwxyz "
 SAVE_EVERY = 20  # steps
 WARM_UP = 3  # pairs of steps that do not count: the fresh process has to warm up
