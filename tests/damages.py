@@ -41,9 +41,10 @@ import kills
 import referee
 
 RUNS = {  # together they leave every file that a checkpoint has
-    "ppo": f"ppo {referee.POLICY} {referee.SPREAD} --rewards material/rewards.py:faulty=0.5 --on-bad-reward skip "
-    "--adaptive-kl ziegler --kl-horizon 50 --ref-reset-every 2 --epochs 1 --critic-lr 1e-2",
-    "online_reward": f"{referee.CASES['online_bce'][0]} --preset grpo --adaptive-kl ziegler --loss.kl-coef 0.1",
+    "ppo": f"ppo {referee.POLICY} --rewards repetition=1 --adaptive-kl ziegler --kl-horizon 50 --ref-reset-every 2 "
+    "--epochs 1 --critic-lr 1e-2",
+    "online_reward": f"{referee.CASES['online_bce'][0]} --preset grpo --adaptive-kl ziegler --loss.kl-coef 0.1 "
+    "--rewards model:material/bce-model=1 material/rewards.py:faulty=0.5 --on-bad-reward skip",
 }
 STEPS = "--steps 4 --save-every 1 --eval-every 0 --eval-prompts 1 --eval-samples 1"
 OLD, NEW, CUT = "step-000002", "step-000003", "step-000004"  # the checkpoints that there are, and the one it died in
@@ -54,8 +55,13 @@ FALLBACK, HARMLESS, SENTENCE = ({name} for name in ("fallback", "harmless", "sen
 SHORT = (  # patterns of the most telling damages
     *("weights: a bit in the middle", "optimizer: 4 KB of zeros", "optimizer: missing", "state: without beta"),
     *("state: a step of 5,000 digits", "manifest: a wrong digest", "manifest: missing", "metrics.jsonl: a page of NUL"),
-    *("metrics.jsonl: a line doubled", "both checkpoints: *", "a text beside the checkpoints", "weights: NaN, sealed"),
-    *("completions.jsonl: half a line at its end", "checkpoint: renamed*"),
+    *(
+        "metrics.jsonl: a line doubled",
+        "both checkpoints: a bit",
+        "a text beside the checkpoints",
+        "weights: NaN, sealed",
+    ),
+    *("completions.jsonl: half a line at its end", "checkpoint: renamed to step-000007"),
 )
 
 MAIN = ("weights", "optimizer", "state", "manifest", "tokenizer.json")  # other files get the damages in THIN alone
@@ -71,7 +77,7 @@ class Damage(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """A run that was cut in the middle, its end undisturbed, and one of another seed."""
+    """A run that was cut in the middle, its end undisturbed, and one of another seed (or the same one)."""
 
     cut: Path
     end: tuple
@@ -412,10 +418,10 @@ def damages_of(sources: Sources) -> dict[str, Damage]:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def make_run(kind: str) -> Sources:
-    """Run a kind until it dies while it saves step 4, once more of another seed, and let a copy go on to its end."""
+def make_run(kind: str, seeds: Sequence[int] = (0, 1)) -> Sources:
+    """Run a kind until it dies while it saves step 4, also of another seed, and let a copy go on to its end."""
     found = []
-    for name, seed in (("cut", 0), ("other", 1)):
+    for name, seed in zip(("cut", "other"), seeds, strict=False):
         before = kills.new_case(f"{kind}-{name}")
         try:
             words = shlex.split(f"{RUNS[kind]} {STEPS} --seed {seed}")
@@ -435,7 +441,7 @@ def make_run(kind: str) -> Sources:
     os.chdir(before)
     if code:
         raise RuntimeError(f"{kind}, undamaged, ends with {code}:\n{said}")
-    return Sources(found[0], end, found[1])
+    return Sources(found[0], end, found[-1])
 
 
 def kind_of(kind: str) -> str:
@@ -552,9 +558,9 @@ def early(line: bytes) -> bool:
 
 def damage_all(given: argparse.Namespace) -> list[tuple[str, str, str, str]]:
     """Return run, damage, what came of it, and why, of each damage that is wanted."""
-    found, tasks = [], []
+    found, tasks, made = [], [], partial(make_run, seeds=(0,) if given.short else (0, 1))
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("fork")) as pool:
-        for kind, sources in zip(given.runs, pool.map(make_run, given.runs), strict=True):
+        for kind, sources in zip(given.runs, pool.map(made, given.runs), strict=True):
             chosen = [n for n in damages_of(sources) if any(fnmatch.fnmatch(n, pattern) for pattern in given.only)]
             tasks += [(kind, name, number, sources) for number, name in enumerate(chosen)]
         kills.say(f"{len(tasks)} damages")
