@@ -49,7 +49,7 @@ RUNS = {  # together they leave every file that a checkpoint has
 STEPS = "--steps 4 --save-every 1 --eval-every 0 --eval-prompts 1 --eval-samples 1"
 OLD, NEW, CUT = "step-000002", "step-000003", "step-000004"  # the checkpoints that there are, and the one it died in
 LOGS = ("metrics.jsonl", "completions.jsonl", "faults.jsonl")
-LIMIT, MEMORY = 20, 3 << 30  # seconds and bytes, of a resumed run
+LIMIT, MEMORY = 20, 1 << 30  # seconds and bytes, of a resumed run
 FAILURES = ("SILENT", "SPOILT", "TRACEBACK", "HANG", "KILLED")
 FALLBACK, HARMLESS, SENTENCE = ({name} for name in ("fallback", "harmless", "sentence"))
 SHORT = (  # patterns of the most telling damages
@@ -395,11 +395,13 @@ def damages_of(sources: Sources) -> dict[str, Damage]:
         others = (old / name, sources.other / "checkpoints" / NEW / name)
         chosen = [x for x in of_any_file(file, *others) if name_of(name) in MAIN or x[0] in THIN]
         for said, apply in chosen:
-            found[f"{name_of(name)}: {said}"] = Damage(at(place, apply), FALLBACK)
+            ends = {"harmless"} if name_of(name) == "manifest" and said == "a byte short" else set()  # an end of line
+            found[f"{name_of(name)}: {said}"] = Damage(at(place, apply), FALLBACK | ends)
     state, manifest = new / "state.json", new / "manifest.json"
     for said, apply in of_state(json.loads(state.read_bytes())):
         found[f"state: {said}"] = Damage(at(f"checkpoints/{NEW}/state.json", apply), FALLBACK)
-        found[f"state: {said}, sealed"] = Damage(sealed(apply, "state.json"), FALLBACK | SENTENCE)
+        if said != "without cursor":  # which is then the step's, as in older checkpoints
+            found[f"state: {said}, sealed"] = Damage(sealed(apply, "state.json"), FALLBACK | SENTENCE)
     if manifest.exists():
         for said, apply in of_manifest(json.loads(manifest.read_bytes())):
             found[f"manifest: {said}"] = Damage(at(f"checkpoints/{NEW}/manifest.json", apply), FALLBACK)
@@ -411,7 +413,8 @@ def damages_of(sources: Sources) -> dict[str, Damage]:
     for log in (log for log in LOGS if (sources.cut / log).exists()):
         found |= {f"{log}: {said}": Damage(at(log, apply), expected) for said, apply, expected in of_log()}
     for said, apply in of_any_file(sources.cut / "config.json", Path("none"), sources.other / "config.json"):
-        found[f"config: {said}"] = Damage(at("config.json", apply), SENTENCE)
+        ends = HARMLESS if said == "a byte short" else set()  # an end of line
+        found[f"config: {said}"] = Damage(at("config.json", apply), SENTENCE | ends)
     return found | dict(of_folders(random.Random(0)))
 
 
