@@ -40,7 +40,8 @@ def run_minirl(args, report: common.Report) -> None:
     from minirl.grpo import GRPOConfig, grpo_step, prepare
     from minirl.lab.rewards import rewards_of
     from minirl.lab.training import source_of
-    from minirl.run import Run, Step
+    from minirl.run import Run
+    from minirl.step import Step
 
     report("imported")
     shared = {k: getattr(args, k) for k in ("model", "prompts", "group", "max_tokens", "lr", "seed", "dtype", "device")}

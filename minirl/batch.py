@@ -3,17 +3,28 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from minirl.advantages import kl_in_reward
 from minirl.loss_metrics import Metrics, Over, combine_metrics, distance_metrics
 from minirl.losses import HiddenStates, LossInputs, PolicyLoss, Totals, loss_and_metrics, with_gradient
+from minirl.manifest import BATCH
 from minirl.model import Transformer
 from minirl.rollout import Rollout, counted
-from minirl.run import Step
-from minirl.trees import MicroBatch, Row, micro_batches, response_logprobs_and_entropy, response_mask
+from minirl.step import Step
+from minirl.trees import (
+    MicroBatch,
+    Row,
+    load_rows,
+    micro_batches,
+    response_logprobs_and_entropy,
+    response_mask,
+    save_rows,
+)
 
 CLIPS = ("clip/high", "clip/low", "clip/dual", "clip/frac")
 # What a token without gradient has too:
@@ -53,6 +64,19 @@ class Batch:
 
         tensors = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "rows"}
         return Batch([self.rows[i] for i in indices], **tensors)
+
+    def save(self, folder: Path) -> None:
+        """Write rows and tensors, with which a step that was cut goes on, or that can be looked at."""
+        save_rows(self.rows, folder)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
+        # Copies: mask and sampled may be one tensor, which safetensors does not write twice.
+        save_file({name: x.clone().contiguous() for name, x in tensors.items() if x is not None}, folder / BATCH)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> "Batch":
+        """Read what `save` wrote."""
+        tensors = load_file(folder / BATCH)
+        return cls(load_rows(folder), **{name: x.to(device) for name, x in tensors.items()})
 
     def groups(self) -> torch.Tensor:  # [B]
         return torch.tensor([row.group for row in self.rows], device=self.mask.device)

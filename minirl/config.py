@@ -91,6 +91,9 @@ class RunConfig(CheckpointConfig):
     resume: bool = False
     """Continue the run in `out`; micro_batch_tokens, recompute, device and save_every
     may differ, as they change a result by rounding at most."""
+    fork: bool = False
+    """With resume: go on with other steps, lr, critic_lr, warmup, schedule, weight_decay, clip_norm, target_kl,
+    eval_every or reward_timeout than the run began with; config.json keeps both, and the step of the change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,9 @@ class OptimizerConfig(Config):
     """Tokens in one forward: a memory knob that changes no result."""
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is NaN or infinite: stop, or leave the update out (several in a row stop the run). Its
+    rows are kept in the run's folder nonfinite/."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,10 @@ class NoChatTemplate(InputError):
     """Chat messages, for a tokenizer that has no template for them."""
 
 
+class NonFinite(InputError):
+    """A loss, a gradient or weights with NaN or infinity."""
+
+
 @contextmanager
 def named(where: str) -> Iterator[None]:
     """Put a place before the sentence of an InputError that passes through."""

@@ -14,8 +14,9 @@ from minirl.prompts import measure
 from minirl.rewards import TIMEOUT, score_rollout
 from minirl.rollout import Rollout, sample
 from minirl.rules import Reward
-from minirl.run import Observer, Run, Step
+from minirl.run import Observer, Run
 from minirl.sampler import Sampler, SamplingParams
+from minirl.step import Step
 from minirl.task import Task
 from minirl.tokenizer import Tokenizer
 

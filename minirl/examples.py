@@ -6,6 +6,8 @@ these.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +18,7 @@ from minirl.records import HH, as_text, trained_turns
 from minirl.reward_losses import inverse_frequency
 from minirl.split import prompt_key, split_by_problem
 from minirl.tokenizer import Tokenizer
-from minirl.trees import LAST, Row, micro_batches
+from minirl.trees import LAST, Row, micro_batches, save_rows
 from minirl.turns import Turns, common_start, continuation_ids, conversation, encode_answer, step_ends
 
 NO_PROMPT = "write something to answer"  # advice
@@ -125,6 +127,16 @@ class Line:
     @property
     def tokens(self) -> int:
         return len(self.rows[0].prompt) + sum(len(row.response) for row in self.rows)
+
+
+class Lines(NamedTuple):
+    """The lines of an update."""
+
+    lines: Sequence[Line]
+
+    def save(self, folder: Path) -> None:
+        """Write their rows, to be looked at."""
+        save_rows([row for line in self.lines for row in line.rows], folder)
 
 
 def description(examples: Sequence[dict]) -> str:

@@ -74,6 +74,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield staging
         os.chmod(staging, 0o755)
         for file in staging.rglob("*"):
+            os.chmod(file, 0o755 if file.is_dir() else 0o644)  # safetensors writes its files for their owner alone
             _sync(file)
         if path.exists():
             shutil.rmtree(path)

@@ -26,9 +26,10 @@ from minirl.errors import InputError
 from minirl.kl_weight import KLWeight
 from minirl.losses import PolicyLoss
 from minirl.optimizer import learning_rate
-from minirl.policy import Cursor, Policy, Reference, log_step, past_target_kl, policy_gradient
+from minirl.policy import Cursor, Policy, Reference, log_rollout, log_updates, past_target_kl, policy_gradient
 from minirl.rollout import Rollout, counted, finish_rollout, scored_batch
-from minirl.run import Display, Run, Step, identity
+from minirl.run import Display, Run, identity
+from minirl.step import Step
 
 ALONE = ("correct_only", "reinforce", "reinforce_pp")  # advantages that need no other completion of the prompt
 
@@ -108,38 +109,44 @@ def grpo(
         parts = prepare(run, config, source, rewards)
         run.example = (parts.policy.tokenizer, *parts.source.first())
         for step in run.steps("step", config.steps, config.save_every):
-            grpo_step(step, config, parts)
+            step.attempt(grpo_step, config, parts)
         rewards.finish(run)
         return run.finish(parts.policy.model, parts.policy.tokenizer)
 
 
 def grpo_step(step: Step, config: GRPOConfig, parts: Parts) -> None:
     """Sample, reward, compare, update."""
-    policy, reference, source, cursor, rewards, beta = parts
-    with step.time("rollout"), step.untouched():
-        rollout = collect(source, cursor, rewards, config, step)  # prompts -> completions -> rewards
+    policy, reference, _, cursor, rewards, beta = parts
+    batch = step.kept(Batch.load, policy.model.device) or step.keep(sampled_batch(step, config, parts))
+    rate = learning_rate(step.number, config.lr, config.warmup, config.steps, config.schedule)
     with step.time("train"):
-        batch = make_batch(rollout, policy, reference, config)  # rows, masks, old and reference log-probs
-        batch.advantages = estimate_advantages(rollout, batch, policy.tokenizer, beta, config)
-        batch.mask = trained_tokens(rollout, batch, config)
-        rate = learning_rate(step.number, config.lr, config.warmup, config.steps, config.schedule)
-        updates, skipped = [], 0
-        for part in mini_batches(batch, config, step):
+        for part in step.remaining(mini_batches(batch, config, step)):
             metrics = policy_gradient(policy, part, beta.policy_loss, config)  # of the one loss, in micro-batches
-            if metrics is None:  # no token of the part has a gradient
-                skipped += 1
-                continue
             if past_target_kl(metrics, config):
                 policy.optimizer.zero_grad()
                 break
-            updates.append(metrics | {"grad_norm": policy.optimizer.step(rate, config.clip_norm)})
-        step.add(lr=rate, skip_step=skipped)
-        step.add(**beta.adapt(batch, policy, moved=bool(updates)))
+            step.update(part, metrics, {"grad_norm": (policy.optimizer, rate)}, config)
+    rewards.refresh(step)
+    step.add(lr=rate, **beta.adapt(batch, policy, moved=any(step.updates)))
     if step.due(config.ref_reset_every):
         reference.reset(policy)
-    rewards.refresh(step)
-    cursor.batches += rollout.batches  # only now: a step that failed is drawn again when the run is resumed
-    log_step(step, rollout, batch, updates, config)
+    log_updates(step)
+    cursor.batches += step.draws  # last, when nothing can fail: until then a step that failed can be taken up again
+
+
+def sampled_batch(step: Step, config: GRPOConfig, parts: Parts) -> Batch:
+    """Sample, reward and compare: all of a step before its first update."""
+    policy, reference, source, cursor, rewards, beta = parts
+    with step.untouched():
+        with step.time("rollout"):
+            rollout = collect(source, cursor, rewards, config, step)  # prompts -> completions -> rewards
+        with step.time("train"):
+            batch = make_batch(rollout, policy, reference, config)  # rows, masks, old and reference log-probs
+            batch.advantages = estimate_advantages(rollout, batch, policy.tokenizer, beta, config)
+            batch.mask = trained_tokens(rollout, batch, config)
+        log_rollout(step, rollout, batch, config)
+    rewards.watch(rollout)
+    return batch
 
 
 def prepare(run: Run, config: GRPOConfig, source: Callable, rewards) -> Parts:
@@ -168,7 +175,7 @@ def collect(source, cursor: Cursor, rewards, config: GRPOConfig, step: Step) -> 
         if len(kept) >= config.prompts:
             break
     rollout = everything = Rollout.join(batches)
-    rewards.watch(everything)
+    rewards.correct_distrusted(everything)
     if config.dynamic_sampling:
         rollout = everything.select(kept[: config.prompts] or range(config.prompts))
         step.add(gen_batches=len(batches), kept_frac=len(kept) / len(everything.prompts))
@@ -176,7 +183,7 @@ def collect(source, cursor: Cursor, rewards, config: GRPOConfig, step: Step) -> 
         if not kept:
             rollout.idle = f"none of {len(everything.prompts)} groups has right and wrong completions"
     rollout.batches = len(batches)
-    return finish_rollout(rollout, everything, rewards, step)
+    return finish_rollout(rollout, rewards, step)
 
 
 def mixed_groups(rollout: Rollout, config: GRPOConfig) -> list[int]:

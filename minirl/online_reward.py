@@ -27,9 +27,11 @@ from minirl.reward_losses import label_metrics
 from minirl.reward_model import RewardModel, read_all
 from minirl.reward_training import RewardConfig, add_reward_gradient, rows_of
 from minirl.rollout import Rollout
-from minirl.run import Run, Step
+from minirl.run import Run
+from minirl.step import Step
 from minirl.trees import Row
 
+STATE = ("seen", "rounds", "trusted", "owed", "refreshed", "losses", "level")  # numbers that a checkpoint holds
 LEAST_ACCURACY, LEAST_CORRELATION, MOST_MEAN = 0.6, 0.2, 10.0  # beyond these the model is not believed
 
 
@@ -58,6 +60,9 @@ class OnlineReward:
         self.new: list[Line] = []  # since the last refresh
         self.old: list[Line] = []  # a fair sample of those before it
         self.seen, self.rounds, self.trusted = 0, 0, True
+        self.refreshed = 0  # after so many steps
+        self.losses: list[float] = []  # of the updates of a refresh that is under way
+        self.level: float | None = None  # the mean score of the new lines before it
         self.owed = 0.0  # older lines that are due, less than one
         self.fresh: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # scores, labels, groups since then
         self.optimizer = None
@@ -92,16 +97,27 @@ class OnlineReward:
         labels = torch.tensor(rollout.verdicts, dtype=torch.float64)
         return agreement(torch.tensor(rollout.parts[self.name]), labels, rollout.group_ids)
 
-    def watch(self, rollout: Rollout) -> None:
-        """Take note of a rollout that was scored, and put the rule's label in the place of a score that is not to be
-        believed."""
-        labels = rollout.verdicts
-        scores, truth = torch.tensor(rollout.parts[self.name], dtype=torch.float64), torch.tensor(labels)
-        if self.config.every:
-            self.fresh.append((scores, truth, rollout.group_ids))
-            self.new += self._lines(rollout, labels)
+    def _scores(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(rollout.parts[self.name], dtype=torch.float64), torch.tensor(rollout.verdicts)
+
+    def correct_distrusted(self, rollout: Rollout) -> None:
+        """Put the rule's label in the place of a score that is not to be believed."""
         if not self.trusted:
+            scores, truth = self._scores(rollout)
             rollout.rewards += self.weight * ((truth == 1).double().masked_fill(truth.isnan(), math.nan) - scores)
+
+    def watch(self, rollout: Rollout) -> None:
+        """Take note of a rollout that was scored."""
+        if self.config.every:
+            self.fresh.append((*self._scores(rollout), rollout.group_ids))
+            self.new += self._lines(rollout, rollout.verdicts)
+
+    def halve(self) -> None:
+        """Read half as many tokens at a time, as memory ran out."""
+        self.reward.budget = max(1, self.reward.budget // 2)
+        if self.optimizer is not None:
+            self.training = replace(self.training, micro_batch_tokens=self.reward.budget)
+            self.optimizer.zero_grad()
 
     def _measure(self) -> dict[str, float]:
         """Measure the agreement with the rule over all steps since the last refresh."""
@@ -132,15 +148,17 @@ class OnlineReward:
 
     def refresh_if_due(self, step: Step) -> None:
         """Train every N steps, and say if the model is not to be believed for now."""
-        if step.due(self.config.every):
+        if step.due(self.config.every) and self.refreshed < step.done:
             metrics, alarm = self.refresh()
+            self.refreshed = step.done  # the end of a step that was cut is done again
             step.add(**metrics)
             if alarm:
                 step.run.display.line(f"step {step.done}: {alarm}")
 
     def refresh(self) -> tuple[dict[str, float], str]:
         """Train on the new lines; returns metrics and a sentence if the model is not to be believed for now. Where
-        there was nothing to compare it is believed as before."""
+        there was nothing to compare it is believed as before. One that an error has cut goes on after its last
+        update."""
         found = self._measure()
         alarms = [
             sentence
@@ -157,13 +175,16 @@ class OnlineReward:
         metrics = {f"refresh/{name}": value for name, value in found.items()}
         metrics |= {"refresh/lines": len(self.new), "refresh/alarm": float(bool(alarms))}
         if self.new:
-            before = self._level()
-            losses = [self._update(lines) for lines in self._batches()]
+            batches, owed = self._batches()
+            self.level = self._level() if self.level is None else self.level
+            for lines in batches[len(self.losses) :]:
+                self.losses.append(self._update(lines))
             # Only differences are learned from pairs: a jump of the level would mislead a critic.
             if self.reward.model.head.kind == "pairwise":
                 head = self.reward.model.head
-                self.reward.model.head = replace(head, bias=head.bias + self._level() - before)
-            metrics["refresh/loss"] = float(np.mean(losses))
+                self.reward.model.head = replace(head, bias=head.bias + self._level() - self.level)
+            metrics["refresh/loss"] = float(np.mean(self.losses))
+            self.owed, self.losses, self.level = owed, [], None
         self._remember()
         self.rounds += 1
         said = f"the reward model {' and '.join(alarms)}: until the next refresh the rule's label stands for it"
@@ -172,21 +193,21 @@ class OnlineReward:
     def _level(self) -> float:
         return read_all(self.reward.model, rows_of(self.new), self.reward.budget).double().mean().item()
 
-    def _batches(self) -> list[list[Line]]:
+    def _batches(self) -> tuple[list[list[Line]], float]:
         """Mix the new lines in a seeded order with older ones so that they are the share `replay` of all that is
-        learned: what a batch cannot take by halves is owed to the next."""
+        learned: what a batch cannot take by halves is owed to the next, and what the last cannot is returned."""
         c, rng = self.config, np.random.default_rng([self.seed, 2, self.rounds])
         fresh = max(1, round(c.batch * (1 - c.replay))) if self.old else c.batch
-        batches = []
+        batches, owed = [], self.owed
         for _ in range(c.epochs):
             shuffled = rng.permutation(len(self.new))
             for start in range(0, len(shuffled), fresh):
                 part = [self.new[i] for i in shuffled[start : start + fresh]]
-                self.owed += len(part) * c.replay / (1 - c.replay) if self.old else 0.0
-                older = min(len(self.old), int(self.owed))
-                self.owed -= older
+                owed += len(part) * c.replay / (1 - c.replay) if self.old else 0.0
+                older = min(len(self.old), int(owed))
+                owed -= older
                 batches.append(part + [self.old[i] for i in rng.choice(len(self.old), older, replace=False)])
-        return batches
+        return batches, owed
 
     def _update(self, lines: list[Line]) -> float:
         if self.reward.model.head.kind != "pairwise":
@@ -222,7 +243,7 @@ class OnlineReward:
         self.reward.model.save_pretrained(folder)
         self.reward.tokenizer.save_pretrained(folder)
         save_file(self.optimizer.state_dict(), folder / OPTIMIZER)
-        state = {name: getattr(self, name) for name in ("seen", "rounds", "trusted", "owed")}
+        state = {name: getattr(self, name) for name in STATE}
         state |= {"new": [asdict(line) for line in self.new], "old": [asdict(line) for line in self.old]}
         state["fresh"] = [[x.tolist() for x in part] for part in self.fresh]
         (folder / "outcomes.json").write_text(json.dumps(state))
@@ -236,8 +257,8 @@ class OnlineReward:
         state = json.loads(file.read_text())
         if any("rows" not in line for line in state["new"] + state["old"]):
             raise InputError(f"{file} is of an earlier version: resume the run with that one, or begin a new one")
-        self.seen, self.rounds = state["seen"], state["rounds"]
-        self.trusted, self.owed = state["trusted"], state["owed"]
+        for name in STATE:
+            setattr(self, name, state[name])
         self.new, self.old = ([_line(x) for x in state[name]] for name in ("new", "old"))
         self.fresh = [
             (torch.tensor(s, dtype=torch.float64), torch.tensor(y), torch.tensor(g)) for s, y, g in state["fresh"]

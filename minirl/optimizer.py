@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from minirl.errors import InputError
+from minirl.errors import InputError, NonFinite
 
 CHUNK = 1 << 18  # weights updated at a time on a CPU: the temporaries stay in cache
 
@@ -74,23 +74,25 @@ class AdamW:
 
     def zero_grad(self) -> None:
         self.grads.clear()
+        for p in self.params.values():  # where an error has cut a backward
+            p.grad = None
 
     def grad_norm(self) -> float:
-        """Return the Euclidean norm of the whole gradient; an InputError names a tensor that is not finite."""
+        """Return the Euclidean norm of the whole gradient; NonFinite names a tensor that is not finite."""
         norms = {name: torch.linalg.vector_norm(g) for name, g in self.grads.items()}
         if not norms:
             return 0.0
         total = torch.linalg.vector_norm(torch.stack(list(norms.values()))).item()  # a GPU waits once
         if not math.isfinite(total):
             name = next((n for n, norm in norms.items() if not math.isfinite(norm)), "sum")
-            raise InputError(f"the gradient of {name!r} is not finite: lower the learning rate or look at the rewards")
+            raise NonFinite(f"the gradient of {name!r} is not finite")
         return total
 
     @torch.no_grad()
-    def step(self, lr: float, clip: float | None = None) -> float:
+    def step(self, lr: float, clip: float | None = None, norm: float | None = None) -> float:
         """Update the weights with the gradient, scaled down to norm `clip` where it is longer; clear the gradient, and
-        return its norm before scaling."""
-        norm = self.grad_norm()
+        return its norm before scaling. `norm` is that norm where it is known."""
+        norm = self.grad_norm() if norm is None else norm
         scale = 1.0 if clip is None or norm <= clip else clip / norm
         self.updates += 1
         for name, grad in self.grads.items():

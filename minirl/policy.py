@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,9 @@ from minirl.losses import PolicyLoss
 from minirl.model import ScalarHead, Transformer
 from minirl.optimizer import AdamW
 from minirl.rollout import Rollout, counted
-from minirl.run import Run, Step
+from minirl.run import Run
 from minirl.sampler import Sampler
+from minirl.step import Step
 from minirl.tokenizer import Tokenizer
 from minirl.trees import Row, response_logprobs
 
@@ -49,7 +49,7 @@ class Policy:
         self.optimizer = AdamW(self.model, betas, weight_decay=self.config.weight_decay)
         return self
 
-    @cached_property
+    @property
     def sampler(self) -> Sampler:
         return Sampler(self.model, self.config.slots, tokenizer=self.tokenizer)
 
@@ -145,25 +145,31 @@ def policy_gradient(
     return add_policy_gradient(policy.model, part, loss, *budget_of(config), further_loss, known)
 
 
-def past_target_kl(metrics: dict[str, float], config) -> bool:
-    """Tell whether the policy is further from the one that sampled than a step's updates may take it."""
-    return config.target_kl is not None and metrics.get("kl_old/k3", 0.0) > config.target_kl
+def past_target_kl(metrics: dict[str, float] | None, config) -> bool:
+    """Tell whether the policy is further from the one that sampled than a step's updates may take it; not by a part
+    without metrics, of which no token has a gradient."""
+    return config.target_kl is not None and (metrics or {}).get("kl_old/k3", 0.0) > config.target_kl
 
 
-def log_step(step: Step, rollout: Rollout, batch: Batch, updates: Sequence[dict[str, float]], config) -> None:
-    """Log what the updates have measured, means over those that have a metric, and what is known of every token of the
-    batch; tokens per second; and the first completion of some prompts.
+def log_updates(step: Step) -> None:
+    """Log what the updates have measured, means over those that have a metric, and tokens per second; what
+    `log_rollout` knows of every token stands.
 
     Rows without a gradient are not computed, so they are not counted in the speed of training.
     """
+    updates = [metrics for metrics in step.updates if metrics is not None]
     names = dict.fromkeys(name for metrics in updates for name in metrics)
     means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
     means |= {"trained_tokens": sum(m["trained_tokens"] for m in updates), "updates": len(updates)}
-    means |= {name: value for name, value in step.metrics.items() if name == "entropy"}  # of all that was sampled
-    step.add(**means | sampled_metrics(rollout, batch) | advantage_metrics(rollout, batch, config))
-    step.speed("rollout", step.metrics["sampled_tokens"] if rollout.fresh else math.nan)
+    step.add(**means | step.metrics, skip_step=len(step.updates) - len(updates))
     step.speed("train", step.metrics["trained_tokens"])
-    A = batch.advantages
+
+
+def log_rollout(step: Step, rollout: Rollout, batch: Batch, config) -> None:
+    """Log what is known of every token of a batch before its updates, and the first completion of some prompts."""
+    step.add(**sampled_metrics(rollout, batch) | advantage_metrics(rollout, batch, config))
+    step.speed("rollout", step.metrics["sampled_tokens"] if rollout.fresh else math.nan)
+    step.draws, A = rollout.batches, batch.advantages
     advantages = A if A.dim() == 1 else A.sum(1) / batch.sampled.sum(1).clamp(min=1)  # of tokens: their mean
     for i in range(min(config.shown, len(rollout.prompts))):
         row = i * rollout.group_size
@@ -186,7 +192,7 @@ def sampled_metrics(rollout: Rollout, batch: Batch) -> dict[str, float]:
     trains on a part of what it samples, so there the estimate stands in any case.
     """
     at, found = batch.sampled, {}
-    if batch.old_logp is not None and not rollout.selected:
+    if batch.old_logp is not None and rollout.everything is None:
         found["entropy"] = batch.entropy[at].double().mean()
     if batch.old_logp is not None and batch.ref_logp is not None:
         d = torch.where(at, batch.old_logp - batch.ref_logp, 0).double()

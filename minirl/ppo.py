@@ -22,9 +22,10 @@ from minirl.config import Count, NotNegative, PolicyConfig, Positive, Whole, req
 from minirl.critic import Critic
 from minirl.kl_weight import KLWeight
 from minirl.optimizer import learning_rate
-from minirl.policy import Cursor, Policy, Reference, log_step, past_target_kl, policy_gradient
+from minirl.policy import Cursor, Policy, Reference, log_rollout, log_updates, past_target_kl, policy_gradient
 from minirl.rollout import Rollout, finish_rollout, scored_batch
-from minirl.run import Display, Run, Step, identity
+from minirl.run import Display, Run, identity
+from minirl.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,48 +104,55 @@ def ppo(
         parts = prepare(run, config, source, rewards)
         run.example = (parts.policy.tokenizer, *parts.source.first())
         for step in run.steps("step", config.steps, config.save_every):
-            ppo_step(step, config, parts)
+            step.attempt(ppo_step, config, parts)
         rewards.finish(run)
         return run.finish(parts.policy.model, parts.policy.tokenizer)
 
 
 def ppo_step(step: Step, config: PPOConfig, parts: Parts) -> None:
     """Sample, reward, estimate advantages, update policy and critic."""
-    policy, critic, reference, source, cursor, rewards, beta = parts
-    with step.time("rollout"), step.untouched():
-        rollout = collect(source, cursor, rewards, config, step)  # prompts -> completions -> rewards
+    policy, critic, reference, _, cursor, rewards, beta = parts
+    batch = step.kept(Batch.load, policy.model.device) or step.keep(sampled_batch(step, config, parts))
+    schedule = (config.warmup, config.steps, config.schedule)
+    rate, critic_rate = (learning_rate(step.number, peak, *schedule) for peak in (config.lr, config.critic_lr))
+    warming = step.number < config.critic_warmup
     with step.time("train"):
-        batch = make_batch(rollout, policy, reference, config)  # rows, masks, old and reference log-probs
-        batch.advantages, batch.old_values, batch.returns = estimate_advantages(rollout, batch, critic, beta, config)
-        if rollout.idle:  # neither KL nor entropy nor value alone shall move anything
-            batch.mask = torch.zeros_like(batch.mask)
-        schedule = (config.warmup, config.steps, config.schedule)
-        rate, critic_rate = (learning_rate(step.number, peak, *schedule) for peak in (config.lr, config.critic_lr))
-        warming, updates, skipped = step.number < config.critic_warmup, [], 0
-        for part in mini_batches(batch, config, step):
+        for part in step.remaining(mini_batches(batch, config, step)):
             of_critic = critic.add_gradient(part, config.micro_batch_tokens) if critic.own or warming else None
             shared = None if critic.own else critic.loss  # on the policy's trunk both losses share one forward
             of_policy = None if warming else policy_gradient(policy, part, beta.policy_loss, config, shared)
-            if of_critic is None and of_policy is None:  # no token of the part counts
-                skipped += 1
-                continue
-            metrics = (of_critic or {}) | (of_policy or {})
+            metrics = (of_critic or {}) | (of_policy or {}) or None  # None: no token of the part counts
             if past_target_kl(metrics, config):
                 policy.optimizer.zero_grad()
                 critic.optimizer.zero_grad()
                 break
-            if of_policy is not None:
-                metrics |= {"grad_norm": policy.optimizer.step(rate, config.clip_norm)}
-            metrics |= {"value/grad_norm": critic.optimizer.step(critic_rate, config.clip_norm)}
-            updates.append(metrics)
-        moved = any("grad_norm" in metrics for metrics in updates)
-        step.add(lr=rate, skip_step=skipped)
-        step.add(**beta.adapt(batch, policy, moved))
+            optimizers = {"grad_norm": (policy.optimizer, rate)} if of_policy is not None else {}
+            optimizers["value/grad_norm"] = critic.optimizer, critic_rate
+            step.update(part, metrics, optimizers, config)
+    rewards.refresh(step)
+    moved = any("grad_norm" in (metrics or {}) for metrics in step.updates)
+    step.add(lr=rate, **beta.adapt(batch, policy, moved))
     if step.due(config.ref_reset_every):
         reference.reset(policy)
-    rewards.refresh(step)
-    cursor.batches += rollout.batches  # only now: a step that failed is drawn again when the run is resumed
-    log_step(step, rollout, batch, updates, config)
+    log_updates(step)
+    cursor.batches += step.draws  # last, when nothing can fail: until then a step that failed can be taken up again
+
+
+def sampled_batch(step: Step, config: PPOConfig, parts: Parts) -> Batch:
+    """Sample, reward and estimate advantages: all of a step before its first update."""
+    policy, critic, reference, source, cursor, rewards, beta = parts
+    with step.untouched():
+        with step.time("rollout"):
+            rollout = collect(source, cursor, rewards, config, step)  # prompts -> completions -> rewards
+        with step.time("train"):
+            batch = make_batch(rollout, policy, reference, config)  # rows, masks, old and reference log-probs
+            found = estimate_advantages(rollout, batch, critic, beta, config)
+            batch.advantages, batch.old_values, batch.returns = found
+            if rollout.idle:  # neither KL nor entropy nor value alone shall move anything
+                batch.mask = torch.zeros_like(batch.mask)
+        log_rollout(step, rollout, batch, config)
+    rewards.watch(rollout)
+    return batch
 
 
 def prepare(run: Run, config: PPOConfig, source: Callable, rewards) -> Parts:
@@ -164,8 +172,8 @@ def prepare(run: Run, config: PPOConfig, source: Callable, rewards) -> Parts:
 def collect(source, cursor: Cursor, rewards, config: PPOConfig, step: Step) -> Rollout:
     """Sample and reward the prompts of a step."""
     rollout = scored_batch(source, cursor.batches, rewards, config, step)
-    rewards.watch(rollout)
-    return finish_rollout(rollout, rollout, rewards, step)
+    rewards.correct_distrusted(rollout)
+    return finish_rollout(rollout, rewards, step)
 
 
 def estimate_advantages(

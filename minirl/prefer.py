@@ -17,7 +17,16 @@ import torch
 from minirl.batch import endless_epochs
 from minirl.config import Count, OptimizerConfig, Positive, RunConfig, Whole
 from minirl.errors import InputError
-from minirl.examples import Line, description, held_out, overlong_line, ranked_lists, refuse_unknown_tokens, whole_lists
+from minirl.examples import (
+    Line,
+    Lines,
+    description,
+    held_out,
+    overlong_line,
+    ranked_lists,
+    refuse_unknown_tokens,
+    whole_lists,
+)
 from minirl.files import contents
 from minirl.loss_metrics import combine_metrics
 from minirl.model import Transformer
@@ -28,10 +37,10 @@ from minirl.run import (
     Display,
     Observer,
     Run,
-    Step,
     identity,
     tracked,
 )
+from minirl.step import Step
 from minirl.tokenizer import Tokenizer
 from minirl.trees import MicroBatch, loss_mask
 
@@ -221,6 +230,19 @@ class HeldOutPairs(Observer):
         return held_out_metrics(logps, self.lists, self.config.loss)
 
 
+def prefer_step(step: Step, config: PreferConfig, policy: Policy, train: Sequence[Line]) -> None:
+    """Take one update on the lines of a step."""
+    rate = learning_rate(step.number, config.lr, config.warmup, config.steps, config.schedule)
+    with step.time("step"):
+        chosen = endless_epochs(len(train), config.seed, step.number * config.batch, config.batch)
+        lists = [train[i] for i in chosen]
+        found = add_preference_gradient(policy.model, lists, config.loss, config.micro_batch_tokens)
+        step.update(Lines(lists), found, {"grad_norm": (policy.optimizer, rate)}, config)
+    step.add(**found | (step.updates[0] or {}), lr=rate)
+    step.add(pairs=totals_of(lists).pairs, tokens=sum(item.tokens for item in lists))
+    step.speed("train", step.metrics["tokens"], over="step")
+
+
 def prefer(
     config: PreferConfig, examples: Sequence[dict], display: Display | None = None, observers: Sequence = ()
 ) -> Path:
@@ -242,12 +264,5 @@ def prefer(
             run.display.example(tokenizer, *first_example(train[0]))
         run.observe(HeldOutPairs(config, policy, held))
         for step in run.steps("prefer", config.steps, config.save_every):
-            with step.time("step"):
-                chosen = endless_epochs(len(train), config.seed, step.number * config.batch, config.batch)
-                lists = [train[i] for i in chosen]
-                rate = learning_rate(step.number, config.lr, config.warmup, config.steps, config.schedule)
-                step.add(**add_preference_gradient(policy.model, lists, config.loss, budget))
-                step.add(grad_norm=policy.optimizer.step(rate, config.clip_norm), lr=rate)
-            step.add(pairs=totals_of(lists).pairs, tokens=sum(item.tokens for item in lists))
-            step.speed("train", step.metrics["tokens"], over="step")
+            step.attempt(prefer_step, config, policy, train)
         return run.finish(policy.model, policy.tokenizer)

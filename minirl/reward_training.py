@@ -19,7 +19,7 @@ import torch
 
 from minirl.config import Count, NotNegative, OptimizerConfig, RunConfig, Whole, require
 from minirl.errors import InputError
-from minirl.examples import Line, balanced, demonstration_rows, description, reward_lines, split_by_prompt
+from minirl.examples import Line, Lines, balanced, demonstration_rows, description, reward_lines, split_by_prompt
 from minirl.files import contents
 from minirl.metrics import shown
 from minirl.model import ScalarHead, Transformer
@@ -40,10 +40,10 @@ from minirl.run import (
     Display,
     Observer,
     Run,
-    Step,
     identity,
     tracked,
 )
+from minirl.step import Step
 from minirl.trees import LAST, Row, micro_batches
 
 
@@ -310,6 +310,20 @@ class HeldOutLines(Observer):
         return held_out_metrics(self.parts.policy.model, self.parts.heldout, self.config) if self.parts.heldout else {}
 
 
+def reward_step(step: Step, config: RewardConfig, policy: Policy, train: Sequence[Line], prompts: np.ndarray) -> None:
+    """Take one update on the lines of a step."""
+    rate = learning_rate(step.number, config.lr, config.warmup, step.total, config.schedule)
+    with step.time("step"):
+        chosen = endless_chunks(prompts, config.share, config.seed, step.number * config.batch, config.batch)
+        lines = [train[i] for i in chosen]
+        loss, scores = add_reward_gradient(policy.model, lines, config)
+        step.update(Lines(lines), {"loss": loss}, {"grad_norm": (policy.optimizer, rate)}, config)
+    step.add(**{"loss": loss} | (step.updates[0] or {}), lr=rate)
+    step.add(**measures(scores, lines, config), **score_stats(scores, "reward/"))
+    step.add(tokens=sum(line.tokens for line in lines))
+    step.speed("train", step.metrics["tokens"], over="step")
+
+
 def train_reward_model(
     config: RewardConfig, examples: Examples, display: Display | None = None, observers: Sequence = ()
 ) -> Path:
@@ -322,15 +336,7 @@ def train_reward_model(
             run.display.example(policy.tokenizer, *first_example(train[0].rows[0]))
         run.observe(HeldOutLines(config, parts))
         for step in run.steps("reward", total, config.save_every):
-            with step.time("step"):
-                chosen = endless_chunks(prompts, config.share, config.seed, step.number * config.batch, config.batch)
-                lines = [train[i] for i in chosen]
-                rate = learning_rate(step.number, config.lr, config.warmup, total, config.schedule)
-                loss, scores = add_reward_gradient(policy.model, lines, config)
-                step.add(loss=loss, grad_norm=policy.optimizer.step(rate, config.clip_norm), lr=rate)
-            step.add(**measures(scores, lines, config), **score_stats(scores, "reward/"))
-            step.add(tokens=sum(line.tokens for line in lines))
-            step.speed("train", step.metrics["tokens"], over="step")
+            step.attempt(reward_step, config, policy, train, prompts)
         if config.kind == "pairwise":
             set_bias(policy.model, reference or rows_of(heldout or train[: config.eval_lines]), config, run)
         return run.finish(policy.model, policy.tokenizer)

@@ -90,10 +90,20 @@ class Rewards:
             known = {"reward": fault.reward, "fault": fault.kind, "prompt": example, "completion": text}
             step.record("faults.jsonl", **known, sentence=fault.sentence)
 
+    def correct_distrusted(self, rollout) -> None:
+        """Put the rule's label in the place of the scores of a reward model that is not to be believed."""
+        for model in self.learned:
+            model.correct_distrusted(rollout)
+
     def watch(self, rollout) -> None:
         """Let reward models take note of all that a step has sampled, once none of it can fail any more."""
         for model in self.learned:
-            model.watch(rollout)
+            model.watch(rollout.everything or rollout)
+
+    def halve(self) -> None:
+        """Let reward models read half as many tokens at a time."""
+        for model in self.learned:
+            model.halve()
 
     def agreement(self, rollout) -> dict[str, float]:
         """Measure how far each reward model agrees with the task's rule."""

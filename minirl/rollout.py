@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from minirl.errors import InputError
-from minirl.run import Step
 from minirl.sampler import Completion, Sampler, SamplingParams
+from minirl.step import Step
 from minirl.thoughts import CLOSING, OPENING
 from minirl.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ class Rollout:
     indices: list[int] = field(default_factory=list)  # P, of the examples in the data; for sentences
     weights: dict[str, float] = field(default_factory=dict)  # of each reward
     verdicts: list[float] = field(default_factory=list)  # B, by the task's rule: 1 is right; stored ones: their reward
-    selected: bool = False  # a part of what was sampled
+    everything: "Rollout | None" = None  # that was sampled, where this is a part of it
     fresh: bool = True  # drawn from the policy of this step, not stored before
     idle: str = ""  # why it trains nothing
     batches: int = 1  # of prompts that were drawn for it
@@ -71,7 +71,7 @@ class Rollout:
         parts, steps = ({name: pick(values) for name, values in x.items()} for x in (self.parts, self.steps))
         chosen = Rollout(examples, prompts, pick(self.completions), pick(self.texts), self.rewards[rows], parts, steps)
         chosen.verdicts, chosen.weights, chosen.fresh = pick(self.verdicts), self.weights, self.fresh
-        chosen.selected = True
+        chosen.everything = self
         return chosen
 
     @property
@@ -315,11 +315,12 @@ def scored_batch(source, number: int, rewards, config, step: Step, in_steps: boo
     return rollout
 
 
-def finish_rollout(rollout: Rollout, sampled: Rollout, rewards, step: Step) -> Rollout:
-    """Log statistics of everything that was `sampled`, and say why `rollout` trains nothing where it does not.
+def finish_rollout(rollout: Rollout, rewards, step: Step) -> Rollout:
+    """Log statistics of everything that was sampled, and say why the rollout trains nothing where it does not.
 
     That is an error in the first step; later it may be a passing failure, which must not cost the run.
     """
+    sampled = rollout.everything or rollout
     step.add(**sampled.metrics(), **rewards.agreement(sampled))
     if step.number == 0:
         rollout.require_score()

@@ -8,43 +8,44 @@ that were logged after it are dropped on resume, so that a killed and resumed ru
 not. The folder begins with the first line that is logged: a run that fails before it leaves none.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 
 from minirl import __version__
-from minirl.errors import InputError
-from minirl.files import atomic_folder, read_json, read_jsonl, write_atomic, write_json
+from minirl.errors import InputError, told
+from minirl.files import json_values, read_json, write_json
+from minirl.manifest import MANIFEST, LogEnd, damage, read_end, read_manifest, seal
 from minirl.model import Transformer
+from minirl.step import LOGS, Step, Stopped, place_name, whole_folder
 from minirl.tokenizer import Tokenizer
 
-LOGS = ("metrics.jsonl", "completions.jsonl", "faults.jsonl")
-FREE_ON_RESUME = (
-    "slots",
-    "micro_batch_tokens",
-    "recompute",
-    "device",
-    "save_every",
-    "shown",
-    "on_bad_reward",
-)  # on resume
-WRITTEN = ("config.json", *LOGS, "model", "reward_model", "checkpoints/step")  # atomically, from beside the place
-FORMAT = 2  # of a run's folder: raised where this code could not take an older run up again to the same bits
+FREE = ("slots", "micro_batch_tokens", "recompute", "device", "save_every", "shown", "on_bad_reward", "on_nonfinite")
+FORKED = {  # what --fork lets change
+    *("steps", "lr", "critic_lr", "warmup", "schedule", "weight_decay", "clip_norm", "target_kl"),
+    *("eval_every", "reward_timeout"),
+}
+WRITTEN = ("config.json", "model", "reward_model", "checkpoints/step", "nonfinite/step")  # atomically, from beside it
+FULL_DISK_WAIT = 600  # seconds
+FORMAT = 3  # of a run's folder: raised where this code could not take an older run up again to the same bits
 TIMED = (
     "time/",
     "memory/",
@@ -102,10 +103,10 @@ class Run:
 
         policy = run.hold("policy", Policy.load(config, run))
         for step in run.steps("sft", config.steps, config.save_every):
-            step.add(**train_on(policy, step.number))
+            step.attempt(sft_step, config, policy)
 
     A held object has `save(folder)`, which writes into a checkpoint's folder and may return numbers for state.json, and
-    `restore(folder, state)`.
+    `restore(folder, state)`. An error that ends the run saves before it is raised; so does SIGTERM or SIGHUP.
     """
 
     def __init__(
@@ -119,53 +120,141 @@ class Run:
     ):
         self.out, self.display, self.observers, self.keep = Path(out), display or Display(), observers, keep
         self.config = {"format": FORMAT, **json.loads(json.dumps(config))}  # as it will be read back
+        self._fork = self.config.pop("fork", False)
         self.checkpoint: Path | None = None
-        self.start = 0
+        self.start = self.done = self.saved = 0  # steps: at the start, with their lines in the logs, in a checkpoint
         self.state: dict = {}  # state.json of the checkpoint
         self.held: dict = {}
-        self.step: Step | None = None  # the one under way
+        self.step: Step | None = None  # the one under way, until it is logged
         self.example: tuple = ()  # arguments of `Display.example`, for an observer that shows one
         self.resumable = True  # by the options of a command, which a demo or a script may not have
+        self.signal = 0  # that asked to stop
+        self.lower: dict[str, int] = {}  # options that were halved as memory ran out
+        self.nonfinite = 0  # updates in a row that were skipped
+        self._logs = {name: LogEnd() for name in LOGS}
         self._begun = False
+        self._lock: Callable | None = None  # gives it back
         self._before: dict[str, float] | None = None  # metrics of `begin`
         self._open = ExitStack()
         refuse_unwritable(self.out)
         if resume:
-            self._resume()
+            try:
+                self._resume()
+            except BaseException:
+                self._give_back()
+                raise
         elif holds_run(self.out):
             raise InputError(f"{self.out} already holds a run: add --resume to continue it, or choose another --out")
 
     def _resume(self) -> None:
-        """Find the last checkpoint, and make the folder what it was then."""
+        """Find the last checkpoint that is whole, and make the folder what it was then."""
         file = self.out / "config.json"
         if not file.exists():
             raise InputError(f"{self.out} holds no run to resume: check --out, or leave --resume away")
+        self._take_folder()
         old = read_json(file)
         refuse_format(old, self.out)
-        if "date" in old:
-            self.config["date"] = old["date"]
-        _refuse_changes(old, self.config, file)
-        for name in WRITTEN:
-            _remove_half_written(self.out / name)
+        self.config |= {name: old[name] for name in ("date", "forks") if name in old}
+        changed = _refuse_changes(old, self.config, file, self._fork)
+        self.checkpoint = self._last_whole()
         self._drop_old()
-        self.checkpoint = next(reversed(self._checkpoints()), None)
         if self.checkpoint:
             self.state = read_json(self.checkpoint / "state.json")
-            self.start = int(self.state["step"])
+            self.start = self.done = self.saved = self.state["step"]
+            self.nonfinite = self.state.get("nonfinite", 0)
+        if changed:
+            said = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+            self.display.line(f"from step {self.start + 1} on: {said} (config.json keeps both)")
+            self.config["forks"] = [*self.config.get("forks", []), {"step": self.start, **changed}]
         for name in LOGS:
-            _truncate(self.out / name, self.start if self.checkpoint else -1)
+            if (log := self.out / name).exists() and log.stat().st_size > self._logs[name].bytes:
+                os.truncate(log, self._logs[name].bytes)
+
+    def _last_whole(self) -> Path | None:
+        """Return the newest checkpoint that is what was written, with logs that are; say which newer ones are not, and
+        set them aside. None for a run that has none yet."""
+        damaged: dict[Path, str] = {}
+        for path, (step, update) in reversed(self._checkpoints().items()):
+            if not (problem := damage(path, step, update)):
+                known = read_manifest(path)["logs"]
+                self._logs = {name: read_end(self.out / name, known[name]["bytes"]) for name in LOGS}
+                missing = [name for name in LOGS if known[name]["bytes"] and not (self.out / name).exists()]
+                wrong = [n for n in LOGS if n not in missing and self._logs[n].entry != known[n]]
+                problem = f"{wrong[0]} has changed in its first {known[wrong[0]]['bytes']:,} bytes" if wrong else ""
+            if not problem:
+                for name in missing:
+                    self.display.line(f"{self.out / name} is missing: its lines up to step {step} are lost")
+                break
+            damaged[path] = f"{path.name}: {problem}"
+        else:
+            path = None
+        if not damaged:
+            return path
+        said = "; ".join(damaged.values())
+        if path is None:
+            raise InputError(
+                f"no checkpoint of the run in {self.out} is whole ({said}): restore the files, move a log that has "
+                "changed away to go on without its lines, or begin a new run with another --out"
+            )
+        for bad in damaged:
+            bad.rename(_unused(bad.with_name(f"damaged-{bad.name}")))
+        self.display.line(f"damaged and set aside ({said}): going on from {path.name}")
+        return path
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Save where an error ends a step before the step has reached the model."""
+        """Save what an error or a signal leaves whole, and add to its sentence what is saved."""
         self._open.close()
+        try:
+            if isinstance(error, Exception | Stopped) and (said := self._rescue_or_say()):
+                if isinstance(error, InputError):
+                    raise kind(f"{error}; {said}") from None
+                if isinstance(error, Stopped):
+                    with suppress(OSError):  # the terminal may be gone
+                        self.display.line(f"stopped by {error.name}; {said}")
+                error.add_note(said)  # the command line adds it to its sentence
+        finally:
+            self._give_back()
+
+    def _rescue_or_say(self) -> str:
+        try:
+            return self.rescue()
+        except (Exception, KeyboardInterrupt) as second:
+            last = f"the last checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
+            return f"saving failed too ({told(second)}): {last}"
+
+    def rescue(self) -> str:
+        """Save what is whole, also in the middle of a step; say so. Wait for space on a full disk."""
         step = self.step
-        if isinstance(error, InputError) and step and step.is_untouched and step.number > self.start:
-            self.save(step.number)
-            sentence = f"{error}; the {step.number} steps before it are saved: add --resume to go on from there"
-            raise kind(sentence) from None
+        if step and not step.is_whole:
+            last = f"the run goes on from {self.checkpoint} with --resume" if self.checkpoint else "nothing is saved"
+            return f"it came in the middle of an update, after which nothing is whole: {last}"
+        within = (
+            step if step and (step.finished or (step.batch is not None and self.done + len(step.updates))) else None
+        )
+        if within or self.done > self.saved:
+            self._wait_for_space(lambda: self.save(self.done, within))
+        elif not self.done:
+            return ""
+        part = ""
+        if within:
+            taken = f"{len(within.updates)} of its updates" if within.updates else "its batch"
+            part = " and the step itself" if within.finished else f" and {taken}"
+        return f"the {self.done} steps{' before it' if step else ''}{part} are saved: add --resume to go on from there"
+
+    def _wait_for_space(self, save: Callable) -> None:
+        """Try to save for ten minutes while the disk is full."""
+        until = time.monotonic() + FULL_DISK_WAIT
+        while True:
+            try:
+                return save()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > until:
+                    raise
+            self.display.line(f"the disk of {self.out} is full: free some space, and the run is saved; Ctrl-C gives up")
+            time.sleep(FULL_DISK_WAIT / 60)
 
     def hold(self, name: str, thing):
         """Save `thing` with every checkpoint from now on; restore it from the checkpoint that the run goes on from."""
@@ -173,6 +262,12 @@ class Run:
             thing.restore(self.checkpoint, self.state)
         self.held[name] = thing
         return thing
+
+    @property
+    def updates(self) -> int:
+        """Count the updates of all optimizers that are held."""
+        optimizers = (getattr(thing, "optimizer", None) for thing in self.held.values())
+        return sum(optimizer.updates for optimizer in optimizers if optimizer is not None)
 
     def begin(self, total: int, save_every: int) -> None:
         """Let the observers look before the first step; `steps` does it, unless a run has long work before them."""
@@ -187,7 +282,8 @@ class Run:
         self._before |= observer.begin(self) or {}
 
     def steps(self, stage: str, total: int, save_every: int) -> "Iterator[Step]":
-        """Yield the steps from `start` on; observe, log and save after each. Ctrl-C saves after the one under way.
+        """Yield the steps from `start` on; observe, log and save after each. Ctrl-C saves after the one under way,
+        SIGTERM and SIGHUP sooner, where a step can be cut.
 
         `stage` names the bar of progress. The metrics of `begin` are logged as those of step 0, with the first step: a
         run whose first step fails leaves no folder.
@@ -199,32 +295,64 @@ class Run:
             )
         self.begin(total, save_every)
         display.progress(stage, self.start, total)
-        stop_requested = self._open.enter_context(interruptible(display))
+        stop_requested = self._open.enter_context(interruptible(display, self._signalled))
         for number in range(self.start, total):
             self.step = step = Step(self, number, total)
-            yield step
+            if not step.finished:  # a step that was cut may have only its lines left to do
+                yield step
+                step.finished = True
             step.add(**{"memory/peak_gb": peak_memory_gb()})
             self._log(step, self._before if number == 0 else {})
+            self.step, self.done = None, step.done
             done = step.done
             display.progress(stage, done, total)
             stopping = stop_requested()  # asked once: what stops has saved
-            if stopping or due(done, total, save_every):
+            if stopping or self.signal or due(done, total, save_every):
                 self.save(done)
+            self.stop_if_asked()
             if stopping and done < total:
                 go_on = f"continue with --resume --out {self.out}" if self.resumable else f"saved in {self.checkpoint}"
                 display.line(f"stopped after step {done}; {go_on}")
                 raise KeyboardInterrupt
         self._open.close()  # the next Ctrl-C is no longer about a step
 
+    def _signalled(self, number: int, frame) -> None:
+        """End the run at SIGTERM or SIGHUP: in a part of a step that reaches nothing at once, else where the step can
+        be cut."""
+        self.signal = number
+        if self.step and self.step.is_untouched:
+            self.step.is_untouched = False  # a second signal changes nothing
+            raise Stopped(number)
+
+    def stop_if_asked(self) -> None:
+        """End the run where a signal has asked for it."""
+        if self.signal:
+            raise Stopped(self.signal)
+
+    def lowered(self, config):
+        """Return the config with the options that were halved as memory ran out."""
+        return replace(config, **{name: value for name, value in self.lower.items() if hasattr(config, name)})
+
+    def halve(self, config, names: Sequence[str]) -> None:
+        """Halve options of memory from now on, in the run's config too, and save: what is resumed goes on with them."""
+        self.lower |= {name: max(1, getattr(config, name) // 2) for name in names}
+        self.config |= self.lower
+        self._begun = False  # config.json is written again
+        for thing in self.held.values():
+            if hasattr(thing, "config"):
+                thing.config = self.lowered(thing.config)
+            if hasattr(thing, "halve"):
+                thing.halve()
+            if getattr(thing, "optimizer", None) is not None:
+                thing.optimizer.zero_grad()
+        self.rescue()
+
     def _log(self, step: "Step", before: dict[str, float]) -> None:
-        for name, records in step.records.items():
-            for record in records:
-                self._append(name, {"step": step.done, **record})
-        if before:
-            self.log(0, before)
         for observer in self.observers:
             step.add(**observer.after(step) or {})
-        self.log(step.done, step.metrics)
+        lines = {name: [{"step": step.done, **record} for record in step.records[name]] for name in LOGS[1:]}
+        lines["metrics.jsonl"] = ([{"step": 0, **before}] if before else []) + [{"step": step.done, **step.metrics}]
+        self._append(lines)
 
     def keep_date(self, tokenizer: Tokenizer) -> None:
         """Give a tokenizer whose template reads the date that of the run's first start: a run is a function of its
@@ -234,106 +362,107 @@ class Run:
             tokenizer.now = datetime.fromisoformat(self.config["date"])
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._append("metrics.jsonl", {"step": step, **metrics})
+        self._append({"metrics.jsonl": [{"step": step, **metrics}]})
 
-    def logged(self) -> list[dict]:
-        """Read what metrics.jsonl holds of this run."""
+    def logged(self) -> Iterator[dict]:
+        """Read what metrics.jsonl holds of this run, a record after the other."""
         file = self.out / "metrics.jsonl"
-        return read_jsonl(file) if file.exists() and file.stat().st_size else []
+        if file.exists():
+            yield from (record for record, _ in json_values(file))
 
-    def _append(self, name: str, record: dict) -> None:
-        """Write one line; NaN and infinity become null, as JSON has neither."""
-        self._begin()
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        # Half of a surrogate pair has no UTF-8; as a backslash and its code it is JSON again.
-        with open(self.out / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def _append(self, records: dict[str, list[dict]]) -> None:
+        """Write lines to the logs; NaN and infinity become null, as JSON has neither. Where this fails, none of them
+        counts: a checkpoint knows how long each log was."""
+        self.write_config()
+        content = {
+            name: "".join(map(_line, some)).encode("utf-8", "backslashreplace") for name, some in records.items()
+        }
+        for name, lines in content.items():
+            if lines:
+                with open(self.out / name, "ab") as file:
+                    if file.tell() > self._logs[name].bytes:  # an append that failed has left a part of itself
+                        file.truncate(self._logs[name].bytes)
+                    elif file.tell() < self._logs[name].bytes:  # somebody has cut or removed the log
+                        self._logs[name] = read_end(self.out / name, file.tell())
+                    file.write(lines)
+        for name, lines in content.items():
+            self._logs[name].add(lines)
 
-    def _begin(self) -> None:
+    def write_config(self) -> None:
         if not self._begun:  # also on resume, where what is free on resume may differ
+            self._take_folder()
             write_json(self.out / "config.json", self.config)
             self._begun = True
 
-    def save(self, done: int) -> Path:
-        """Write the checkpoint after `done` steps with all that is held, and drop the oldest beyond `keep`."""
-        self._begin()
-        path = self.out / "checkpoints" / f"step-{done:06d}"
-        with _whole_folder(path) as staging:
-            state = {"step": done}
+    def _take_folder(self) -> None:
+        """Lock the folder for this process, and clear what a write left that was killed; InputError where another
+        process runs it. The lock goes with the process, however it ends."""
+        if self._lock:
+            return
+        fresh = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        place = os.open(self.out, os.O_RDONLY)
+        self._lock = weakref.finalize(self, os.close, place)
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process runs {self.out}: wait until it has ended, or choose another --out"
+            ) from None
+        except OSError as error:
+            self.display.line(f"{self.out} cannot be locked ({error.strerror}): start no second process on it")
+        if fresh and holds_run(self.out):
+            raise InputError(f"another process has just begun a run in {self.out}: choose another --out")
+        for name in WRITTEN:
+            _remove_half_written(self.out / name)
+
+    def _give_back(self) -> None:
+        """Unlock the folder."""
+        if self._lock:
+            self._lock = self._lock()  # None
+
+    def save(self, done: int, within: "Step | None" = None) -> Path:
+        """Write the checkpoint after `done` steps with all that is held, and drop the oldest beyond `keep`. `within`
+        adds a step that has begun: its batch, and what its updates have measured."""
+        self.write_config()
+        update = len(within.updates) if within else None
+        path = self.out / "checkpoints" / place_name(done, update)
+        with whole_folder(path) as staging:
+            state = {"step": done, "nonfinite": self.nonfinite}
             for thing in self.held.values():
                 state |= thing.save(staging) or {}
+            if within:
+                state["within"] = within.save(staging)
             write_json(staging / "state.json", state)
+            seal(staging, done, update, self._logs)
         self._drop_old()
         self.checkpoint = path
+        if not within:
+            self.saved = done
         return path
 
-    def _checkpoints(self) -> list[Path]:
-        """List them from the oldest. Steps are compared as numbers: as texts, step-1000000 comes before step-999999."""
-        steps = {path: path.name.removeprefix("step-") for path in (self.out / "checkpoints").glob("step-*")}
-        return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+    def _checkpoints(self) -> dict[Path, tuple[int, int | None]]:
+        """List them from the oldest, with their step and, in the middle of the next one, its updates. What minirl has
+        not written does not count."""
+        found = {}
+        for path in (self.out / "checkpoints").glob("step-*"):
+            if match := re.fullmatch(r"step-([0-9]{6,})(?:-update-([0-9]+))?", path.name):
+                place = int(match[1]), None if match[2] is None else int(match[2])
+                if path.name == place_name(*place) and any((path / name).exists() for name in (MANIFEST, "state.json")):
+                    found[path] = place
+        # Compared as numbers: as texts, step-1000000 comes before step-999999.
+        return dict(sorted(found.items(), key=lambda item: (item[1][0], -1 if item[1][1] is None else item[1][1])))
 
     def _drop_old(self) -> None:
-        for old in self._checkpoints()[: -self.keep]:
+        for old in list(self._checkpoints())[: -self.keep]:
             shutil.rmtree(old)
 
     def finish(self, model: Transformer, tokenizer: Tokenizer, folder: str = "model") -> Path:
         """Write a trained model to `folder`, for `minirl eval` or any other engine."""
-        with _whole_folder(self.out / folder) as staging:
+        with whole_folder(self.out / folder) as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
         return self.out / folder
-
-
-class Step:
-    """One step of a run: its number from 0, and what is to be logged of it."""
-
-    def __init__(self, run: Run, number: int, total: int):
-        self.run, self.number, self.total = run, number, total
-        self.metrics: dict = {}
-        self.records: dict[str, list[dict]] = {name: [] for name in LOGS[1:]}  # lines for the other logs
-        self.is_untouched = False  # nothing of it has reached what is held: an error saves the steps before it
-
-    @property
-    def done(self) -> int:
-        """Return how many steps are done with this one."""
-        return self.number + 1
-
-    def due(self, every: int) -> bool:
-        """Tell whether something is due after this step that comes `every` so many steps; 0 is never."""
-        return every > 0 and self.done % every == 0
-
-    def add(self, **metrics: float) -> None:
-        self.metrics |= metrics
-
-    def record(self, log: str, **fields) -> None:
-        """Keep a line for a log such as "completions.jsonl" until the step is over."""
-        self.records[log].append(fields)
-
-    def say(self, sentence: str) -> None:
-        self.run.display.line(f"step {self.done} {sentence}")
-
-    def progress(self, stage: str) -> Callable[[int, int], None]:
-        """Return a function of (done, total) that shows how far a part of this step is."""
-        return lambda done, total: self.run.display.progress(stage, done, total)
-
-    @contextmanager
-    def time(self, part: str) -> Iterator[None]:
-        """Measure a part of the step, as time/{part} in seconds."""
-        started = time.perf_counter()
-        yield
-        self.add(**{f"time/{part}": time.perf_counter() - started})
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Promise that nothing within reaches what the run holds, so that an error in it costs no step before it."""
-        self.is_untouched = True
-        yield
-        self.is_untouched = False  # not where an error passes: `Run.__exit__` reads it
-
-    def speed(self, part: str, tokens: float, over: str = "") -> None:
-        """Log tokens_per_s/{part} over the time of a measured part, by default its own; NaN for no tokens."""
-        seconds = self.metrics[f"time/{over or part}"]
-        self.add(**{f"tokens_per_s/{part}": tokens / seconds if tokens else math.nan})
 
 
 def holds_run(out: str | Path) -> bool:
@@ -341,16 +470,16 @@ def holds_run(out: str | Path) -> bool:
     return any((Path(out) / name).exists() for name in ("config.json", "checkpoints", *LOGS))
 
 
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """`atomic_folder`, with a sentence for a full disk, of which safetensors has an exception of its own."""
-    try:
-        with atomic_folder(path) as staging:
-            yield staging
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} could not be written ({error}): free some space; earlier checkpoints are intact"
-        ) from None
+def _unused(path: Path) -> Path:
+    """Return a path of which nothing is there yet."""
+    return next(p for p in (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))) if not p.exists())
+
+
+def _line(record: dict) -> str:
+    """Write a record as a line; NaN and infinity become null. Half of a surrogate pair, which has no UTF-8, is left to
+    the encoding: as a backslash and its code it is JSON again."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def refuse_format(config: dict, out: Path) -> None:
@@ -378,15 +507,20 @@ def _remove_half_written(path: Path) -> None:
         shutil.rmtree(staging) if staging.is_dir() else staging.unlink()
 
 
-def _refuse_changes(old: dict, new: dict, file: Path) -> None:
-    """Raise an InputError where a field that decides the result is not as it was."""
+def _refuse_changes(old: dict, new: dict, file: Path, fork: bool) -> dict[str, tuple]:
+    """Raise an InputError where a field that decides the result is not as it was; return those that `fork` lets
+    change, with their old and new values."""
     old, new = _flat(old), _flat(new)
-    changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}.difference(FREE_ON_RESUME)
-    if changed == {"data_hash"}:
+    changed = sorted({k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}.difference(FREE))
+    if changed == ["data_hash"]:
         raise InputError(f"the data of the run in {file.parent} has changed since it was started: restore its files")
-    if changed:
-        shown = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted(changed - {"data_hash"}))
-        raise InputError(f"the run in {file.parent} was started with another config ({shown}): resume it unchanged")
+    forked = {k: (old.get(k), new.get(k)) for k in changed if fork and k in FORKED}
+    if refused := [k for k in changed if k not in forked and k != "data_hash"]:
+        shown = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in refused)
+        hint = ", or add --fork to go on with what is new" if set(refused) <= FORKED else ""
+        sentence = f"the run in {file.parent} was started with another config ({shown}): resume it unchanged{hint}"
+        raise InputError(sentence)
+    return forked
 
 
 def _flat(config: dict, prefix: str = "") -> dict:
@@ -394,20 +528,6 @@ def _flat(config: dict, prefix: str = "") -> dict:
     for key, value in config.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
-
-
-def _truncate(file: Path, step: int) -> None:
-    """Drop log lines after `step`, also one that was cut off in the middle."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_bytes().split(b"\n"):  # not splitlines: a completion may hold other line ends
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, TypeError, KeyError):  # bad JSON or UTF-8, no object, no step
-            break
-    write_atomic(file, lambda staging: staging.write_bytes(b"".join(kept)))
 
 
 def peak_memory_gb() -> float:
@@ -420,8 +540,9 @@ def peak_memory_gb() -> float:
 
 
 @contextmanager
-def interruptible(display: Display) -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a request to stop after the current step; the second one stops at once."""
+def interruptible(display: Display, signalled: Callable | None = None) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a request to stop after the current step; the second one stops at once. SIGTERM and
+    SIGHUP do the same, or what `signalled(number, frame)` does."""
     requested = []
 
     def request(signum, frame) -> None:
@@ -430,15 +551,17 @@ def interruptible(display: Display) -> Iterator[Callable[[], bool]]:
         requested.append(True)
         display.line("stopping after this step and saving; press Ctrl-C again to stop at once")
 
-    try:
-        previous = signal.signal(signal.SIGINT, request)
+    handlers = {signal.SIGINT: request} | dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signalled or request)
+    try:  # nohup has SIGHUP ignored, and so it stays
+        before = {n: signal.signal(n, f) for n, f in handlers.items() if signal.getsignal(n) != signal.SIG_IGN}
     except ValueError:  # not in the main thread: nothing to catch there
         yield lambda: False
         return
     try:
         yield lambda: bool(requested)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def due(done: int, steps: int, every: int) -> bool:

@@ -19,7 +19,7 @@ from minirl.examples import demonstration_rows, overlong_line, refuse_unknown_to
 from minirl.files import contents
 from minirl.losses import PolicyLoss
 from minirl.model import Transformer
-from minirl.optimizer import AdamW, learning_rate
+from minirl.optimizer import learning_rate
 from minirl.policy import Policy
 from minirl.records import trained_turns
 from minirl.run import (
@@ -28,6 +28,7 @@ from minirl.run import (
     identity,
     tracked,
 )
+from minirl.step import Step
 from minirl.trees import Row, loss_mask
 
 LIKELIHOOD = PolicyLoss(ratio_level="none", surrogate="is_pg", aggregation="token_mean")
@@ -72,12 +73,23 @@ def description(examples: Sequence[dict], loss_on: str, rows: Sequence[Row] = ()
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-def sft_step(model: Transformer, optimizer: AdamW, rows: Sequence[Row], lr: float, clip: float, budget: int) -> dict:
-    """Take one update on the mean negative log-likelihood of the tokens that are learned."""
+def add_likelihood_gradient(model: Transformer, rows: Sequence[Row], budget: int) -> tuple[Batch, dict[str, float]]:
+    """Add the gradient of the mean negative log-likelihood of the tokens that are learned; return batch and metrics."""
     batch = Batch(rows, torch.ones(len(rows), device=model.device), loss_mask(rows, model.device))
     metrics = add_policy_gradient(model, batch, LIKELIHOOD, budget)
-    norm, tokens = optimizer.step(lr, clip), int(batch.mask.sum())
-    return {"loss": metrics["loss/total"], "entropy": metrics["entropy"], "grad_norm": norm, "lr": lr, "tokens": tokens}
+    return batch, {"loss": metrics["loss/total"], "entropy": metrics["entropy"], "tokens": int(batch.mask.sum())}
+
+
+def sft_step(step: Step, config: SFTConfig, policy: Policy, rows: Sequence[Row]) -> None:
+    """Take one update on the examples of a step."""
+    rate = learning_rate(step.number, config.lr, config.warmup, config.steps, config.schedule)
+    with step.time("step"):
+        chosen = endless_epochs(len(rows), config.seed, step.number * config.batch, config.batch)
+        rows = [replace(rows[i], group=place) for place, i in enumerate(chosen)]
+        batch, metrics = add_likelihood_gradient(policy.model, rows, config.micro_batch_tokens)
+        step.update(batch, metrics, {"grad_norm": (policy.optimizer, rate)}, config)
+    step.add(**metrics | (step.updates[0] or {}), lr=rate)
+    step.speed("train", step.metrics["tokens"], over="step")
 
 
 def encode(policy: Policy, examples: Sequence[dict], config: SFTConfig, display: Display) -> list[Row]:
@@ -116,14 +128,7 @@ def fit(run: Run, policy: Policy, rows: Sequence[Row], config: SFTConfig) -> Pat
     if run.start == 0:
         run.display.example(policy.tokenizer, *first_example(rows[0]))
     for step in run.steps("sft", config.steps, config.save_every):
-        with step.time("step"):
-            chosen = endless_epochs(len(rows), config.seed, step.number * config.batch, config.batch)
-            batch = [replace(rows[i], group=place) for place, i in enumerate(chosen)]
-            rate = learning_rate(step.number, config.lr, config.warmup, config.steps, config.schedule)
-            step.add(
-                **sft_step(policy.model, policy.optimizer, batch, rate, config.clip_norm, config.micro_batch_tokens)
-            )
-        step.speed("train", step.metrics["tokens"], over="step")
+        step.attempt(sft_step, config, policy, rows)
     return run.finish(policy.model, policy.tokenizer)
 
 

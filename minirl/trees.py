@@ -5,16 +5,20 @@ once for all of the responses beside it.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 
 from minirl.attention import Packed
+from minirl.files import read_json, write_json
 from minirl.kernels import Kept, linear_token_logprobs
 from minirl.model import Transformer
 
 LAST = -1  # as a place: the last token
+ROWS, KEPT = "rows.json", "kept.safetensors"  # files
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,26 @@ class Row:
     @property
     def tree(self) -> Hashable:
         return tuple(self.prompt) if self.group is None else self.group
+
+
+def save_rows(rows: Sequence[Row], folder: Path) -> None:
+    """Write rows so that `load_rows` makes them again: rows.json, and kept.safetensors where sampling was truncated."""
+    plain = [{f.name: getattr(row, f.name) for f in fields(Row) if f.name != "kept"} for row in rows]
+    write_json(folder / ROWS, {"rows": plain})
+    kept = [ids for row in rows for ids in row.kept or ()]
+    if kept:
+        sizes = np.array([len(ids) for ids in kept])
+        save_file({"ids": np.concatenate(kept), "sizes": sizes}, folder / KEPT)
+
+
+def load_rows(folder: Path) -> list[Row]:
+    """Read what `save_rows` wrote."""
+    plain = read_json(folder / ROWS)["rows"]
+    if not (folder / KEPT).exists():
+        return [Row(**row) for row in plain]
+    found = load_file(folder / KEPT)
+    kept = iter(np.split(found["ids"], found["sizes"].cumsum()[:-1]))
+    return [Row(**row, kept=[next(kept) for _ in row["response"]]) for row in plain]
 
 
 def micro_batches(rows: Sequence[Row | Sequence[Row]], indices: Sequence[int], budget: int) -> list[list[int]]:

@@ -25,7 +25,8 @@ from minirl.optimizer import AdamW
 from minirl.policy import policy_gradient
 from minirl.prompts import Prompts
 from minirl.rollout import Rollout, scored_batch
-from minirl.run import TIMED, Display, Run, Step
+from minirl.run import TIMED, Display, Run
+from minirl.step import Step
 from minirl.stored import Stored
 from minirl.task import Task
 from minirl.tokenizer import Tokenizer
@@ -244,6 +245,9 @@ def check_same(a: Path, b: Path, what: object = "") -> None:
     for name in names[0]:
         if name.name == "metrics.jsonl":
             assert untimed(a) == untimed(b), what
+        elif name.name == "manifest.json":  # the logs that it knows hold times
+            files = [json.loads((run / name).read_text())["files"] for run in (a, b)]
+            assert files[0] == files[1], what
         else:
             assert (a / name).read_bytes() == (b / name).read_bytes(), (name, what)
 
@@ -288,6 +292,7 @@ class Trainer:
 
     def begin(self, number: int) -> Step:
         """Begin a step, whose metrics are read in `metrics`."""
+        self.run.done = number
         step = self.run.step = Step(self.run, number, self.config.steps)
         self.metrics = step.metrics
         return step
@@ -297,8 +302,10 @@ class Trainer:
         return scored_batch(self.source, number, self.rewards, self.config, self.begin(0))
 
     def collect(self, number: int) -> Rollout:
-        """Sample and reward what step `number` trains on; the cursor stays."""
-        return self.page.collect(self.source, self.parts.cursor, self.rewards, self.config, self.begin(number))
+        """Sample and reward what step `number` trains on, and let reward models take note of it; the cursor stays."""
+        rollout = self.page.collect(self.source, self.parts.cursor, self.rewards, self.config, self.begin(number))
+        self.rewards.watch(rollout)
+        return rollout
 
     def batch(self, rollout: Rollout) -> Batch:
         """Lay a rollout out as rows with their advantages and the mask of what is trained."""

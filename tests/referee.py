@@ -45,7 +45,7 @@ ENVIRONMENT = {
     **{"MPLBACKEND": "Agg", "COLUMNS": "120", "TERM": "dumb"},
 }
 MEASURED = ("time/", "memory/", "tokens_per_s/")  # beginnings of the metrics that differ between equal runs
-LEFT_OUT = (".png", ".html")
+LEFT_OUT = (".png", ".html", "manifest.json")  # a manifest knows the logs, which hold times
 OUTPUT = "output"  # of the commands of a case, among its files
 ABSENT = "(absent)"
 NUMBER = r"[\d.,+–]+"

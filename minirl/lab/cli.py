@@ -5,7 +5,6 @@ A mistake of the user ends in one sentence on stderr and exit code 2; Ctrl-C sav
 
 import ast
 import contextlib
-import errno
 import inspect
 import io
 import json
@@ -22,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
-import torch
 import tyro
 
 from minirl.errors import InputError, NoChatTemplate, did_you_mean
@@ -34,6 +32,7 @@ from minirl.lab.tasks import TASKS
 from minirl.ppo import PPOConfig
 from minirl.presets import preset_defaults
 from minirl.run import refuse_format
+from minirl.step import is_out_of_memory
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -41,8 +40,8 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 GROUPS = {  # of --help, by the names of fields; those that a config takes without a name come before them all
     "most used": "compare out loss_on preset steps prompts group samples batch max_tokens lr rewards",
     "model and task": "data overlong_prompts max_length template system head critic critic_from separator dtype device",
-    "how long and how much": "epochs mini_batches share target_kl warmup schedule weight_decay clip_norm critic_lr "
-    "critic_warmup micro_batch_tokens recompute sft_steps grpo_steps",
+    "how long and how much": "epochs mini_batches share target_kl warmup schedule weight_decay clip_norm on_nonfinite "
+    "critic_lr critic_warmup micro_batch_tokens recompute sft_steps grpo_steps",
     "sampling": "n temperature top_k top_p min_p stop slots raw dynamic_sampling max_gen_batches max_per_prompt "
     "distinct match_length",
     "loss": "advantage baseline gamma lam whiten bootstrap_truncated value_clip value_coef drop_zero_advantage center "
@@ -51,7 +50,7 @@ GROUPS = {  # of --help, by the names of fields; those that a config takes witho
     "rewards": "reward_timeout on_bad_reward truncation truncation_penalty exclude_from_baseline overlong_cache "
     "overlong_penalty refresh",
     "evaluation": "scorer ties eval_every eval_prompts eval_samples eval_share eval_lines heldout heldout_data",
-    "run": "seed seeds save_every shown resume json",
+    "run": "seed seeds save_every shown resume fork json",
 }
 
 
@@ -230,7 +229,7 @@ def _from_json(kind: type, content: dict, out: str):
     known = {f.name: f for f in fields(kind)}
     values = {}
     for name, value in content.items():
-        if name in ("data_hash", "date", "format"):  # no options
+        if name in ("data_hash", "date", "format", "forks"):  # no options
             continue
         if name not in known:
             raise InputError(
@@ -278,14 +277,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except InputError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError, OSError) as error:
-        if _is_out_of_memory(error):
-            _fail(_out_of_memory(next(arg for arg in args if arg != "check")))
-        if not isinstance(error, OSError):
-            raise
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))  # what a run has saved
+        if is_out_of_memory(error):
+            _fail(_out_of_memory(next(arg for arg in args if arg != "check")) + notes)
+        if isinstance(error, RuntimeError):
+            if not str(error).startswith("CUDA error"):
+                raise
+            _fail(f"the GPU failed ({str(error).splitlines()[0]}): look at its driver and memory{notes}")
         if isinstance(error, BrokenPipeError) and _reader_left():
             sys.exit(1)
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
-        _fail(f"the system refused ({what}): check path, permissions and free space; earlier checkpoints are intact")
+        _fail(f"the system refused ({what}): check path, permissions and free space{notes}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -342,15 +344,6 @@ def _reader_left() -> bool:
     return left
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether memory ran out: on a CPU torch has no class for it, and other words on other systems."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
-    return known or any(text in str(error) for text in words)
-
-
 def _out_of_memory(command: str) -> str:
     options = _options(COMMANDS[command][0])
     lower = " or ".join(flag for flag in ("--slots", "--micro-batch-tokens") if flag in options)
@@ -359,7 +352,8 @@ def _out_of_memory(command: str) -> str:
 
 
 def _fail(sentence: str) -> None:
-    print(f"minirl: {' '.join(sentence.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"minirl: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -27,8 +27,9 @@ from minirl.prompts import Prompts
 from minirl.records import read_demonstrations, read_outcomes, read_preferences
 from minirl.reward_training import RewardConfig, heldout_line, read_data, train_reward_model
 from minirl.rft import RFTConfig, rft
-from minirl.run import Display, Observer, Run, Step, due
+from minirl.run import Display, Observer, Run, due
 from minirl.sft import SFTConfig, sft
+from minirl.step import Step
 from minirl.stored import Stored
 from minirl.task import Task
 

@@ -215,10 +215,10 @@ def online(judge, make, tmp_path):
 def test_a_tenth_of_what_is_learned_is_older(batch, online):
     model = online(batch=batch, epochs=2)
     model.new = [toy(i) for i in range(36)]
-    parts = model._batches()  # nothing is older yet
+    parts, _ = model._batches()  # nothing is older yet
     assert [len(part) for part in parts] == 2 * [batch] * (36 // batch) or batch == 20
     model.old = [toy(100 + i) for i in range(50)]
-    parts = model._batches()
+    parts, _ = model._batches()
     numbers = [[line.rows[0].response[0] for line in part] for part in parts]
     older = [sum(n >= 100 for n in part) for part in numbers]
     assert sum(older) == 72 // 9 and max(older) - min(older) <= 1 and max(map(len, parts)) <= batch + 1

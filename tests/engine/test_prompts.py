@@ -213,7 +213,8 @@ def test_the_date_that_a_reward_model_reads_is_that_of_the_first_start(monkeypat
     assert trainer.run.config["date"] == first.now.isoformat()
     first.now = datetime(2001, 2, 3, 4, 5, 6)
     trainer.run.config["date"] = first.now.isoformat()
-    trainer.run.log(0, {})
+    with trainer.run:
+        trainer.run.log(0, {})
     again = Trainer(grpo, replace(about, resume=True), parse_task(about.task)).rewards.learned[0].reward.tokenizer
     asked = [{"role": "user", "content": "1"}]
     assert again.render(asked) == first.render(asked) == "0405061="

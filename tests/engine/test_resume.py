@@ -1,5 +1,6 @@
 """A run that was killed or stopped, and resumed, leaves the same bits as one that was not."""
 
+import gc
 import importlib
 import itertools
 import json
@@ -7,22 +8,26 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import check_same, read_jsonl, tiny_checkpoint, untimed
-from safetensors.torch import load_file
+from helpers import Quiet, check_same, read_jsonl, tiny_checkpoint, untimed
+from safetensors.torch import load_file, save_file
 
+from minirl.batch import Batch
+from minirl.errors import NonFinite
 from minirl.lab import cli, commands
 from minirl.model import ScalarHead, Transformer
-from minirl.run import FORMAT, Run, _truncate
+from minirl.run import FORMAT, Run
 
 GRPO = """grpo --task arithmetic:op=sum,digits=1,style=plain --steps 6 --prompts 4 --group 4 --mini-batches 2
     --max-tokens 6 --loss.kl k3 --loss.kl-coef 0.05 --top-p 0.9 --lr 1e-3 --warmup 2 --schedule linear
@@ -67,7 +72,7 @@ def slow(prompts, completions, **columns):
     time.sleep(0.02)
     return [len(set(c)) / 6 for c in completions]
 """
-STEP = "minirl.optimizer:AdamW.step"
+STEP, GRAD_NORM = "minirl.optimizer:AdamW.step", "minirl.optimizer:AdamW.grad_norm"
 UPDATES = {"grpo": 2, "sft": 1}  # in a step
 
 
@@ -120,7 +125,8 @@ class Lab:
 
 
 def command(args: list[str], log: str, fate: tuple | None) -> None:
-    """The body of a process. `fate` is (signal, "module:function", n): it comes with the n-th call of the function."""
+    """The body of a process. `fate` is (signal or exception, "module:function", n, ...): it comes with the n-th call of
+    the function."""
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - until the process ends
     commands.plot = commands.report = lambda *args: None  # slow, and no part of what is resumed
     if fate:
@@ -133,6 +139,8 @@ def command(args: list[str], log: str, fate: tuple | None) -> None:
 
         def fatal(*args, **kwargs):
             if next(calls) in fate[2:]:
+                if isinstance(number, Exception):
+                    raise number
                 os.kill(os.getpid(), number)
             return function(*args, **kwargs)
 
@@ -315,7 +323,7 @@ def test_a_finished_run_has_nothing_to_resume_and_says_so(kind, lab, tmp_path):
 def test_what_a_killed_write_left_is_removed_and_nothing_else(lab, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(lab.reference("sft", "float32"), out)
-    (out / ".metrics.jsonl-x1").write_text("half")
+    (out / ".config.json-x1").write_text("half")
     (out / "checkpoints" / ".step-000008-x1").mkdir()
     (out / ".model-x1").mkdir()
     (out / ".notes").write_text("mine")
@@ -331,9 +339,211 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
         run.save(step)
     kept = {folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()}
     assert kept == {"step-999999", "step-1000000"}
-    (tmp_path / "run" / "checkpoints" / "step-999999 (copy)").mkdir()  # a person's own
-    again = Run(tmp_path / "run", {"lr": 1.0}, resume=True)
+    for name in ("step-999999 (copy)", "step-2000000", "step-notes"):  # a person's own
+        (tmp_path / "run" / "checkpoints" / name).mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-3000000").write_text("mine")
+    del run
+    again = resumed(tmp_path / "run")
     assert (again.start, again.checkpoint.name) == (1_000_000, "step-1000000")
+
+
+# --- what ends a run saves first -------------------------------------------------------------------------------------
+
+LOSS = "minirl.batch:loss_and_metrics"  # once a micro-batch: in GRPO twice a step, in PPO (critic apart) too
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def losses(kind: str) -> int:
+    """Return how often an undisturbed run of a kind calls LOSS."""
+    return {"grpo": 12, "sft": 6, "ppo": 20}[kind]
+
+
+def ends(lab, out: Path, kind: str, fate: tuple, code: int = 2, args: Sequence[str] = ()) -> str:
+    """Run a command into its fate; return what it said."""
+    ended, said = lab.run([*lab.args(kind), "--out", str(out), "--save-every", "100", *args], fate)
+    assert ended == code, said
+    return said
+
+
+def last_line(said: str) -> str:
+    assert "Traceback" not in said, said
+    return said.splitlines()[-1]
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def goes_on(lab, out: Path, kind: str, dtype: str = "float32") -> str:
+    """Resume a run that nothing disturbs any more, and compare it with one that nothing has disturbed."""
+    code, said = lab.run([lab.args(kind)[0], "--resume", "--out", str(out)])
+    assert code == 0, said
+    reference = lab.reference(kind, dtype)
+    assert (out / "model/model.safetensors").read_bytes() == (reference / "model/model.safetensors").read_bytes()
+    assert untimed(out) == untimed(reference)
+    for name in ("completions.jsonl", "faults.jsonl"):
+        assert not (reference / name).exists() or (out / name).read_bytes() == (reference / name).read_bytes()
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+    return said
+
+
+@pytest.mark.parametrize(
+    ("kind", "fate", "saved"),
+    [
+        ("grpo", (RuntimeError("CUDA error: an illegal memory access"), "minirl.prompts:sample", 4), "step-000003"),
+        ("grpo", (RuntimeError("CUDA error: an illegal memory access"), LOSS, 8), "step-000003-update-1"),
+        ("grpo", (OSError(5, "Input/output error", "x"), "minirl.grpo:log_updates", 4), "step-000003-update-2"),
+        ("ppo", (OSError(5, "Input/output error", "x"), LOSS, 10), "step-000003-update-1"),
+        ("refresh", (OSError(5, "Input/output error", "x"), "minirl.online_reward:add_reward_gradient", 3), ""),
+        ("dapo", (OSError(5, "Input/output error", "x"), "minirl.grpo:make_batch", 4), "step-000003"),
+        ("sft", (OSError(5, "Input/output error", "x"), "minirl.sft:add_policy_gradient", 4), "step-000003"),
+    ],
+)
+def test_an_error_saves_and_the_run_goes_on_where_it_was(kind, fate, saved, lab, tmp_path):
+    out = tmp_path / "run"
+    line = last_line(ends(lab, out, kind, fate))
+    assert line.startswith("minirl: ") and "saved: add --resume to go on from there" in line
+    assert checkpoints(out) == [saved] or not saved
+    goes_on(lab, out, kind)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("kind", "where", "saved"),
+    [
+        ("grpo", ("minirl.grpo:scored_batch", 4), "step-000003"),  # while it samples and rewards: at once
+        ("grpo", (LOSS, 7), "step-000003-update-1"),  # between two updates
+        ("ppo", (LOSS, 10), "step-000003-update-2"),
+        ("sft", (STEP, 4), "step-000004"),  # one update is a step
+    ],
+)
+def test_a_signal_saves_where_a_step_can_be_cut(kind, where, saved, number, lab, tmp_path):
+    out = tmp_path / "run"
+    said = ends(lab, out, kind, (number, *where), code=128 + number)
+    assert re.search(rf"stopped by {number.name}; the . steps.* are saved: add --resume", last_line(said))
+    assert checkpoints(out) == [saved]
+    goes_on(lab, out, kind)
+
+
+def test_a_reader_that_leaves_costs_no_step(lab, tmp_path):
+    """As behind `| head`: the run ends with code 1, and has saved."""
+    out = tmp_path / "run"
+    said = ends(lab, out, "grpo", (BrokenPipeError(32, "Broken pipe"), "minirl.lab.training:policy_line", 4))
+    assert "saved: add --resume" in said
+    goes_on(lab, out, "grpo")
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft", "ppo"])
+def test_where_memory_runs_out_the_micro_batch_is_halved(kind, lab, tmp_path):
+    """Twice; the result is that of a run with enough memory but for rounding, and a killed run goes on to its bits."""
+    out, reference = tmp_path / "run", lab.reference(kind, "float32")
+    place = losses(kind) * 2 // 3
+    fate = (NO_MEMORY, LOSS, place, place + 1)
+    said = ends(lab, out, kind, fate, code=0, args=["--micro-batch-tokens", "4096"])
+    assert said.count("ran out of memory: it goes on with micro_batch_tokens") == 2
+    assert json.loads((out / "config.json").read_text())["micro_batch_tokens"] == 1024
+    wanted = load_file(reference / "model/model.safetensors")
+    for name, tensor in load_file(out / "model/model.safetensors").items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
+    killed = shutil.copytree(out, tmp_path / "killed")  # after it was saved for the halving
+    assert len(checkpoints(killed)) == 2
+    shutil.rmtree(killed / "checkpoints/step-000006")
+    code, said = lab.run([lab.args(kind)[0], "--resume", "--out", str(killed)])
+    assert code == 0 and untimed(killed) == untimed(out), said
+    assert (killed / "model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY, RuntimeError("std::bad_alloc"), MemoryError()])
+def test_memory_that_is_not_there_after_all_halving_is_said_in_a_sentence(error, lab, tmp_path):
+    out = tmp_path / "run"
+    said = ends(lab, out, "grpo", (error, LOSS, *range(8, 100)))
+    assert "out of memory: lower --slots or --micro-batch-tokens" in last_line(said)
+    assert "the 3 steps before it and 1 of its updates are saved" in last_line(said)
+    assert said.count("ran out of memory") == 6  # 4096 -> 64
+    goes_on(lab, out, "grpo")
+
+
+def test_where_memory_runs_out_while_sampling_the_slots_are_halved_too(lab, tmp_path):
+    out = tmp_path / "run"
+    said = ends(lab, out, "grpo", (NO_MEMORY, "minirl.prompts:sample", 5), code=0)
+    assert re.search(r"it goes on with micro_batch_tokens \d+ and slots \d+", said)
+
+
+# --- numbers that are not finite -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft", "ppo"])
+def test_a_gradient_that_is_not_finite_stops_with_its_rows_kept(kind, lab, tmp_path):
+    out = tmp_path / "run"
+    line = last_line(ends(lab, out, kind, (NonFinite("the gradient of 'x' is not finite"), GRAD_NORM, 6)))
+    assert re.search(r"step \d, update \d: the gradient of 'x' is not finite; its rows are in .*: --on-nonfinite", line)
+    assert "are saved: add --resume to go on from there" in line
+    (kept,) = (out / "nonfinite").iterdir()
+    batch = Batch.load(kept, torch.device("cpu"))
+    assert len(batch.rows) > 1 and batch.mask.any() and all(row.prompt and row.response for row in batch.rows)
+    shutil.rmtree(out / "nonfinite")
+    goes_on(lab, out, kind)  # as nothing is wrong with them
+
+
+def test_updates_without_a_finite_gradient_are_left_out_on_request(lab, tmp_path):
+    out, fate = tmp_path / "run", (NonFinite("the gradient of 'x' is not finite"), GRAD_NORM, 4, 6, 7)
+    said = ends(lab, out, "grpo", fate, code=0, args=["--on-nonfinite", "skip"])
+    assert said.count("left out; its rows are in") == 3
+    found = [record.get("nonfinite", 0) for record in read_jsonl(out / "metrics.jsonl")[1:]]
+    assert found == [0, 1, 1, 1, 0, 0]
+    assert [record["updates"] for record in read_jsonl(out / "metrics.jsonl")[1:]] == [2, 1, 1, 1, 2, 2]
+    said = ends(lab, tmp_path / "bad", "grpo", (*fate[:2], *range(5, 99)), args=["--on-nonfinite", "skip"])
+    assert "step 5, update 1: the gradient of 'x' is not finite, the 5th in a row" in last_line(said)
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(lab, tmp_path):
+    """Neither saved, nor gone on from where somebody has made one."""
+    out = tmp_path / "run"
+    run = finished(out, steps=2)
+    weights = {"w": torch.tensor([1.0])}
+    run.held["policy"] = SimpleNamespace(save=lambda folder: save_file(weights, folder / "model.safetensors"))
+    run.save(1)
+    weights["w"] = torch.tensor([torch.nan])
+    with pytest.raises(
+        NonFinite, match=r"tensor 'w' of model.safetensors is not finite after step 2, so no checkpoint"
+    ):
+        run.save(2)
+    assert checkpoints(out) == ["step-000001"]
+
+
+def test_what_can_change_on_resume_is_changed_with_a_fork_and_recorded(lab, tmp_path):
+    out = tmp_path / "run"
+    ends(lab, out, "grpo", (OSError(5, "Input/output error", "x"), "minirl.prompts:sample", 4))
+    code, said = lab.run(["grpo", "--resume", "--out", str(out), "--lr", "1e-4"])
+    assert code == 2 and "lr: 0.001 -> 0.0001" in said and "or add --fork to go on with what is new" in said
+    code, said = lab.run(["grpo", "--resume", "--out", str(out), "--lr", "1e-4", "--seed", "3", "--fork"])
+    assert code == 2 and "seed: 0 -> 3" in said and "--fork" not in said
+    code, said = lab.run(["grpo", "--resume", "--out", str(out), "--lr", "1e-4", "--steps", "8", "--fork"])
+    assert code == 0 and "from step 4 on: lr 0.001 -> 0.0001, steps 6 -> 8 (config.json keeps both)" in said
+    config = json.loads((out / "config.json").read_text())
+    assert config["forks"] == [{"step": 3, "lr": [1e-3, 1e-4], "steps": [6, 8]}] and config["lr"] == 1e-4
+    rates = [record["lr"] for record in read_jsonl(out / "metrics.jsonl")[1:]]
+    assert len(rates) == 8 and rates[2] > 1e-4 > rates[3]
+    assert lab.run(["grpo", "--resume", "--out", str(out)])[0] == 0
+
+
+def test_one_process_runs_a_folder(lab, tmp_path):
+    out = tmp_path / "run"
+    first = lab.start([*lab.args("grpo"), "--out", str(out), "--steps", "500"], lab.folder / "first.log")
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    for args in (["grpo", "--resume", "--out", str(out)], [*lab.args("grpo"), "--out", str(out)]):
+        code, said = lab.run(args)
+        assert code == 2 and ("another process runs" in said or "already holds a run" in said)
+    first.kill()
+    first.join()
+    code, said = lab.run(["grpo", "--resume", "--out", str(out), "--fork", "--steps", "1"])
+    assert code == 0, said
+
+
+def test_files_of_a_checkpoint_can_be_read_by_others(lab):
+    modes = {path.stat().st_mode & 0o777 for path in lab.reference("ppo", "float32").rglob("*") if path.is_file()}
+    assert modes == {0o644}
 
 
 # --- the logs --------------------------------------------------------------------------------------------------------
@@ -351,28 +561,28 @@ def finished(out: Path, steps: int = 0) -> Run:
 
 
 def log_completion(run: Run, step: int, **fields) -> None:
-    run._append("completions.jsonl", {"step": step, **fields})
+    run._append({"completions.jsonl": [{"step": step, **fields}]})
 
 
-def test_lines_after_the_checkpoint_go_and_texts_with_any_line_end_stay(tmp_path):
-    finished(tmp_path, steps=3)
-    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl")}
-    for name, content in whole.items():
-        (tmp_path / name).write_bytes(content + b'{"step": 4, "loss": 0.')
-        _truncate(tmp_path / name, 3)
-        assert (tmp_path / name).read_bytes() == content
-        _truncate(tmp_path / name, 2)
-        assert [record["step"] for record in read_jsonl(tmp_path / name)] == [1, 2]
+def resumed(out: Path) -> Run:
+    """The run, gone on with by another process."""
+    gc.collect()  # the lock goes with the run that held it
+    return Run(out, {"lr": 1.0}, resume=True, display=Quiet())
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 4, "loss": 0.', b"\xff\n", b"7\n", b'{"step": null}\n', b"\x00" * 4096])
+def test_lines_after_the_checkpoint_go_and_texts_with_any_line_end_stay(tail, tmp_path):
+    names = ("metrics.jsonl", "completions.jsonl")
+    finished(tmp_path, steps=2).save(2)
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    for name in names:
+        with open(tmp_path / name, "ab") as file:
+            file.write(tail)
+    run = resumed(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    run.log(3, {"loss": 0.3})
+    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert read_jsonl(tmp_path / "completions.jsonl")[1]["completion"] == UNUSUAL
-
-
-@pytest.mark.parametrize("tail", [b"\xff\n", b"7\n", b"{}\n", b'{"step": null}\n', b"\n", b"\x00" * 4096])
-def test_a_line_that_is_no_record_is_dropped(tail, tmp_path):
-    finished(tmp_path, steps=2)
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(tail)
-    _truncate(tmp_path / "metrics.jsonl", 9)
-    assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_half_of_a_surrogate_pair_is_logged(tmp_path):

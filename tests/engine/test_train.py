@@ -48,7 +48,7 @@ from minirl.rewards import Fault, RewardError, Rewards
 from minirl.rollout import Rollout, completion_text
 from minirl.rules import overlong_penalty
 from minirl.sampler import Completion, SamplingParams
-from minirl.sft import SFTConfig, sft_step
+from minirl.sft import SFTConfig, add_likelihood_gradient
 from minirl.task import Task
 from minirl.tokenizer import Tokenizer
 from minirl.trees import MicroBatch, Row, response_logprobs, response_logprobs_and_entropy, response_mask
@@ -184,13 +184,6 @@ def test_a_step_without_a_signal_has_neither_gradient_nor_metrics(change):
 # --- supervised fine-tuning ------------------------------------------------------------------------------------------
 
 
-class Still:
-    """An optimizer that leaves weights and gradients as they are."""
-
-    def step(self, lr, clip):
-        return 0.0
-
-
 @pytest.mark.parametrize("budget", [1, 30, 1000])
 def test_an_sft_step_is_plain_cross_entropy_on_the_completions(budget):
     model = tiny_model().double()
@@ -201,7 +194,7 @@ def test_an_sft_step_is_plain_cross_entropy_on_the_completions(budget):
         logits = full_logits(model, [*row.prompt, *row.response])[len(row.prompt) - 1 : -1]
         (F.cross_entropy(logits, torch.tensor(row.response), reduction="sum") / 10).backward()
     wanted = gradients(model)
-    metrics = sft_step(model, Still(), rows, 0.1, 1.0, budget)
+    _, metrics = add_likelihood_gradient(model, rows, budget)
     check_close(gradients(model), wanted, 1e-12)
     losses = [-MicroBatch([row]).logprobs(model)[0].sum().item() for row in rows]
     assert metrics["loss"] == pytest.approx(sum(losses) / 10, rel=1e-9)
@@ -682,7 +675,7 @@ def test_reinforce_is_the_return_to_go_less_a_baseline(baseline, make, monkeypat
         means.append(wanted.mean())
     step = trainer.begin(0)
     step.add(**rollout.metrics(), **{"time/rollout": 1.0, "time/train": 1.0})
-    policy.log_step(step, rollout, batch, [], trainer.config)
+    policy.log_rollout(step, rollout, batch, trainer.config)
     logged = [record["advantage"] for record in step.records["completions.jsonl"]]
     assert logged == pytest.approx([means[0], means[6]], abs=1e-4)  # the first completion of each prompt
 
@@ -893,7 +886,7 @@ def test_a_step_that_fails_is_drawn_again_on_resume(make, monkeypatch):
     with pytest.raises(RewardError, match="the 2 steps before it are saved"):
         trainer.step(2)
     saved = json.loads((trainer.run.checkpoint / "state.json").read_text())
-    assert saved == {"step": 2, "cursor": 4} and len(calls) == 6
+    assert saved == {"step": 2, "nonfinite": 0, "cursor": 4} and len(calls) == 6
     assert Trainer(grpo, replace(trainer.config, resume=True)).cursor == 4
 
 

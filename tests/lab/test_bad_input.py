@@ -21,7 +21,7 @@ import torch
 from helpers import ALPHABET, all_files, sentence
 from safetensors.torch import load_file, save_file
 
-from minirl import policy
+from minirl import policy, run
 from minirl.lab import cli, commands, display
 from minirl.model import Transformer
 from minirl.tokenizer import Tokenizer
@@ -182,7 +182,7 @@ def test_every_command_names_what_is_wrong_with_a_checkpoint(command, complaint)
     edit_tensors(lambda t: t[Q].fill_(math.nan))
     name, *rest = command.split()
     said = complaint(name, "--model", "model", *rest)
-    assert "NaN" in said or "not finite" in said
+    assert "nan" in said.lower() or "not finite" in said
 
 
 def test_a_path_with_one_slash_is_no_hub_id_where_its_first_folder_is_here(complaint, monkeypatch):
@@ -377,11 +377,18 @@ def test_a_folder_that_is_not_writable(folder, complaint, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_cut_off_file_of_a_checkpoint_is_named_on_resume(name, complaint):
+def test_a_cut_off_file_of_a_checkpoint_is_named_and_the_one_before_taken(name, complaint, capsys):
     trained()
-    cut_off = Path("run/checkpoints/step-000004") / name
-    cut_off.write_bytes(cut_off.read_bytes()[:-8])
-    assert f"step-000004/{name}" in complaint("grpo", "--resume", "--out", "run")
+    for step in (4, 2):
+        cut_off = Path(f"run/checkpoints/step-{step:06d}") / name
+        cut_off.write_bytes(cut_off.read_bytes()[:-8])
+        if step == 4:
+            cli.main(["grpo", "--resume", "--out", "run"])
+            assert f"(step-000004: {name} has changed): going on from step-000002" in capsys.readouterr().out
+            assert Path("run/checkpoints/damaged-step-000004").is_dir()
+            shutil.rmtree("run/checkpoints/step-000004")
+    said = complaint("grpo", "--resume", "--out", "run")
+    assert "no checkpoint of the run in run is whole" in said and f"step-000002: {name} has changed" in said
 
 
 @contextmanager
@@ -413,13 +420,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(full, folder, capsys, monkeypa
     assert stop.value.code == 2
     said = sentence(capsys.readouterr().err)
     assert "step-000004" in said
-    assert "space" in said
-    assert "earlier checkpoints are intact" in said
-    (left,) = (folder / "run" / "checkpoints").iterdir()  # nothing hidden beside it either
-    assert left.name == "step-000002"
+    assert "space; the 4 steps are saved: add --resume" in said
+    left = {path.name for path in (folder / "run" / "checkpoints").iterdir()}  # nothing hidden beside them either
+    assert left == {"step-000002", "step-000004"}
     commands.train_grpo(cli.parse("grpo", ["--resume", "--out", "run"]))
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_that_stays_full_leaves_the_checkpoint_before(folder, capsys, monkeypatch):
+    monkeypatch.setattr(run, "FULL_DISK_WAIT", 0.2)
+    saves = itertools.count(1)
+    monkeypatch.setattr(policy, "save_file", lambda *args: (full_for_all if next(saves) >= 2 else save_file)(*args))
+    with pytest.raises(SystemExit):
+        cli.main(grpo())
+    said = capsys.readouterr()
+    assert "saving failed too" in said.err and "the last checkpoint is run/checkpoints/step-000002" in sentence(
+        said.err
+    )
+    assert said.out.count("the disk of run is full: free some space, and the run is saved") > 2
+    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["step-000002"]
 
 
 def test_memory_that_is_not_there(complaint, monkeypatch):
