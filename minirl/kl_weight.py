@@ -29,7 +29,8 @@ class KLWeight:
         return {"beta": self.beta} if self.moves else {}
 
     def restore(self, folder: Path, state: dict) -> None:
-        self.beta = state.get("beta", self.beta)
+        if self.moves:
+            self.beta = float(state["beta"])
 
     @property
     def policy_loss(self) -> PolicyLoss:

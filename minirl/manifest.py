@@ -1,7 +1,7 @@
 """Seal a checkpoint with the sizes and digests of its files, and tell later whether it is still what was written.
 
-    step-000040/manifest.json = {"step": 40, "update": null, "files": {name: {"bytes", "blake2b"}},
-                                 "logs": {name: {"bytes", "blake2b"}}, "blake2b": of all the above}
+    step-000040/manifest.json = {"run": digest of what decides the run, "step": 40, "update": null,
+        "files": {name: {"bytes", "blake2b"}}, "logs": {name: {"bytes", "blake2b"}}, "blake2b": of all the above}
 
 A log goes on growing, so the digest is that of its first bytes: where the run was at the checkpoint.
 """
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from minirl.errors import InputError, NonFinite
 from minirl.files import read_json, write_json
 
-MANIFEST = "manifest.json"
+MANIFEST, DIGEST = "manifest.json", "blake2b"  # the key of a file's own digest
 BATCH = "batch.safetensors"  # of a step that was cut; may hold the number that is not finite, to look at
 PART = 1 << 20  # bytes read at a time
 
@@ -47,7 +47,7 @@ def read_end(file: Path, size: int) -> LogEnd:
     return end
 
 
-def seal(folder: Path, step: int, update: int | None, logs: dict[str, LogEnd]) -> None:
+def seal(folder: Path, step: int, update: int | None, logs: dict[str, LogEnd], run: str) -> None:
     """Write the manifest of a checkpoint that is complete; NonFinite for weights that are not finite, from which
     nothing can go on."""
     if broken := _not_finite(folder):
@@ -56,14 +56,16 @@ def seal(folder: Path, step: int, update: int | None, logs: dict[str, LogEnd]) -
             "lower learning rate (--resume --fork --lr LOWER)"
         )
     files = {name: _entry(folder / name) for name in _names(folder)}
-    content = {"step": step, "update": update, "files": files, "logs": {name: end.entry for name, end in logs.items()}}
-    write_json(folder / MANIFEST, content | {"blake2b": _digest_of(content)})
+    content = {"run": run, "step": step, "update": update, "files": files}
+    write_signed(folder / MANIFEST, content | {"logs": {name: end.entry for name, end in logs.items()}})
 
 
-def damage(folder: Path, step: int, update: int | None) -> str:
-    """Say what is wrong with a checkpoint, "" where it is whole."""
+def damage(folder: Path, step: int, update: int | None, run: str) -> str:
+    """Say what is wrong with a checkpoint, "" where it is whole and of the run with this digest."""
     try:
         content = read_manifest(folder)
+        if content["run"] != run:
+            return "it is that of another run"
         if (content["step"], content["update"]) != (step, update):
             return f"it is that of step {content['step']}"
         names = set(_names(folder))
@@ -85,14 +87,26 @@ def damage(folder: Path, step: int, update: int | None) -> str:
 
 
 def read_manifest(folder: Path) -> dict:
-    """Return what the manifest says; InputError where its own digest does not agree."""
-    content = read_json(folder / MANIFEST)
-    if content.pop("blake2b", None) != _digest_of(content):
-        raise InputError(f"{folder / MANIFEST} has changed: restore it")
+    """Return what the manifest says; InputError where it has changed."""
+    return read_signed(folder / MANIFEST)
+
+
+def write_signed(file: Path, content: dict) -> None:
+    """Write JSON with its own digest."""
+    write_json(file, content | {DIGEST: digest_of(content)})
+
+
+def read_signed(file: Path) -> dict:
+    """Read what `write_signed` wrote; InputError where it has changed."""
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise InputError(f"{file} is no file: restore it")
+    content = read_json(file)
+    if content.pop(DIGEST, None) != digest_of(content):
+        raise InputError(f"{file} has changed since minirl wrote it: restore it")
     return content
 
 
-def _digest_of(content: dict) -> str:
+def digest_of(content: dict) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -33,7 +33,17 @@ import torch
 from minirl import __version__
 from minirl.errors import InputError, told
 from minirl.files import json_values, read_json, write_json
-from minirl.manifest import MANIFEST, LogEnd, damage, read_end, read_manifest, seal
+from minirl.manifest import (
+    MANIFEST,
+    LogEnd,
+    damage,
+    digest_of,
+    read_end,
+    read_manifest,
+    read_signed,
+    seal,
+    write_signed,
+)
 from minirl.model import Transformer
 from minirl.step import LOGS, Step, Stopped, place_name, whole_folder
 from minirl.tokenizer import Tokenizer
@@ -149,14 +159,11 @@ class Run:
     def _resume(self) -> None:
         """Find the last checkpoint that is whole, and make the folder what it was then."""
         file = self.out / "config.json"
-        if not file.exists():
-            raise InputError(f"{self.out} holds no run to resume: check --out, or leave --resume away")
+        old = read_run_config(self.out)
         self._take_folder()
-        old = read_json(file)
-        refuse_format(old, self.out)
         self.config |= {name: old[name] for name in ("date", "forks") if name in old}
         changed = _refuse_changes(old, self.config, file, self._fork)
-        self.checkpoint = self._last_whole()
+        self.checkpoint = self._last_whole(old)
         self._drop_old()
         if self.checkpoint:
             self.state = read_json(self.checkpoint / "state.json")
@@ -170,35 +177,51 @@ class Run:
             if (log := self.out / name).exists() and log.stat().st_size > self._logs[name].bytes:
                 os.truncate(log, self._logs[name].bytes)
 
-    def _last_whole(self) -> Path | None:
-        """Return the newest checkpoint that is what was written, with logs that are; say which newer ones are not, and
-        set them aside. None for a run that has none yet."""
-        damaged: dict[Path, str] = {}
+    @property
+    def _place(self) -> Path:
+        return self.out / "checkpoints"
+
+    @staticmethod
+    def _digest(config: dict) -> str:
+        """Return the digest of what decides a run, but for what may change on resume."""
+        return digest_of({k: v for k, v in config.items() if k not in FORKED | {*FREE, "forks", "date"}})
+
+    def _last_whole(self, config: dict) -> Path | None:
+        """Return the newest checkpoint that is what was written by a run of this config, with logs that are; say which
+        newer ones are not, and set them aside. None for a run that has none yet."""
+        damaged, run = {}, self._digest(config)
+        if self._place.exists() and not self._place.is_dir():
+            raise InputError(f"{self._place} is no folder: restore it")
         for path, (step, update) in reversed(self._checkpoints().items()):
-            if not (problem := damage(path, step, update)):
+            if not (problem := damage(path, step, update, run)):
                 known = read_manifest(path)["logs"]
                 self._logs = {name: read_end(self.out / name, known[name]["bytes"]) for name in LOGS}
-                missing = [name for name in LOGS if known[name]["bytes"] and not (self.out / name).exists()]
-                wrong = [n for n in LOGS if n not in missing and self._logs[n].entry != known[n]]
-                problem = f"{wrong[0]} has changed in its first {known[wrong[0]]['bytes']:,} bytes" if wrong else ""
+                there = [name for name in LOGS if os.path.lexists(self.out / name)]
+                missing = [name for name in LOGS if name not in there and known[name]["bytes"]]
+                if wrong := [n for n in there if self._logs[n].entry != known[n] or not (self.out / n).is_file()]:
+                    problem = f"{wrong[0]} has changed in its first {known[wrong[0]]['bytes']:,} bytes"
             if not problem:
                 for name in missing:
                     self.display.line(f"{self.out / name} is missing: its lines up to step {step} are lost")
                 break
-            damaged[path] = f"{path.name}: {problem}"
+            damaged[path] = f"{path.name} is damaged ({problem})"
         else:
             path = None
+        newest = path.name if path else ""
+        for other in self._place.glob("step-*"):  # neither a checkpoint nor older than the one to go on from
+            if other not in self._checkpoints() and re.fullmatch("step-[0-9]{6,}", other.name) and other.name > newest:
+                self.display.line(f"{other.name} is no checkpoint of minirl and left alone")
         if not damaged:
             return path
         said = "; ".join(damaged.values())
         if path is None:
             raise InputError(
-                f"no checkpoint of the run in {self.out} is whole ({said}): restore the files, move a log that has "
+                f"no checkpoint of the run in {self.out} is whole: {said}: restore the files, move a log that has "
                 "changed away to go on without its lines, or begin a new run with another --out"
             )
         for bad in damaged:
-            bad.rename(_unused(bad.with_name(f"damaged-{bad.name}")))
-        self.display.line(f"damaged and set aside ({said}): going on from {path.name}")
+            set_aside(bad)
+        self.display.line(f"{said} and set aside: going on from {path.name}")
         return path
 
     def __enter__(self) -> "Run":
@@ -391,7 +414,7 @@ class Run:
     def write_config(self) -> None:
         if not self._begun:  # also on resume, where what is free on resume may differ
             self._take_folder()
-            write_json(self.out / "config.json", self.config)
+            write_signed(self.out / "config.json", self.config)
             self._begun = True
 
     def _take_folder(self) -> None:
@@ -426,7 +449,9 @@ class Run:
         adds a step that has begun: its batch, and what its updates have measured."""
         self.write_config()
         update = len(within.updates) if within else None
-        path = self.out / "checkpoints" / place_name(done, update)
+        path = self._place / place_name(done, update)
+        if os.path.lexists(path) and path not in self._checkpoints():  # somebody's own
+            set_aside(path)
         with whole_folder(path) as staging:
             state = {"step": done, "nonfinite": self.nonfinite}
             for thing in self.held.values():
@@ -434,7 +459,7 @@ class Run:
             if within:
                 state["within"] = within.save(staging)
             write_json(staging / "state.json", state)
-            seal(staging, done, update, self._logs)
+            seal(staging, done, update, self._logs, self._digest(self.config))
         self._drop_old()
         self.checkpoint = path
         if not within:
@@ -445,7 +470,7 @@ class Run:
         """List them from the oldest, with their step and, in the middle of the next one, its updates. What minirl has
         not written does not count."""
         found = {}
-        for path in (self.out / "checkpoints").glob("step-*"):
+        for path in self._place.glob("step-*"):
             if match := re.fullmatch(r"step-([0-9]{6,})(?:-update-([0-9]+))?", path.name):
                 place = int(match[1]), None if match[2] is None else int(match[2])
                 if path.name == place_name(*place) and any((path / name).exists() for name in (MANIFEST, "state.json")):
@@ -470,6 +495,11 @@ def holds_run(out: str | Path) -> bool:
     return any((Path(out) / name).exists() for name in ("config.json", "checkpoints", *LOGS))
 
 
+def set_aside(path: Path) -> None:
+    """Rename what stands in the place of a checkpoint and is none."""
+    path.rename(_unused(path.with_name(f"set-aside-{path.name}")))
+
+
 def _unused(path: Path) -> Path:
     """Return a path of which nothing is there yet."""
     return next(p for p in (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))) if not p.exists())
@@ -482,14 +512,20 @@ def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def refuse_format(config: dict, out: Path) -> None:
-    """Refuse a run of another version, whose config, checkpoints or draws may mean something else."""
+def read_run_config(out: Path) -> dict:
+    """Return the config of a run that can be resumed: one of this version, as checkpoints or draws of another may mean
+    something else. InputError where there is none, and where somebody has changed it."""
+    file = out / "config.json"
+    if not os.path.lexists(file):
+        raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
+    config = read_json(file) if file.is_file() else {}
     found = config.get("format", 1)  # 0.1.0 wrote none
-    if found != FORMAT:
+    if found != FORMAT and config:
         raise InputError(
             f"the run in {out} has format {found!r:.20}, and minirl {__version__} goes on with format {FORMAT} alone: "
             "resume it with the version that began it, or begin a new one with another --out"
         )
+    return read_signed(file)
 
 
 def refuse_unwritable(out: Path) -> None:

@@ -503,14 +503,20 @@ def outcome(code, out, err, was, planted, damage: Damage, sources: Sources) -> t
         return ("HANG", f"over {LIMIT} s") if code == -signal.SIGKILL else ("KILLED", f"exit code {code}")
     if damage.stays and (lost := [name for name in planted if contents(run).get(name) != was.get(name)]):
         return "SPOILT", f"{lost[0]} is gone or changed"
+    for bad in run.glob("checkpoints/set-aside-*"):  # as it was
+        shutil.rmtree(bad) if bad.is_dir() and not bad.is_symlink() else bad.unlink()
     if (link := run / "checkpoints").is_symlink():
         shutil.move(link.resolve(), link.with_name("moved"))
         link.unlink()
         link.with_name("moved").rename(link)
     found = [text for text in unlike(run, sources.end) if text.partition(":")[0] not in planted]
+    lost = re.search(r"run/(\S+) is missing: its lines up to step \d+ are lost", out)
+    if lost and all(text.startswith(f"{lost[1]}: step: ") for text in found):
+        return "sentence", lost[0]
     if found:
         return "SILENT", found[0]
-    said = re.search(r"[^\n.]*step-\d+[^\n]*damaged[^\n]*", re.sub(r"(?<=\S)\n(?=\S)", " ", f"{out}\n{err}"))
+    text = re.sub(r"(?<=\S)\n(?=\S)", " ", f"{out}\n{err}")
+    said = re.search(r"[^\n.]*step-\d+ is (damaged|no checkpoint)[^\n]*", text)
     if said:
         return "fallback", said[0]
     return ("harmless", "") if "harmless" in damage.expected else ("SILENT", "the same bits, but nothing is said")

@@ -24,14 +24,14 @@ from typing import Annotated, Literal, get_args, get_origin
 import tyro
 
 from minirl.errors import InputError, NoChatTemplate, did_you_mean
-from minirl.files import is_number, kind_of, read_json
+from minirl.files import is_number, kind_of
 from minirl.grpo import GRPOConfig
 from minirl.lab.check import CHECKS
 from minirl.lab.commands import COMMANDS
 from minirl.lab.tasks import TASKS
 from minirl.ppo import PPOConfig
 from minirl.presets import preset_defaults
-from minirl.run import refuse_format
+from minirl.run import read_run_config
 from minirl.step import is_out_of_memory
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -200,11 +200,7 @@ def _defaults(kind: type, args: Sequence[str]):
     names = [f.name for f in fields(kind)]
     if any(arg.partition("=")[0] == "--resume" for arg in args) and "resume" in names:
         out = Path(_value(args, "--out") or kind.out)
-        if not (out / "config.json").exists():
-            raise InputError(f"{out} holds no run to resume: check --out, or leave --resume away")
-        content = read_json(out / "config.json")
-        refuse_format(content, out)
-        return _from_json(kind, content, str(out))
+        return _from_json(kind, read_run_config(out), str(out))
     presets = {kind: partial(preset_defaults, critic=kind is PPOConfig) for kind in (GRPOConfig, PPOConfig)}
     preset = _value(args, "--preset") if kind in presets else None
     if preset and preset.lower() != "none":

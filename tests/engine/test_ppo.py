@@ -330,7 +330,7 @@ def test_a_lost_head_is_named(checkpoint, tmp_path):
     head = tmp_path / "checkpoints/step-000001/critic/head.safetensors"
     head.write_bytes(head.read_bytes()[:-3])
     with pytest.raises(
-        InputError, match=r"no checkpoint .* is whole \(step-000001: critic/head.safetensors has changed\)"
+        InputError, match=r"no checkpoint .* is whole: step-000001 is damaged \(critic/head.safetensors has changed"
     ):
         Trainer(ppo, replace(config, resume=True))
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from minirl.batch import Batch
 from minirl.errors import NonFinite
 from minirl.lab import cli, commands
+from minirl.manifest import read_signed
 from minirl.model import ScalarHead, Transformer
 from minirl.run import FORMAT, Run
 
@@ -611,4 +612,4 @@ def test_a_run_that_logged_nothing_has_no_folder(tmp_path):
     run = Run(tmp_path / "run", {"lr": 1.0})
     assert not run.out.exists()
     run.log(1, {})
-    assert json.loads((run.out / "config.json").read_text()) == {"format": FORMAT, "lr": 1.0}
+    assert read_signed(run.out / "config.json") == {"format": FORMAT, "lr": 1.0}
