@@ -79,7 +79,7 @@ def sample_and_keep(policy: Policy, task: Task, config: RFTConfig, same: Same, r
     if not config.resume:
         samples.file.unlink(missing_ok=True)
     try:
-        stopped = sample_and_check(policy.model, policy.tokenizer, task, config, display, samples, run._begin)
+        stopped = sample_and_check(policy.model, policy.tokenizer, task, config, display, samples, run.write_config)
     except KeyboardInterrupt:  # the second one
         stopped = True
     finally:

@@ -32,7 +32,7 @@ import torch
 
 from minirl import __version__
 from minirl.errors import InputError, told
-from minirl.files import json_values, read_json, write_json
+from minirl.files import read_json, write_json
 from minirl.manifest import (
     MANIFEST,
     LogEnd,
@@ -48,7 +48,16 @@ from minirl.model import Transformer
 from minirl.step import LOGS, Step, Stopped, place_name, whole_folder
 from minirl.tokenizer import Tokenizer
 
-FREE = ("slots", "micro_batch_tokens", "recompute", "device", "save_every", "shown", "on_bad_reward", "on_nonfinite")
+FREE_ON_RESUME = (
+    "slots",
+    "micro_batch_tokens",
+    "recompute",
+    "device",
+    "save_every",
+    "shown",
+    "on_bad_reward",
+    "on_nonfinite",
+)
 FORKED = {  # what --fork lets change
     *("steps", "lr", "critic_lr", "warmup", "schedule", "weight_decay", "clip_norm", "target_kl"),
     *("eval_every", "reward_timeout"),
@@ -184,7 +193,7 @@ class Run:
     @staticmethod
     def _digest(config: dict) -> str:
         """Return the digest of what decides a run, but for what may change on resume."""
-        return digest_of({k: v for k, v in config.items() if k not in FORKED | {*FREE, "forks", "date"}})
+        return digest_of({k: v for k, v in config.items() if k not in FORKED | {*FREE_ON_RESUME, "forks", "date"}})
 
     def _last_whole(self, config: dict) -> Path | None:
         """Return the newest checkpoint that is what was written by a run of this config, with logs that are; say which
@@ -387,12 +396,6 @@ class Run:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._append({"metrics.jsonl": [{"step": step, **metrics}]})
 
-    def logged(self) -> Iterator[dict]:
-        """Read what metrics.jsonl holds of this run, a record after the other."""
-        file = self.out / "metrics.jsonl"
-        if file.exists():
-            yield from (record for record, _ in json_values(file))
-
     def _append(self, records: dict[str, list[dict]]) -> None:
         """Write lines to the logs; NaN and infinity become null, as JSON has neither. Where this fails, none of them
         counts: a checkpoint knows how long each log was."""
@@ -547,7 +550,7 @@ def _refuse_changes(old: dict, new: dict, file: Path, fork: bool) -> dict[str, t
     """Raise an InputError where a field that decides the result is not as it was; return those that `fork` lets
     change, with their old and new values."""
     old, new = _flat(old), _flat(new)
-    changed = sorted({k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}.difference(FREE))
+    changed = sorted({k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}.difference(FREE_ON_RESUME))
     if changed == ["data_hash"]:
         raise InputError(f"the data of the run in {file.parent} has changed since it was started: restore its files")
     forked = {k: (old.get(k), new.get(k)) for k in changed if fork and k in FORKED}

@@ -510,12 +510,12 @@ def outcome(code, out, err, was, planted, damage: Damage, sources: Sources) -> t
         link.unlink()
         link.with_name("moved").rename(link)
     found = [text for text in unlike(run, sources.end) if text.partition(":")[0] not in planted]
-    lost = re.search(r"run/(\S+) is missing: its lines up to step \d+ are lost", out)
-    if lost and all(text.startswith(f"{lost[1]}: step: ") for text in found):
+    text = re.sub(r"(?<=\S)\n(?=\S)", " ", f"{out}\n{err}")
+    lost = re.search(r"run/(\S+) is missing: its lines up to step \d+ are lost", text)
+    if lost and all(line.startswith(f"{lost[1]}: ") for line in found):
         return "sentence", lost[0]
     if found:
         return "SILENT", found[0]
-    text = re.sub(r"(?<=\S)\n(?=\S)", " ", f"{out}\n{err}")
     said = re.search(r"[^\n.]*step-\d+ is (damaged|no checkpoint)[^\n]*", text)
     if said:
         return "fallback", said[0]

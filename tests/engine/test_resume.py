@@ -230,7 +230,7 @@ def test_what_changes_no_result_may_change_on_resume_and_is_remembered(kind, lab
     flags = [f"--{name.replace('_', '-')} {'' if value is True else value}" for name, value in knobs.items()]
     code, said = lab.run([kind, "--resume", "--out", str(out), *" ".join(flags).split()])
     assert code == 0, said
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (reference, out))
+    before, after = (read_signed(folder / "config.json") for folder in (reference, out))
     assert after == before | knobs != before
     assert [folder.name for folder in sorted((out / "checkpoints").iterdir())] == ["step-000005", "step-000006"]
     wanted, got = (load_file(folder / "model/model.safetensors") for folder in (reference, out))
