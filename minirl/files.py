@@ -54,12 +54,13 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: str | Path, content: object) -> None:
+    """Write JSON. Half of a surrogate pair has no UTF-8; as a backslash and its code it is JSON again."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda staging: staging.write_text(text, encoding="utf-8"))
+    write_atomic(path, lambda staging: staging.write_bytes(text.encode("utf-8", "backslashreplace")))
 
 
 def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
-    """Write one object a line. Half of a surrogate pair has no UTF-8; as a backslash and its code it is JSON again."""
+    """Write one object a line, as `write_json` does."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomic(path, lambda staging: staging.write_bytes(text.encode("utf-8", "backslashreplace")))
 

@@ -18,7 +18,7 @@ from minirl.kernels import Kept, linear_token_logprobs
 from minirl.model import Transformer
 
 LAST = -1  # as a place: the last token
-ROWS, KEPT = "rows.json", "kept.safetensors"  # files
+ROWS, TOKENS = "rows.json", "tokens.safetensors"  # files
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,27 @@ class Row:
 
 
 def save_rows(rows: Sequence[Row], folder: Path) -> None:
-    """Write rows so that `load_rows` makes them again: rows.json, and kept.safetensors where sampling was truncated."""
-    plain = [{f.name: getattr(row, f.name) for f in fields(Row) if f.name != "kept"} for row in rows]
-    write_json(folder / ROWS, {"rows": plain})
-    kept = [ids for row in rows for ids in row.kept or ()]
-    if kept:
-        sizes = np.array([len(ids) for ids in kept])
-        save_file({"ids": np.concatenate(kept), "sizes": sizes}, folder / KEPT)
+    """Write rows so that `load_rows` makes them again: tokens, and the ids that truncated sampling kept, as tensors."""
+    lists = {"prompt": [r.prompt for r in rows], "response": [r.response for r in rows]}
+    lists["kept"] = [ids for row in rows for ids in row.kept or ()]
+    tensors = {name: np.concatenate([np.asarray(x, np.int32) for x in some] or [[]]) for name, some in lists.items()}
+    sizes = {f"{name} sizes": np.array([len(x) for x in some], np.int32) for name, some in lists.items()}
+    save_file(tensors | sizes, folder / TOKENS)
+    rest = [{f.name: getattr(row, f.name) for f in fields(Row) if f.name not in lists} for row in rows]
+    write_json(folder / ROWS, {"rows": rest})
 
 
 def load_rows(folder: Path) -> list[Row]:
     """Read what `save_rows` wrote."""
-    plain = read_json(folder / ROWS)["rows"]
-    if not (folder / KEPT).exists():
-        return [Row(**row) for row in plain]
-    found = load_file(folder / KEPT)
-    kept = iter(np.split(found["ids"], found["sizes"].cumsum()[:-1]))
-    return [Row(**row, kept=[next(kept) for _ in row["response"]]) for row in plain]
+    found, lists = load_file(folder / TOKENS), {}
+    for name in ("prompt", "response", "kept"):
+        lists[name] = iter(np.split(found[name], found[f"{name} sizes"].cumsum()[:-1]))
+    rows = []
+    for rest in read_json(folder / ROWS)["rows"]:
+        prompt, response = next(lists["prompt"]).tolist(), next(lists["response"]).tolist()
+        kept = [next(lists["kept"]) for _ in response] if len(found["kept sizes"]) else None
+        rows.append(Row(prompt, response, kept=kept, **rest))
+    return rows
 
 
 def micro_batches(rows: Sequence[Row | Sequence[Row]], indices: Sequence[int], budget: int) -> list[list[int]]:

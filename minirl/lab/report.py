@@ -23,6 +23,7 @@ from minirl.errors import InputError
 from minirl.files import read_json, write_atomic
 from minirl.lab.alarms import WATCHED, Alarms
 from minirl.lab.logs import Columns, damage, read_columns, read_completions, refuse_empty
+from minirl.manifest import DIGEST
 
 POINTS = 2000  # values of a curve; of more, several to a pixel, the extremes and the means of every few are drawn
 
@@ -231,6 +232,7 @@ def report(folder: str | Path, log: Log | None = None) -> Path:
     folder, buffer = Path(folder), io.BytesIO()
     log = log or read_log(folder)
     config = read_json(file) if (file := folder / "config.json").exists() else {}
+    config.pop(DIGEST, None)
     draw([log.metrics], [str(folder)]).savefig(buffer, format="png")
     picture, name = base64.b64encode(buffer.getvalue()).decode(), escape("/".join(folder.resolve().parts[-2:]))
     about = " · ".join(str(config[key]) for key in ("model", "task", "preset", "data") if config.get(key))

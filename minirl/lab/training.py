@@ -79,7 +79,7 @@ def policy_line(step: int, steps: int, m: dict) -> str:
 
 def sft_line(step: int, steps: int, m: dict) -> str:
     return (
-        f"sft {step}/{steps}  loss {m['loss']:.4f}  entropy {m['entropy']:.3f}  grad {m['grad_norm']:.2f}  "
+        f"sft {step}/{steps}  loss {m['loss']:.4f}  entropy {m['entropy']:.3f}  grad {shown(m, 'grad_norm', '.2f')}  "
         f"lr {m['lr']:.1e}  {m['tokens_per_s/train']:.0f} tok/s"
     )
 
@@ -89,15 +89,15 @@ def prefer_line(step: int, steps: int, m: dict) -> str:
     return (
         f"prefer {step}/{steps}  loss {m['loss']:.4f}  accuracy {m['accuracy']:.3f}{held}  "
         f"reward {m['reward/chosen']:.3f} / {m['reward/rejected']:.3f}  "
-        f"logp {m['logp/chosen']:.1f} / {m['logp/rejected']:.1f}  grad {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
-        f"{m['tokens_per_s/train']:.0f} tok/s"
+        f"logp {m['logp/chosen']:.1f} / {m['logp/rejected']:.1f}  grad {shown(m, 'grad_norm', '.2f')}  "
+        f"lr {m['lr']:.1e}  {m['tokens_per_s/train']:.0f} tok/s"
     )
 
 
 def reward_line(step: int, steps: int, m: dict) -> str:
     return (
         f"reward {step}/{steps}  loss {m['loss']:.4f}  accuracy {shown(m, 'accuracy', '.3f')}  "
-        f"margin {shown(m, 'margin', '.2f')}{heldout_line(m)}  grad {m['grad_norm']:.2f}  lr {m['lr']:.1e}  "
+        f"margin {shown(m, 'margin', '.2f')}{heldout_line(m)}  grad {shown(m, 'grad_norm', '.2f')}  lr {m['lr']:.1e}  "
         f"{m['tokens_per_s/train']:.0f} tok/s"
     )
 

@@ -14,10 +14,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import Quiet, check_same, read_jsonl, tiny_checkpoint, untimed
@@ -29,6 +31,7 @@ from minirl.lab import cli, commands
 from minirl.manifest import read_signed
 from minirl.model import ScalarHead, Transformer
 from minirl.run import FORMAT, Run
+from minirl.trees import Row
 
 GRPO = """grpo --task arithmetic:op=sum,digits=1,style=plain --steps 6 --prompts 4 --group 4 --mini-batches 2
     --max-tokens 6 --loss.kl k3 --loss.kl-coef 0.05 --top-p 0.9 --lr 1e-3 --warmup 2 --schedule linear
@@ -484,6 +487,28 @@ def test_a_gradient_that_is_not_finite_stops_with_its_rows_kept(kind, lab, tmp_p
     assert len(batch.rows) > 1 and batch.mask.any() and all(row.prompt and row.response for row in batch.rows)
     shutil.rmtree(out / "nonfinite")
     goes_on(lab, out, kind)  # as nothing is wrong with them
+
+
+def test_a_batch_is_read_as_it_was_written(tmp_path):
+    ids = [np.array([3, 1], np.int32), np.array([], np.int32)]
+    rows = [Row([1, 2], [3, 4], 0, kept=ids), Row([1, 2], [5], 0, kept=ids[:1], where="half of a pair \ud83d")]
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    batch = Batch(rows, torch.tensor([1.0, -1.0]), mask, ref_logp=torch.full((2, 2), torch.nan))
+    batch.save(tmp_path)
+    found = Batch.load(tmp_path, torch.device("cpu"))
+    for row, other in zip(rows, found.rows, strict=True):
+        assert replace(row, kept=None, places=[-1]) == replace(other, kept=None)
+        assert [x.tolist() for x in row.kept] == [x.tolist() for x in other.kept]
+    for name in ("advantages", "mask", "sampled", "ref_logp"):
+        torch.testing.assert_close(getattr(found, name), getattr(batch, name), rtol=0, atol=0, equal_nan=True)
+    assert found.old_logp is found.returns is None
+
+
+@pytest.mark.parametrize("kind", ["sft"])
+def test_a_step_without_any_update_has_a_line(kind, lab, tmp_path):
+    out, fate = tmp_path / "run", (NonFinite("the gradient of 'x' is not finite"), GRAD_NORM, 3)
+    said = ends(lab, out, kind, fate, code=0, args=["--on-nonfinite", "skip"])
+    assert "grad –" in said and read_jsonl(out / "metrics.jsonl")[2]["nonfinite"] == 1
 
 
 def test_updates_without_a_finite_gradient_are_left_out_on_request(lab, tmp_path):
