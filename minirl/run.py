@@ -363,7 +363,8 @@ class Run:
 
     def lowered(self, config):
         """Return the config with the options that were halved as memory ran out."""
-        return replace(config, **{name: value for name, value in self.lower.items() if hasattr(config, name)})
+        lower = {name: value for name, value in self.lower.items() if hasattr(config, name)}
+        return replace(config, **lower) if lower else config
 
     def halve(self, config, names: Sequence[str]) -> None:
         """Halve options of memory from now on, in the run's config too, and save: what is resumed goes on with them."""
