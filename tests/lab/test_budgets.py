@@ -8,8 +8,6 @@ from code_lines import ROOMS, ROOT, closure, code_lines
 
 BUDGETS = {"engine": 7_800, "lab": 2_800, "judge": 2_250, "kernels": 1_400}  # .ci/run prints what there is
 FILES, LINES = 24, 3_850  # of grpo.py's closure
-BUDGETS = {"engine": 7_800, "lab": 2_800, "judge": 2_250, "kernels": 1_400}  # .ci/run prints what there is
-FILES, LINES = 24, 3_850  # of grpo.py's closure
 SOURCES = sorted(file for files in ROOMS.values() for file in files)
 RIDDLES = {"What", "Of", "Whatever", "Who", "Whether", "Where"}
 NOUNS = {"The", "A", "An", "Means", "Batch", "Token", "Tokens", "How", "Some", "All"}  # may open a class or a module
