@@ -7,16 +7,18 @@ cells see these mounts, which end with them. An ordinary user gets them by a use
 
 import ctypes
 import os
+import struct
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from minirl.judge.folder import MAX_DISK, MAX_FILES
-from minirl.judge.libc import check, libc, succeeds
+from minirl.judge.libc import check, libc, succeeds, syscall
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 0x1000, 0x4000, 0x40000
 MNT_DETACH = 2
+MOUNT_SETATTR, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, 0x8000, 1
 CELL = "cell"  # the folder to write to, in `folder` and in the root
 
 
@@ -63,6 +65,8 @@ def _fill(root: str, shown: Iterable[str], hidden: Iterable[str]) -> None:
             os.makedirs(os.path.dirname(place), exist_ok=True)
             Path(place).touch()
         _mount(path, place, "", MS_BIND | MS_REC)
+        read_only = struct.pack("=4Q", MOUNT_ATTR_RDONLY, 0, 0, 0)
+        syscall(MOUNT_SETATTR, -1, place.encode(), AT_RECURSIVE, read_only, len(read_only))
     for path in hidden:
         if os.path.isdir(root + path):
             _tmpfs(root + path, "size=4k,mode=755")

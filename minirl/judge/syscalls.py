@@ -28,10 +28,10 @@ ALLOWED = {  # name: its numbers on (x86_64, aarch64), None where it does not ex
     **{"close_range": (436, 436), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "fsync": (74, 82)},
     **{"fdatasync": (75, 83), "ftruncate": (77, 46), "fadvise64": (221, 223)},
     # files and folders by their path; no modes, owners, attributes, times, links, mounts, watching, handles, which
-    # Landlock does not cover
-    **{"open": (2, None), "openat": (257, 56), "creat": (85, None), "mkdir": (83, None), "mkdirat": (258, 34)},
+    # Landlock does not cover, and no truncate, which it covers from version 3 on only (ftruncate needs a writable file)
+    **{"creat": (85, None), "mkdir": (83, None), "mkdirat": (258, 34)},
     **{"rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38)},
-    **{"renameat2": (316, 276), "truncate": (76, 45), "chdir": (80, 49), "fchdir": (81, 50), "getcwd": (79, 17)},
+    **{"renameat2": (316, 276), "chdir": (80, 49), "fchdir": (81, 50), "getcwd": (79, 17)},
     **{"umask": (95, 166), "getdents": (78, None), "getdents64": (217, 61), "stat": (4, None), "fstat": (5, 80)},
     **{"lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291), "access": (21, None)},
     **{"faccessat": (269, 48), "faccessat2": (439, 439), "readlink": (89, None), "readlinkat": (267, 78)},
@@ -61,8 +61,13 @@ ALLOWED = {  # name: its numbers on (x86_64, aarch64), None where it does not ex
 THREAD = 0x3D0F00  # the flags by which libc makes a thread: all is shared, the open files and their limit too
 OWN = 0x4E574F  # stands for the number of the process that installs the filter
 ALL = 0xFFFFFFFF
+# What is opened to read must not be emptied by that, which Landlock, too, refuses from version 3 on only.
+O_WRONLY, O_RDWR, O_TRUNC = 1, 2, 0x200
+OPEN = (3 | O_TRUNC, (0, O_WRONLY, O_RDWR, O_WRONLY | O_TRUNC, O_RDWR | O_TRUNC))
 # name: numbers, and what must hold of its arguments: (index, the bits that count, the values that these may have).
 CONDITIONAL = {
+    "open": ((2, None), [(1, *OPEN)]),
+    "openat": ((257, 56), [(2, *OPEN)]),
     "mmap": ((9, 222), [(3, 0x40000, (0,))]),  # not of the machine's huge pages
     # Commands for a terminal's size and kind, close-on-exec, blocking, and how much there is to read: none that asks
     # for signals, shares blocks of another file or changes its attributes.

@@ -20,7 +20,8 @@ import pytest
 from cases import joined, read_cases
 
 from minirl.errors import InputError
-from minirl.judge import folder, walls
+from minirl.judge import folder, mounts, walls
+from minirl.judge.libc import succeeds
 from minirl.judge.messages import Channel
 from minirl.judge.pool import ChildError, Job, Pool, call_each
 from minirl.judge.tester import verdict
@@ -124,6 +125,28 @@ def deep(place: Path, depth: int) -> None:
             os.chdir("a")
     finally:
         os.chdir(back)
+
+
+def test_what_the_mounts_show_cannot_be_written(tmp_path):
+    """Not even by root, without any other wall."""
+    (tmp_path / "library").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "library" / "file").write_text("whole")
+
+    def enter() -> None:
+        assert mounts.enter(str(tmp_path / "root"), [str(tmp_path / "library")])
+
+    def read_and_write() -> None:
+        enter()
+        shown = Path(f"{tmp_path}/root{tmp_path}/library/file")
+        assert shown.read_text() == "whole"
+        with suppress(OSError):
+            shown.write_text("")
+            os._exit(1)
+
+    if not succeeds(enter):
+        pytest.skip("this system allows no mounts")
+    assert succeeds(read_and_write)
 
 
 def test_any_tree_is_removed(tmp_path):
