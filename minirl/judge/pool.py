@@ -76,6 +76,7 @@ class WorkerProcess:
         keep = ("TMPDIR", "LD_LIBRARY_PATH", *(("PATH", "CUDA_VISIBLE_DEVICES") if use == "calls" else ()))
         env = {name: os.environ[name] for name in (os.environ if use == "trusted" else keep) if name in os.environ}
         env |= {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}  # the same result on every run
+        env["MALLOC_ARENA_MAX"] = "2"  # one for each thread would take 64 MB of the address space that is limited
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, start_new_session=True
         )

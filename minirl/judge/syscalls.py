@@ -40,9 +40,9 @@ ALLOWED = {  # name: its numbers on (x86_64, aarch64), None where it does not ex
     **{"epoll_create": (213, None), "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None)},
     **{"epoll_pwait": (281, 22), "epoll_pwait2": (441, 441), "eventfd": (284, None), "eventfd2": (290, 19)},
     **{"pipe": (22, None), "pipe2": (293, 59), "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210)},
-    **{"getsockname": (51, 204), "getsockopt": (55, 209)},
+    **{"getsockname": (51, 204)},
     # threads; libc ends the process if a new one cannot call rseq
-    **{"futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "gettid": (186, 178)},
+    **{"set_robust_list": (273, 99), "rseq": (334, 293), "gettid": (186, 178)},
     **{"sched_yield": (24, 124), "getcpu": (309, 168), "exit": (60, 93), "exit_group": (231, 94)},
     # signals to itself
     **{"rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136)},
@@ -50,8 +50,8 @@ ALLOWED = {  # name: its numbers on (x86_64, aarch64), None where it does not ex
     **{"restart_syscall": (219, 128), "pause": (34, None), "alarm": (37, None), "setitimer": (38, 103)},
     **{"getitimer": (36, 102)},
     # time and chance
-    **{"clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "nanosleep": (35, 101)},
-    **{"gettimeofday": (96, 169), "time": (201, None), "times": (100, 153), "getrandom": (318, 278)},
+    **{"nanosleep": (35, 101), "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153)},
+    **{"getrandom": (318, 278)},
     # who it is, its limits, the machine
     **{"getpid": (39, 172), "getppid": (110, 173), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176)},
     **{"getegid": (108, 177), "getgroups": (115, 158), "getresuid": (118, 148), "getresgid": (120, 150)},
@@ -64,17 +64,31 @@ ALL = 0xFFFFFFFF
 # What is opened to read must not be emptied by that, which Landlock, too, refuses from version 3 on only.
 O_WRONLY, O_RDWR, O_TRUNC = 1, 2, 0x200
 OPEN = (3 | O_TRUNC, (0, O_WRONLY, O_RDWR, O_WRONLY | O_TRUNC, O_RDWR | O_TRUNC))
+# Private memory, and files. Of shared memory without a file no limit counts what a process keeps but no longer maps.
+MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE, MAP_ANONYMOUS, MAP_HUGETLB = 1, 2, 3, 0xF, 0x20, 0x40000
+MAPPINGS = (MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_PRIVATE | MAP_ANONYMOUS)
+# The machine's clocks and the caller's own two; a negative number names the clock of any process or thread.
+CLOCK = (ALL, tuple(range(12)))
+# None of the commands that lend a priority to the thread whose number is in the word.
+FUTEX_COMMANDS = (0, 1, 3, 4, 5, 9, 10)  # wait, wake, requeue (2), wake and change, wait and wake by bits
+FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME = 128, 256
+TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD = 0x5401, 0x802C542A, 0x5413, 0x541B
+FIONBIO, FIONCLEX, FIOCLEX = 0x5421, 0x5450, 0x5451
+F_DUPFD, F_SETLKW, F_DUPFD_CLOEXEC, F_GETPIPE_SZ = 0, 7, 1030, 1032  # all between the first two are allowed
+PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_GET_NO_NEW_PRIVS = OWN_OPTIONS = (2, 3, 15, 16, 39)
+SOL_SOCKET, SO_TYPE, SO_ERROR, SO_PROTOCOL, SO_DOMAIN = 1, 3, 4, 38, 39
+AF_UNIX, SOCK_STREAM, SOCK_TYPE = 1, 1, 0xF
 # name: numbers, and what must hold of its arguments: (index, the bits that count, the values that these may have).
 CONDITIONAL = {
     "open": ((2, None), [(1, *OPEN)]),
     "openat": ((257, 56), [(2, *OPEN)]),
-    "mmap": ((9, 222), [(3, 0x40000, (0,))]),  # not of the machine's huge pages
+    "mmap": ((9, 222), [(3, MAP_TYPE | MAP_ANONYMOUS | MAP_HUGETLB, MAPPINGS)]),
     # Commands for a terminal's size and kind, close-on-exec, blocking, and how much there is to read: none that asks
     # for signals, shares blocks of another file or changes its attributes.
-    "ioctl": ((16, 29), [(1, ALL, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A))]),
+    "ioctl": ((16, 29), [(1, ALL, (TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, TCGETS2))]),
     # Duplicates, flags, the pipe's size, and locks of sqlite: to lock out others these need a file that is writable. No
     # owner to send signals to, no lease, no larger pipe.
-    "fcntl": ((72, 25), [(1, ALL, (0, 1, 2, 3, 4, 5, 6, 1030, 1032))]),
+    "fcntl": ((72, 25), [(1, ALL, (*range(F_DUPFD, F_SETLKW + 1), F_DUPFD_CLOEXEC, F_GETPIPE_SZ))]),
     "clone": ((56, 220), [(0, ALL, (THREAD,))]),
     "tgkill": ((234, 131), [(0, ALL, (OWN,))]),  # `abort` and `raise` send a signal so
     "prlimit64": ((302, 261), [(0, ALL, (0, OWN))]),
@@ -83,9 +97,16 @@ CONDITIONAL = {
     "getsid": ((124, 156), [(0, ALL, (0, OWN))]),
     # To read its signal at the worker's death, whether it may be dumped or gain rights, and a thread's name; to set
     # that name. Nothing else may be set: without the signal it would outlive the trainer.
-    "prctl": ((157, 167), [(0, ALL, (2, 3, 15, 16, 39))]),
+    "prctl": ((157, 167), [(0, ALL, OWN_OPTIONS)]),
     "arch_prctl": ((158, None), [(0, ALL, (0x1021, 0x1022, 0x1023))]),  # matrix units of the processor
-    "socketpair": ((53, 199), [(0, ALL, (1,)), (1, 0xF, (1,))]),  # streams: a datagram could go to any local service
+    # Streams: a datagram could go to any local service.
+    "socketpair": ((53, 199), [(0, ALL, (AF_UNIX,)), (1, SOCK_TYPE, (SOCK_STREAM,))]),
+    # What kind of socket it is, and its error: not the process at the other end.
+    "getsockopt": ((55, 209), [(1, ALL, (SOL_SOCKET,)), (2, ALL, (SO_TYPE, SO_ERROR, SO_PROTOCOL, SO_DOMAIN))]),
+    "clock_gettime": ((228, 113), [(0, *CLOCK)]),
+    "clock_getres": ((229, 114), [(0, *CLOCK)]),
+    "clock_nanosleep": ((230, 115), [(0, *CLOCK)]),
+    "futex": ((202, 98), [(1, ALL & ~(FUTEX_PRIVATE_FLAG | FUTEX_CLOCK_REALTIME), FUTEX_COMMANDS)]),
 }
 # Calls from this number on are new: libc tries an older one where the answer is that they do not exist. The flags of
 # clone3, one of them, are in memory, where a filter sees none. So does libc go on where it cannot ask for a thread's

@@ -134,7 +134,8 @@ def import_folders() -> list[str]:
 
 
 def _system_files() -> list[str]:
-    found = ["/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/null", "/dev/zero", "/dev/urandom", "/lib64"]
+    # Not /dev/zero: when it is mapped it is shared memory, which no limit counts.
+    found = ["/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/null", "/dev/urandom", "/lib64"]
     for root in ("/lib", "/usr/lib"):
         found += map(str, Path(root).glob("*-linux-gnu"))
     return [path for path in found if os.path.exists(path)]

@@ -41,6 +41,7 @@ NUMBERS = {  # of the calls in the file: on x86_64 and aarch64, None where there
     **{"symlinkat": (266, 36), "fchmodat": (268, 53), "fchmodat2": (452, 452), "utimensat": (280, 88)},
     **{"listxattr": (194, 11), "name_to_handle_at": (303, 264), "socket": (41, 198), "socketpair": (53, 199)},
     **{"syslog": (103, 116), "adjtimex": (159, 171), "quotactl": (179, 60), "fallocate": (285, 47)},
+    **{"clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "futex": (202, 98)},
 }
 HEAD = """
 import ctypes, os, struct, time

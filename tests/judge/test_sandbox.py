@@ -425,6 +425,21 @@ def test_a_job_of_megabytes_is_no_hurdle(pool):
     assert passed(found)
 
 
+def test_threads_leave_room_in_the_memory(pool):
+    """Each would take 64 MB of the address space for what it allocates."""
+    program = """
+import threading
+def f(x):
+    together = threading.Barrier(x)
+    threads = [threading.Thread(target=lambda: together.wait(5) and str(x) * 100) for _ in range(x)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return not together.broken
+"""
+    (found,) = pool.map([Job.tests(program, "assert f(16)", entry="f")], 10, memory_mb=512)
+    assert passed(found), found
+
+
 def test_memory_is_bounded(pool):
     (found,) = pool.map([Job.call("builtins:bytearray", [1 << 30])], 5, memory_mb=100)
     assert isinstance(found, ChildError) and "MemoryError" in str(found)
