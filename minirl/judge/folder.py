@@ -6,6 +6,7 @@ while it is read here, nest folders deeper than a path can name, or take away th
 
 import os
 import secrets
+from contextlib import suppress
 
 from minirl.judge.libc import libc
 
@@ -42,22 +43,36 @@ def is_full(folder: str, held: int = 0) -> bool:
 
 def pinned(process: int, folder: str) -> int:
     """Count the removed files of the folder that a process still maps: they are in no folder, and no limit counts them.
-    0 where the system does not let this process look."""
+    0 where the system does not let this process look; ValueError where the process keeps it from looking."""
     place = f"/proc/{process}"
     try:
         owner = os.stat(place)
         if os.geteuid() == 0:  # root of a container may not look at another user's process, but that user may
             libc().setfsgid(owner.st_gid)
             libc().setfsuid(owner.st_uid)
-        with open(f"{place}/maps", errors="replace") as file:
-            gone = [line.split(maxsplit=5) for line in file if line.endswith(" (deleted)\n")]
+        lines = _maps(place).split(b"\n")  # a name may hold any other character
     except OSError:
         return 0
     finally:
         if os.geteuid() == 0:
             libc().setfsuid(0)
             libc().setfsgid(os.getegid())
-    return len({(device, number) for *_, device, number, path in gone if path.startswith(folder)})
+    gone = [line.split(maxsplit=5)[3:] for line in lines if line.endswith(b" (deleted)")]
+    return len({(device, number) for device, number, path in gone if path.startswith(os.fsencode(folder))})
+
+
+def _maps(place: str) -> bytes:
+    """Return the memory map of a process as one of its threads shows it: that of a thread that has ended is empty, and
+    the first may end before the others. Nothing where all have ended."""
+    for _ in range(3):
+        tasks = os.listdir(f"{place}/task")
+        for task in tasks:
+            with suppress(FileNotFoundError, ProcessLookupError), open(f"{place}/task/{task}/maps", "rb") as file:
+                if found := file.read():
+                    return found
+        if len(tasks) < 2:
+            return b""
+    raise ValueError("its threads end before its memory map can be read")
 
 
 def empty(folder: str) -> None:

@@ -110,11 +110,12 @@ class Channel:
         return json.loads(read_exactly(self.reading, size))
 
 
-def send(fd: int, body: bytes) -> None:
-    """Write a frame: its size and its body."""
-    frame = memoryview(FRAME.pack(len(body)) + body)
-    while frame:
-        frame = frame[os.write(fd, frame) :]
+def send(fd: int, body: bytes | bytearray) -> None:
+    """Write a frame: its size and its body, of which no copy is made."""
+    parts = [memoryview(FRAME.pack(len(body))), memoryview(body)]
+    while any(parts):
+        sent = os.writev(fd, parts)
+        parts = [parts[0][sent:], parts[1][max(0, sent - len(parts[0])) :]]
 
 
 def read_exactly(fd: int, size: int) -> bytes:

@@ -241,7 +241,9 @@ class Pool:
             try:
                 if key.fd == worker.inbox:
                     worker.write()
-                elif message := worker.read():
+                elif (message := worker.read()) and "failed" in message:
+                    ended += self._drop(worker, {"error": message["failed"]})
+                elif message:
                     ended += self._hear(worker, message)
             except (EOFError, BrokenPipeError):
                 ended += self._drop(worker, {"error": "its process died"})

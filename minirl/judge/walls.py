@@ -144,8 +144,8 @@ def _system_files() -> list[str]:
 def threads(process: int) -> int:
     """Count the threads of a process, 0 where there is no /proc to ask."""
     try:
-        with open(f"/proc/{process}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[17])
+        with open(f"/proc/{process}/stat", "rb") as file:  # the name in it may be no text
+            return int(file.read().rpartition(b")")[2].split()[17])
     except OSError:
         return 0
 

@@ -65,6 +65,7 @@ class Worker:
     def __init__(self, jobs: int, results: int, folder: str, use: str):
         self.jobs, self.results = jobs, results
         self.function: Callable | None = None
+        self.report = bytearray()  # of the last job's cell
         self.own = ""  # the folder of the function's file, where that was added to sys.path
         # A program sees the standard library alone, a function whatever it may import.
         self.mounted = use != "trusted" and mounts.enter(folder, *(python_library() if use == "tests" else ()))
@@ -94,6 +95,7 @@ class Worker:
             else:
                 result = self.test(first, second, limits)
             send(self.results, result)
+            self.report[:] = bytes(len(self.report))  # the next cells inherit this memory
 
     def load(self, spec: str) -> bytes:
         """Import the function here, so that its cells need not; return the result as JSON."""
@@ -170,34 +172,44 @@ class Worker:
                 cell.end()
             empty(self.folder)
 
-    def _watched(self, cells: list["Cell"], deadline: float) -> bytes:
+    def _watched(self, cells: list["Cell"], deadline: float) -> bytes | bytearray:
         """Read the report of the last cell while their time and their folder last, and their threads are few."""
-        cell, received, size = cells[-1], b"", FRAME.size
-        while len(received) < size:
-            left = deadline - time.monotonic()
-            if left <= 0:
+        cell, filled, size = cells[-1], 0, None
+        self.report = bytearray(FRAME.size)
+        look = time.monotonic() + TICK  # by the clock: a cell may send a byte at a time
+        while size is None or filled < size:
+            now = time.monotonic()
+            if now >= deadline:
                 return _as_json({"timeout": True})
-            if not select.select([cell.results], [], [], min(left, TICK))[0]:
+            if now >= look:
                 if excess := self._excess(cells):
                     return _as_json({"error": excess})
+                look = time.monotonic() + TICK
+            if not select.select([cell.results], [], [], min(deadline - now, TICK))[0]:
                 continue
-            part = os.read(cell.results, min(size - len(received), 2**20))
+            part = os.readv(cell.results, [memoryview(self.report)[filled:]])
             if not part:
                 cell.end()
                 return _as_json({"error": f"its process died ({cell.fate})"})
-            received += part
-            if len(received) == FRAME.size == size:  # the size is known now, and the cell may lie about it
-                size += FRAME.unpack(received)[0]
-                if size > MAX_RESULT:
+            filled += part
+            if size is None and filled == FRAME.size:
+                (size,) = FRAME.unpack(self.report)
+                if size > MAX_RESULT:  # the cell may lie about it
                     return _as_json({"error": f"its result has more than {MAX_RESULT} bytes"})
-        return received[FRAME.size :]
+                self.report, filled = bytearray(size), 0
+        return self.report
 
     def _excess(self, cells: list["Cell"]) -> str:
         """Return what the cells have too much of, where the kernel may not have refused it."""
-        held = 0 if self.mounted else sum(pinned(cell.pid, self.folder) for cell in cells)
-        if is_full(self.folder, FILE_BYTES * held):
-            return "it wrote too much to its folder"
-        return f"it has more than {THREADS} threads" * any(threads(cell.pid) > THREADS for cell in cells)
+        try:
+            held = 0 if self.mounted else sum(pinned(cell.pid, self.folder) for cell in cells)
+            if is_full(self.folder, FILE_BYTES * held):
+                return "it wrote too much to its folder"
+            if any(threads(cell.pid) > THREADS for cell in cells):
+                return f"it has more than {THREADS} threads"
+        except ValueError as error:  # what cannot be counted is too much
+            return str(error)
+        return ""
 
 
 class Cell:
@@ -303,6 +315,9 @@ def main() -> None:
         worker.serve()
     except (EOFError, BrokenPipeError):  # the trainer is gone
         pass
+    except BaseException as error:
+        send(results, _as_json({"failed": f"its worker failed ({told(error)})"}))
+        raise
     finally:
         mounts.leave(FOLDER)
         remove(FOLDER)

@@ -44,6 +44,7 @@ def test_no_attack_escapes_is_paid_or_goes_unjudged(report):
             assert not outcome["passed"] and "at_fault" not in outcome, (name, outcome)
         else:
             assert outcome.startswith(("ChildError: ", "TimeoutError: ")), (name, outcome)
+            assert "its worker failed" not in outcome and outcome != "ChildError: its process died", (name, outcome)
 
 
 def test_no_attack_harms_anybody(report):

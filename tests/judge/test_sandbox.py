@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cases import joined, read_cases
@@ -25,6 +26,7 @@ from minirl.judge.libc import succeeds
 from minirl.judge.messages import Channel
 from minirl.judge.pool import ChildError, Job, Pool, call_each
 from minirl.judge.tester import verdict
+from minirl.judge.worker import Worker
 
 TESTS = "assert f(2) == 4\nassert f(0) == 0\nassert f(-3) == 9\n"
 RIGHT = "def f(x):\n    return x * x\n"
@@ -207,6 +209,89 @@ def test_removed_files_that_are_mapped_are_counted(tmp_path):
     assert folder.pinned(os.getpid(), str(tmp_path / "other")) == folder.pinned(2**22 + 1, str(tmp_path)) == 0
 
 
+LEADERLESS = """
+import ctypes, mmap, os, threading, time
+def work():
+    for name in (b"a\\rb c d e f", b"\\xff"):
+        file = os.open(name, os.O_CREAT | os.O_RDWR)
+        os.ftruncate(file, 4096)
+        kept.append(mmap.mmap(file, 4096))
+        os.remove(name)
+    print(flush=True)
+    time.sleep(60)
+kept = []
+threading.Thread(target=work).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_removed_files_are_counted_whatever_their_name_and_whichever_thread_is_left(tmp_path):
+    program = subprocess.Popen([sys.executable, "-c", LEADERLESS], cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        program.stdout.readline()
+        assert eventually(lambda: not Path(f"/proc/{program.pid}/maps").exists() or not running(program.pid))
+        assert folder.pinned(program.pid, str(tmp_path)) == 2
+    finally:
+        program.kill()
+        program.wait()
+    assert folder.pinned(program.pid, str(tmp_path)) == 0
+
+
+def test_a_cell_that_sends_byte_after_byte_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("minirl.judge.worker.TICK", 0.5)  # on a busy machine, too, the next byte comes before that
+    for n in range(folder.MAX_FILES + 1):
+        (tmp_path / str(n)).touch()
+    reading, writing = os.pipe()
+    worker = Worker.__new__(Worker)
+    worker.folder, worker.mounted = str(tmp_path), True
+
+    def trickle() -> None:
+        os.write(writing, struct.pack(">I", 2**20))
+        while not done:
+            os.write(writing, b"x" * (time.sleep(0.0005) or 1))
+
+    done = []
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    cell = SimpleNamespace(results=reading, pid=os.getpid())
+    try:
+        assert b"wrote too much" in worker._watched([cell], time.monotonic() + 3)
+    finally:
+        done.append(1)
+        thread.join()
+        for end in (reading, writing):
+            os.close(end)
+
+
+SCAN = """
+import ctypes, gc, os
+write, (r, w) = ctypes.CDLL(None).write, os.pipe()
+write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+word = bytes(n ^ 1 for n in MARK)
+found = seen = 0
+for place in sorted({(id(x) >> 20) + n << 20 for x in gc.get_objects() for n in range(-4, 5)}):
+    for start in range(place, place + 2**20, 2**15):
+        if (size := write(w, start, 2**15)) > 0:
+            data = os.read(r, size)
+            seen += 1
+            at = data.find(word)
+            found += at >= 0 and data[at + len(word) : at + 2 * len(word)] == word
+def f(): return found if seen > 100 else "nothing was read"
+"""
+
+
+@pytest.mark.parametrize("size", [8, 2000])
+def test_no_program_finds_the_verdict_of_another_in_its_memory(size):
+    mark = "a mark of its own, "
+    tests = f"assert f() == 1, {mark!r} * {size}"
+    scan = f"MARK = {bytes(ord(c) ^ 1 for c in mark)!r}\n{SCAN}"
+    with Pool(1) as pool:
+        failed = pool.map([Job.tests("def f(): return 2", tests, entry="f")] * 2, 10)
+        assert all(mark * 8 in outcome["why"] for outcome in failed)
+        (found,) = pool.map([Job.tests(scan, "assert f() == 0, f()", entry="f")], 20)
+    assert passed(found), found
+
+
 # --- the pool ---------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +358,15 @@ def test_a_job_that_kills_its_worker_is_tried_twice_and_named(tmp_path):
         found = pool.map(jobs, 5)
     assert found[0] == 0 and found[2] == 2
     assert isinstance(found[1], ChildError) and "process died" in str(found[1])
+
+
+def test_what_a_worker_itself_fails_by_is_said(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import signal\ndef spoil(): signal.setitimer = None\n")
+    with Pool(1) as pool:
+        (found,) = pool.map([Job.call(f"{file}:spoil", trusted=True)], 5)
+        assert isinstance(found, ChildError) and "its worker failed (TypeError" in str(found)
+        assert pool.map([Job.call("math:sqrt", [4])], 5) == [2.0]
 
 
 def test_a_trusted_function_that_hangs_is_killed_with_what_it_started(tmp_path):
