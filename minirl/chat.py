@@ -105,10 +105,18 @@ def _render(template: str, messages: list[dict], moment: datetime, variables: di
     except jinja2.exceptions.SecurityError as error:
         raise InputError(f"the chat template reaches for Python's internals ({error}): use another template") from error
     except Exception as error:
+        if what := _not_given(error):
+            raise InputError(f"the chat template asks for {what}: use another template") from None
         if type(error) is jinja2.TemplateError:  # the template's own raise_exception
             raise InputError(f"the chat template refuses these messages: {error!s:.500}") from error
         reason = f"{type(error).__name__}: {error!s:.500}"
         raise InputError(f"the chat template cannot render these messages ({reason}): change one of the two") from error
+
+
+def _not_given(error: Exception) -> str | None:
+    """Say which filter or test a template asks for that it is not given, where that is the error."""
+    found = re.match(r"No (filter|test) named (.{1,100}?)( found)?\.", str(error))
+    return found and f"the {found[1]} {found[2]}, which is not among those that minirl gives templates"
 
 
 def refuse_unread(template: str, variables: Iterable[str]) -> None:
@@ -130,6 +138,8 @@ def compile_template(template: str) -> jinja2.Template:
     try:
         return _environment().from_string(template)
     except jinja2.TemplateSyntaxError as error:
+        if what := _not_given(error):
+            raise InputError(f"the chat template asks for {what}, line {error.lineno}: use another template") from None
         reason = f"{error.message}, line {error.lineno}"
     except TooMuch as error:
         reason = f"it asks for {error}"

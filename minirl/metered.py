@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 import jinja2
 from jinja2 import nodes
 from jinja2.runtime import Context as PlainContext
-from jinja2.runtime import LoopContext, markup_join, str_join
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.runtime import LoopContext, str_join
+from jinja2.sandbox import ImmutableSandboxedEnvironment, is_internal_attribute, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -33,7 +33,7 @@ NODE = 8  # units of a node of the syntax tree, each time that it is run
 
 
 class TooMuch(Exception):
-    """Raised where a template asks for more than a render may cost; says for what."""
+    """Raised where a template asks for more than a render may cost, or for what is not for templates; says for what."""
 
     def __init__(self, what: str = "more time or memory than a render may cost"):
         super().__init__(what)
@@ -60,6 +60,8 @@ class Context(PlainContext):
 
 def _spend(context, units: int) -> bool:
     meter = context.meter
+    if not units >= 0:  # NaN too, with which nothing would ever be too much
+        raise TooMuch("a size that is negative or no number")
     meter.left -= units
     if meter.left < 0:
         raise TooMuch
@@ -141,14 +143,12 @@ class _Rewritten(NodeTransformer):
         for i, child in enumerate(node.nodes):
             if isinstance(child, nodes.Const) and isinstance(child.value, str) and not self.escapes:
                 node.nodes[i] = nodes.TemplateData(child.value).set_lineno(child.lineno)
-            elif isinstance(child, nodes.Filter) and child.name == "(+)":
-                child.name = "(shown)"
             elif not isinstance(child, nodes.TemplateData | nodes.Const):
-                node.nodes[i] = self._private("(shown)", child)
+                node.nodes[i] = self._private("(escaped)" if self.escapes else "(weighed)", child)
         return node
 
     def visit_Add(self, node):
-        """Let a + b + c pay once, when it is made."""
+        """Let a + b + c pay in one call."""
         operands = []
         while isinstance(node, nodes.Add):
             operands.append(self.visit(node.right))
@@ -158,11 +158,7 @@ class _Rewritten(NodeTransformer):
             return nodes.Add(first, *others)
         if all(isinstance(part, nodes.Const) and isinstance(part.value, str) for part in (first, *others)):
             return nodes.Const("".join(part.value for part in (first, *others))).set_lineno(node.lineno)
-        while others:  # what is made before it pays is no more than eight times as large as its parts
-            for part in others[:7]:
-                first = nodes.Add(first, part)
-            first, others = self._private("(+)", first), others[7:]
-        return first
+        return self._private("(+)", first, *others)
 
     def _visit_operator(self, node):
         node = self.generic_visit(node)
@@ -173,7 +169,24 @@ class _Rewritten(NodeTransformer):
     visit_Sub = visit_Mul = visit_Div = visit_FloorDiv = visit_Mod = visit_Pow = _visit_operator
 
     def visit_Concat(self, node):
-        return self._private("(~)", *self.generic_visit(node).nodes)
+        """Join texts. Jinja escapes the parts where escaping is on, but for constants, which it joins as it compiles."""
+        plain = not self.escapes or _is_constant(node)
+        node = self.generic_visit(node)
+        if plain:
+            return self._private("(~)", *node.nodes)
+        node.nodes = [self._private("(escaped)", part) for part in node.nodes]
+        return node
+
+    def _visit_splats(self, node):
+        """Let the entries of *values and **values pay before they are copied."""
+        node = self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = self._private("(splat)", node.dyn_args)
+        if node.dyn_kwargs is not None:
+            node.dyn_kwargs = self._private("(splat)", node.dyn_kwargs)
+        return node
+
+    visit_Call = visit_Filter = visit_Test = _visit_splats
 
     def visit_Compare(self, node):
         """Let a comparison pay, but with a constant, which costs little unless it is looked for in something."""
@@ -200,6 +213,15 @@ class _Rewritten(NodeTransformer):
         return node if plain else self._private("(weighed)", node)
 
 
+def _is_constant(node) -> bool:
+    """Tell whether Jinja would calculate an expression as it compiles."""
+    lazy = any(found.name in LAZY for found in node.find_all(nodes.Filter))
+    return not lazy and node.find((nodes.Name, nodes.Call, nodes.NSRef)) is None
+
+
+LAZY = ("map", "select", "reject", "selectattr", "rejectattr")  # filters that need a context
+
+
 def _is_small(node) -> bool:
     """Tell whether a node is a whole number with which sums grow slowly."""
     return isinstance(node, nodes.Const) and isinstance(node.value, int) and abs(node.value) < 1000
@@ -208,6 +230,7 @@ def _is_small(node) -> bool:
 def _size(node) -> int:
     """Count the nodes of a statement or expression, and the characters that it writes as they are."""
     own = 1 + len(node.data) // NODE if isinstance(node, nodes.TemplateData) else 1
+    own += 5 * isinstance(node, nodes.Getattr | nodes.Getitem)  # the sandbox takes microseconds to refuse one
     return own + sum(map(_size, node.iter_child_nodes()))
 
 
@@ -234,6 +257,19 @@ def _walked(context, value):
 
 
 @jinja2.pass_context
+def _splat(context, values):
+    _spend(context, STEP * _length(values))
+    return values
+
+
+@jinja2.pass_context
+def _escaped(context, value):
+    """Pay for a value that may become six times as long as it is escaped."""
+    if type(value) not in SCALARS:
+        _spend(context, 6 * _weigh(context, value))
+    return value
+
+
 def _made(context, value):
     """Pay for what an operator has made."""
     _spend(context, _bytes(value) if type(value) is str else _cost(value))
@@ -241,9 +277,23 @@ def _made(context, value):
 
 
 @jinja2.pass_context
+def _add(context, made, *others):
+    """Add one by one; each sum pays before it is made."""
+    size = _cost(made)
+    for part in others:
+        size += _cost(part) * (6 if hasattr(made, "__html__") else 1)  # as it is escaped
+        if hasattr(part, "__html__"):
+            size *= 6
+        _spend(context, size)
+        made = made + part
+    _cost(made)
+    return made
+
+
+@jinja2.pass_context
 def _concatenate(context, *parts):
     _spend(context, sum(_weigh(context, part) for part in parts))
-    return (markup_join if context.eval_ctx.autoescape else str_join)(parts)
+    return str_join(parts)
 
 
 def _cost(made) -> int:
@@ -280,11 +330,12 @@ OPERATORS = {
 }
 PRIVATE = {
     "(spend)": jinja2.pass_context(_spend),
-    "(shown)": _weighed,
     "(weighed)": _weighed,
+    "(escaped)": _escaped,
     "(searched)": _searched,
     "(walked)": _walked,
-    "(+)": _made,
+    "(splat)": _splat,
+    "(+)": _add,
     "(~)": _concatenate,
     "(operator)": _operate,
 }
@@ -369,7 +420,7 @@ def _replace_cost(context, value, old, new, *args, **kwargs) -> int:
 
 def _indent_cost(context, value, width=4, first=False, blank=False) -> int:
     _spend(context, _weigh(context, value))
-    return 4 * (str(value).count("\n") + 1) * (width if isinstance(width, int) else len(width))
+    return 4 * (str(value).count("\n") + 1) * (max(width, 0) if isinstance(width, int) else len(width))
 
 
 def _format_cost(context, value, *args, **kwargs) -> int:
@@ -397,6 +448,18 @@ def _round_cost(context, value, precision=0, method="common") -> int:
     return 0
 
 
+def _word_cost(context, value) -> int:
+    return _weigh(context, value) * (1 + STEP // 2)
+
+
+def _truncate_cost(context, value, length=255, killwords=False, end="...", leeway=None) -> int:
+    return _weigh(context, value) + _weigh(context, end)
+
+
+def _center_cost(context, value, width=80) -> int:
+    return 2 * _weigh(context, value) + 4 * abs(width)
+
+
 def _batch_cost(context, value, count, fill_with=None) -> int:
     return STEP * _length(value) + 8 * abs(count)
 
@@ -416,6 +479,10 @@ FILTERS = {
     "round": _round_cost,
     "batch": _batch_cost,
     "slice": _batch_cost,
+    "wordcount": _word_cost,
+    "truncate": _truncate_cost,
+    "center": _center_cost,
+    "urlencode": lambda context, value: 12 * _weigh(context, value),  # é is %C3%A9
 }
 COMPARING = ["==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le", ">", "gt", "greaterthan", ">=", "ge"]
 COMPARING += ["in", "upper", "lower"]
@@ -445,7 +512,7 @@ NAMES_OF_DICT = frozenset(dir(dict))
 @jinja2.pass_context
 def _tojson(context, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """Write JSON without Jinja's own escapes of <, > and & for HTML, which no model was trained on."""
-    width = len(indent) if isinstance(indent, str) else indent or 0
+    width = len(indent) if isinstance(indent, str) else max(indent or 0, 0)
     if width > 16 or (separators and max(map(len, separators)) > 16):
         raise TooMuch("JSON with an indent or separators of more than 16 characters")
     _spend(context, (12 if ensure_ascii else 3) * _weigh(context, value, width))
@@ -456,6 +523,10 @@ def _range(*numbers):
     if any(abs(number) > 2**31 for number in numbers):
         raise TooMuch("a range of numbers of more than 32 bits")
     return safe_range(*numbers)
+
+
+def _not_given(owner: object, method: str) -> str:
+    return f"the method {type(owner).__name__}.{method}, which is not among those that minirl gives templates"
 
 
 class Environment(ImmutableSandboxedEnvironment):
@@ -482,6 +553,17 @@ class Environment(ImmutableSandboxedEnvironment):
         escapes = source.find(nodes.EvalContextModifier) is not None
         return super()._generate(_Rewritten(escapes).visit(source), *args, **kwargs)
 
+    def call_filter(self, name, *args, **kwargs):
+        """Refuse the filters that make a template pay, by whose names `map` could call them."""
+        if isinstance(name, str) and name in PRIVATE:
+            raise jinja2.TemplateRuntimeError(f"No filter named {str(name)!r}.")
+        return super().call_filter(name, *args, **kwargs)
+
+    def unsafe_undefined(self, obj, attribute):
+        if attribute.startswith("_") or is_internal_attribute(obj, attribute):
+            return super().unsafe_undefined(obj, attribute)
+        return self.undefined(_not_given(obj, attribute), name=attribute, obj=obj, exc=TooMuch)
+
     def getattr(self, obj, attribute):
         """Take shortcuts to what the sandbox would return, for what templates ask most."""
         kind = type(obj)
@@ -489,6 +571,8 @@ class Environment(ImmutableSandboxedEnvironment):
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if (kind is LoopContext and attribute in OF_LOOPS) or attribute in METHODS.get(kind, ()):
             return getattr(obj, attribute)
+        if kind is Namespace and attribute in obj._Namespace__attrs and attribute[:1] != "_":
+            return obj._Namespace__attrs[attribute]
         return super().getattr(obj, attribute)
 
     def call(__self, __context, __obj, *args, **kwargs):
@@ -498,8 +582,7 @@ class Environment(ImmutableSandboxedEnvironment):
             kwargs.pop("_block_vars", None)
             __costs = METHODS.get(str if isinstance(__owner, str) else type(__owner), {})
             if __obj.__name__ not in __costs:
-                what = f"{type(__owner).__name__}.{__obj.__name__}"
-                raise jinja2.exceptions.SecurityError(f"the method {what} is not for templates")
+                raise TooMuch(_not_given(__owner, __obj.__name__))
             if args and type(args[0]) is types.GeneratorType:
                 args = (list(args[0]), *args[1:])
             _spend(__context, STEP + __costs[__obj.__name__](__context, __owner, *args, **kwargs))
