@@ -169,7 +169,7 @@ class _Rewritten(NodeTransformer):
     visit_Sub = visit_Mul = visit_Div = visit_FloorDiv = visit_Mod = visit_Pow = _visit_operator
 
     def visit_Concat(self, node):
-        """Join texts. Jinja escapes the parts where escaping is on, but for constants, which it joins as it compiles."""
+        """Join texts. Jinja escapes the parts where escaping is on, but not constants, joined as it compiles."""
         plain = not self.escapes or _is_constant(node)
         node = self.generic_visit(node)
         if plain:

@@ -13,15 +13,14 @@ completion that was cut at max_tokens has no end that could be learned, so it is
 with the rule's verdict: a reward model meets such ones too.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import random
-import signal
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -47,6 +46,7 @@ from minirl.tokenizer import Tokenizer
 CHUNK = 64  # prompts sampled at a time; draws are keyed by chunk, so another number gives other completions
 FILES = ("samples.jsonl", "labels.jsonl", "pairs.jsonl")
 PART, ABOUT = "samples.part.jsonl", "outcomes.json"  # samples.jsonl until it is whole; how it came about
+NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.EINVAL}  # of file systems without them
 FREE = {*FREE_ON_RESUME, "prompts", "balance", "max_per_prompt", "distinct", "match_length"}  # change no sample
 
 Same = Callable[[dict], Hashable]  # lines with equal values are the same completion
@@ -168,6 +168,9 @@ class Samples:
                 raise InputError(
                     f"{self.file} is being written by another process: wait for it, or choose another --out"
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
 
     def _count(self, group: Group) -> None:
         right = right_of(group)
@@ -201,8 +204,8 @@ def sample_and_check(
     """Sample config.samples completions of each training prompt, judge them by task.correct, and append them to
     `samples`, which may hold those of an earlier call.
 
-    Return whether Ctrl-C or SIGTERM came, after which the CHUNK of prompts under way is finished. `begin` is called
-    before the first append.
+    Return whether Ctrl-C, SIGTERM or SIGHUP came, after which the CHUNK of prompts under way is finished. `begin` is
+    called before the first append.
     """
     if not task.train:
         raise InputError(f"task {config.task!r} has no training examples: ask for some")
@@ -214,7 +217,7 @@ def sample_and_check(
     if samples.prompts:
         display.line(f"{samples.file} holds the completions of {samples.prompts} prompts: going on from there")
     display.progress("prompts", samples.prompts, len(examples))
-    with _terminable(), interruptible(display) as stop_requested:
+    with interruptible(display) as stop_requested:
         while samples.prompts < len(examples) and not stopped:
             start = samples.prompts
             keyed = replace(params, seed=(config.seed << 32) + start // CHUNK)
@@ -234,20 +237,6 @@ def sample_and_check(
             display.progress("prompts", samples.prompts, len(examples))
             stopped = stop_requested()
     return stopped
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does."""
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    except ValueError:  # not in the main thread: nothing to catch there
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _lines(rollout: Rollout, i: int, params: SamplingParams) -> Group:
@@ -352,7 +341,8 @@ def write_outcomes(
 ) -> list[Path]:
     """Sample, check and write; returns the FILES. `same` tells which completions are one.
 
-    Ctrl-C and SIGTERM keep the samples of the prompts that are done, and so does a kill: the same call goes on there.
+    Ctrl-C, SIGTERM and SIGHUP keep the samples of the prompts that are done, and so do a kill and a lack of memory: the
+    same call goes on there.
     """
     display, out = display or Display(), Path(config.out)
     refuse_existing(out)
@@ -372,6 +362,11 @@ def write_outcomes(
             _write_data(config, samples, files, same, display)
     except KeyboardInterrupt:  # the second one
         stopped = True
+    except (MemoryError, RuntimeError, OSError) as error:
+        if samples.prompts:  # the command line adds it to its sentence
+            kept = f"the completions of {samples.prompts} prompts are in {samples.file}"
+            error.add_note(f"{kept}: the same command goes on from there, also with other --slots")
+        raise
     finally:
         samples.close()
     if stopped:

@@ -131,8 +131,8 @@ def write_rows(path: Path, content: list[dict]) -> None:
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-def write_all(folder: Path) -> None:
-    """Write models of one file and of two, a reward model, data of every kind, and two runs."""
+def write_all(folder: Path, with_runs: bool = True) -> None:
+    """Write models of one file and of two, a reward model, data of every kind, and two runs unless they are unread."""
     from helpers import tiny_config
     from safetensors.torch import load_file, save_file
 
@@ -170,7 +170,7 @@ def write_all(folder: Path) -> None:
     for line in (
         "sft --model model --data sft.jsonl --out sft-run --steps 1",
         f"grpo --model model --task task.jsonl {SAMPLED.replace('run', 'grpo-run')}",
-    ):
+    ) * with_runs:
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
             cli.main(line.split())
 
@@ -668,7 +668,7 @@ def fuzz(count: int, seed: int, jobs: int, kinds=KINDS, only: int | None = None,
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "honest"
         folder.mkdir()
-        write_all(folder)
+        write_all(folder, with_runs="resume" in kinds)
         honest = GENEROUS if quick else honest_costs(folder)
         say(f"honest commands take up to {honest['seconds']:.1f} s and {honest['grown']} MB")
 

@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
+import torch
 import tyro
 
 from minirl.errors import InputError, NoChatTemplate, did_you_mean
@@ -34,6 +35,9 @@ from minirl.presets import preset_defaults
 from minirl.run import read_run_config
 from minirl.step import is_out_of_memory
 
+GPU = re.compile(  # errors of the GPU and its libraries, of which most have no class
+    r"\b(CUDA|HIP|cuDNN|cuBLAS|cuSOLVER|cuFFT|NCCL)( \w+)? error|(CUDNN|CUBLAS|CUSOLVER)_STATUS_|Triton Error", re.I
+)
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -277,9 +281,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_out_of_memory(error):
             _fail(_out_of_memory(next(arg for arg in args if arg != "check")) + notes)
         if isinstance(error, RuntimeError):
-            if not str(error).startswith("CUDA error"):
+            said = next(filter(GPU.search, str(error).splitlines()), "")
+            if not said and not isinstance(error, getattr(torch, "AcceleratorError", ())):
                 raise
-            _fail(f"the GPU failed ({str(error).splitlines()[0]}): look at its driver and memory{notes}")
+            said = said or (str(error) or type(error).__name__).splitlines()[0]
+            _fail(f"the GPU failed ({said}): look at its driver and memory{notes}")
         if isinstance(error, BrokenPipeError) and _reader_left():
             sys.exit(1)
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)

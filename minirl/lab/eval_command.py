@@ -4,7 +4,8 @@ import contextlib
 import itertools
 import json
 import platform
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from minirl.run import (
     refuse_unwritable,
 )
 from minirl.sampler import Sampler, SamplingParams
+from minirl.step import Stopped
 from minirl.task import Task
 
 EVALUATION = ("completions.jsonl", "eval.json")
@@ -85,7 +87,7 @@ class EvalConfig(SamplingConfig, TaskConfig):
 def evaluation(c: EvalConfig) -> None:
     task, models = _evaluation_task(c), [c.model, c.compare] if c.compare else [c.model]
     records, results, folder = [], [], None
-    with RichDisplay(Console(stderr=c.json)) as display:  # stdout is for the numbers
+    with RichDisplay(Console(stderr=c.json)) as display, _terminable(display):  # stdout is for the numbers
         if not c.scorer:
             say_notes(task, display)
         task, loaded = _completable(c, task, models, display)
@@ -110,6 +112,33 @@ def evaluation(c: EvalConfig) -> None:
     _show_accuracies(c, task, results)
     _show_completions(c, results, display)
     print(f"written: {folder}")
+
+
+@contextlib.contextmanager
+def _terminable(display: RichDisplay) -> Iterator[None]:
+    """Let the first SIGTERM or SIGHUP end the evaluation where it is, as Ctrl-C does: what was sampled is written."""
+
+    def stop(number, frame) -> None:
+        for handled in before:
+            signal.signal(handled, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                before[number] = signal.signal(number, stop)
+    except ValueError:  # not in the main thread: nothing to catch there
+        pass
+    try:
+        yield
+    except Stopped as stopped:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            display.line(f"stopped by {stopped.name}")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _evaluation_task(c: EvalConfig) -> Task:

@@ -1,5 +1,6 @@
 """Chat templates are foreign code: hostile ones end soon, small and in one sentence; honest ones render as ever."""
 
+import gc
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import jinja2.ext
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minirl import chat
+from minirl import chat, metered
 from minirl.chat import render_chat
 from minirl.errors import InputError
 
@@ -26,7 +27,8 @@ HOSTILE = tomllib.loads((HERE / "hostile_templates.toml").read_text(encoding="ut
 PUBLIC = tomllib.loads((HERE / "public_templates.toml").read_text(encoding="utf-8"))
 SAME = PUBLIC.pop("same")
 NOW = datetime(2026, 1, 2)
-SECONDS, MEGABYTES = 5, 512
+SECONDS, MEGABYTES = 5, 512  # of a render that may cost metered.UNITS
+PART = 8  # renders here may cost but one part of so many: the tests are quick, and tell as much
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 3 + 4? <b>Größe</b> 你好"},
@@ -53,27 +55,34 @@ def spelled_out(template: str) -> str:
     return re.sub(r"⟦(\d+)\|(.*?)⟧", lambda found: found[2] * int(found[1]), template)
 
 
-def outcome(template: str) -> dict:
-    """Render a template in a child process of this one, under limits."""
+def outcomes_of(templates: list[str]) -> list[dict]:
+    """Render templates in a child process of this one, under limits; those after one at which it dies in another."""
     reading, writing = os.pipe()
     if not (child := os.fork()):
-        signal.alarm(4 * SECONDS)
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
-        try:
-            said = ["rendered", render_chat(template, TALK, NOW, **VARIABLES)[:2000]]
-        except InputError as error:
-            said = ["refused", str(error)]
-        except BaseException as error:
-            said = ["traceback", repr(error)[:2000]]
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
         with os.fdopen(writing, "w") as file:
-            json.dump({"said": said, "seconds": time.thread_time() - start, "grown": grown}, file)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for template in templates:
+                signal.alarm(4 * SECONDS)
+                start = time.thread_time()
+                try:
+                    said = ["rendered", render_chat(template, TALK, NOW, **VARIABLES)[:2000]]
+                except InputError as error:
+                    said = ["refused", str(error)]
+                except BaseException as error:
+                    said = ["traceback", repr(error)[:2000]]
+                grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+                print(json.dumps({"said": said, "seconds": time.thread_time() - start, "grown": grown}), file=file)
+                file.flush()
+                gc.collect(1)
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as file:
-        text = file.read()
+        found = [json.loads(line) for line in file]
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return json.loads(text) if text else {"said": ["died", str(code)], "seconds": 0, "grown": 0}
+    if len(found) < len(templates):
+        found += [{"said": ["died", str(code)], "seconds": 0, "grown": 0}]
+        return found + (outcomes_of(templates[len(found) :]) if len(found) < len(templates) else [])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +104,7 @@ def test_a_hostile_template_is_refused_or_small(group, name, outcomes):
     found = outcomes[group][name]
     how, said = found["said"]
     assert how == "refused" or (group == "code" and how == "rendered"), said
-    assert found["seconds"] < SECONDS and found["grown"] < MEGABYTES, found
+    assert found["seconds"] < SECONDS / 2 and found["grown"] < MEGABYTES / PART, found  # compiling takes its time
     if how == "refused":
         assert said.startswith("the chat template ") and len(said) < 900
     else:
@@ -125,12 +134,13 @@ def test_the_styles_of_published_models_render_the_very_same_text(name, messages
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_long_conversation_is_within_the_bounds(name):
-    """Of 5,000 messages, and of one of five million letters."""
-    turns = [TALK[0], *(TALK[1:3] * 2499), TALK[1]]
-    assert render_chat(PUBLIC[name], turns, NOW, **VARIABLES).count("Größe") == 2500
-    wide = [{"role": "user", "content": "你" * 5_000_000}]
-    assert render_chat(PUBLIC[name], wide, NOW, **VARIABLES).count("你") == 5_000_000
+def test_a_long_conversation_is_within_the_bounds(name, monkeypatch):
+    """Of 5,000 messages, and of one of five million letters, each divided by PART as the bound is."""
+    monkeypatch.setattr(metered, "UNITS", metered.UNITS // PART)
+    turns = [TALK[0], *(TALK[1:3] * (2500 // PART - 1)), TALK[1]]
+    assert render_chat(PUBLIC[name], turns, NOW, **VARIABLES).count("Größe") == 2500 // PART
+    wide = [{"role": "user", "content": "你" * (5_000_000 // PART)}]
+    assert render_chat(PUBLIC[name], wide, NOW, **VARIABLES).count("你") == 5_000_000 // PART
 
 
 @pytest.mark.parametrize("template", SAME)
@@ -139,11 +149,15 @@ def test_bounds_change_no_text(template):
 
 
 def test_a_render_has_its_own_bounds():
-    """Many renders together may cost more than one may."""
-    for _ in range(30):
-        assert len(render_chat("{{ 'a' * 5000000 }}", TALK, NOW)) == 5_000_000
+    """Several renders together may cost more than one may."""
+    for _ in range(8):
+        assert len(render_chat("{{ 'a' * 15000000 }}", TALK, NOW)) == 15_000_000
 
 
 if __name__ == "__main__":
-    found = {group: {name: outcome(spelled_out(t)) for name, t in cases.items()} for group, cases in HOSTILE.items()}
-    print(json.dumps(found))
+    metered.UNITS //= PART
+    print(
+        json.dumps(
+            {g: dict(zip(t, outcomes_of([*map(spelled_out, t.values())]), strict=True)) for g, t in HOSTILE.items()}
+        )
+    )

@@ -1,6 +1,7 @@
 """Preferences, pairs and rejection sampling on a tiny model: what is learned, what is kept, what is refused, and runs
 that were stopped."""
 
+import errno
 import fcntl
 import json
 import os
@@ -526,7 +527,7 @@ def contents_of(folder: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_outcomes_that_are_stopped_are_kept_and_go_on_there(number, model, folder, monkeypatch, capsys):
     monkeypatch.setattr(outcomes, "CHUNK", 4)
     options = f"--model {model} --task {task()} --prompts 12 --samples 4 --max-tokens 6 --temperature 1"
@@ -535,7 +536,7 @@ def test_outcomes_that_are_stopped_are_kept_and_go_on_there(number, model, folde
         interrupt_sampling(patch, 2, number)
         with pytest.raises(SystemExit) as stop:
             cli.main(f"outcomes --out made {options}".split())
-    assert stop.value.code == 130 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert stop.value.code == 130 and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     said = capsys.readouterr().out
     assert "stopped after 8 prompts, whose completions are in made/samples.part.jsonl: the same command goes on" in said
     assert {line["prompt"] for line in read_jsonl("made/samples.part.jsonl")} == {f"{a}+{b}=" for a, b in SUMS[:8]}
@@ -614,6 +615,36 @@ def test_unfinished_outcomes_are_never_mixed_with_others(model, folder, monkeypa
     with pytest.raises(InputError, match="data_hash"):
         sampled_outcomes(model, "made")
     assert contents_of("made") == before
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: an illegal memory access")])
+def test_outcomes_that_an_error_ends_say_what_is_kept(error, model, folder, monkeypatch, capsys):
+    monkeypatch.setattr(outcomes, "CHUNK", 4)
+    generate, calls = Sampler.generate, count(1)
+
+    def fails(*args):
+        if next(calls) == 2:
+            raise error
+        return generate(*args)
+
+    monkeypatch.setattr(Sampler, "generate", fails)
+    with pytest.raises(SystemExit):
+        cli.main(f"outcomes --out made --model {model} --task {task()} --prompts 12 --samples 2 --max-tokens 6".split())
+    said = capsys.readouterr().err
+    assert "the completions of 4 prompts are in made/samples.part.jsonl: the same command goes on from there" in said
+    assert len(read_jsonl("made/samples.part.jsonl")) == 8
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.EINVAL])
+def test_samples_are_written_where_a_file_system_has_no_locks(number, folder, monkeypatch):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    samples = Samples(Path("samples.part.jsonl"), 1)
+    samples.append([[{"reward": 1, "finish_reason": "stop"}]])
+    samples.close()
+    assert samples.file.read_bytes() and samples.prompts == 1
 
 
 def test_memory_does_not_grow_with_the_prompts(model, folder, monkeypatch):

@@ -474,6 +474,26 @@ def test_every_way_of_the_system_to_say_that_memory_is_short(error, complaint, m
     assert complaint(*grpo()).startswith("minirl: out of memory: lower --slots")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnSgeqrf`",
+        "NCCL error in: /pytorch/torch/csrc/nccl.cpp:328, unhandled system error",
+        torch.AcceleratorError("the device is lost") if hasattr(torch, "AcceleratorError") else "CUDA driver error: x",
+    ],
+)
+def test_every_library_of_the_gpu_ends_in_one_sentence(text, complaint, monkeypatch):
+    def fails(*args, **kwargs):
+        raise text if isinstance(text, RuntimeError) else RuntimeError(text)
+
+    monkeypatch.setattr(Transformer, "from_pretrained", fails)
+    first = str(text).splitlines()[0]
+    assert complaint("eval", "--model", "model") == f"minirl: the GPU failed ({first}): look at its driver and memory\n"
+
+
 def test_a_bug_of_ours_is_not_hidden(folder, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a shape does not fit")

@@ -415,6 +415,23 @@ def test_what_was_sampled_is_written_when_scoring_stops(error, code, model, caps
     assert [file.name for file in (elsewhere / "runs/eval-1").iterdir()] == ["completions.jsonl"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_was_sampled_is_written_at_a_signal(number, model, capsys, elsewhere, monkeypatch):
+    before = signal.getsignal(number)
+
+    def stops(*args):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("minirl.rewards.score", stops)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(evaluated(model))
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    said = capsys.readouterr().out
+    assert "what was sampled so far is in runs/eval-1/completions.jsonl" in said
+    assert f"stopped by {signal.Signals(number).name}" in said
+    assert len(read_jsonl(elsewhere / "runs/eval-1/completions.jsonl")) == 40
+
+
 def test_a_scorer_that_fails_is_called_by_its_name_and_may_be_skipped(model, capsys, elsewhere):
     (elsewhere / "my.py").write_text(
         "def rule(prompts, completions, answer, **columns): return [1 / (int(answer[0]) % 2)]\n"
