@@ -135,11 +135,13 @@ def write_all(folder: Path, with_runs: bool = True) -> None:
     """Write models of one file and of two, a reward model, data of every kind, and two runs unless they are unread."""
     from helpers import tiny_config
     from safetensors.torch import load_file, save_file
+    from torch.nn import Embedding
 
     from minirl.lab import cli
     from minirl.model import Transformer
     from minirl.tokenizer import Tokenizer
 
+    Embedding.reset_parameters = lambda layer: None  # files overwrite it; on no device torch would import for seconds
     tokenizer = Tokenizer.from_chars(string.printable)
     tokenizer.chat_template = TEMPLATE
     sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_width": 16, "max_positions": 512}
@@ -167,6 +169,9 @@ def write_all(folder: Path, with_runs: bool = True) -> None:
     whole.unlink()
     for name, content in rows().items():
         write_rows(folder / name, content)
+    for line in list(COMMANDS)[:4]:  # what parsing imports is there before children are forked
+        command, *args = line.removeprefix("check ").split()
+        cli.parse(command, args)
     for line in (
         "sft --model model --data sft.jsonl --out sft-run --steps 1",
         f"grpo --model model --task task.jsonl {SAMPLED.replace('run', 'grpo-run')}",
