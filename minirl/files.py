@@ -3,7 +3,6 @@ bounds: a file, a line and what is made of them have a largest size, and no devi
 
 import codecs
 import fcntl
-import glob
 import gzip
 import json
 import os
@@ -312,15 +311,8 @@ def parse_json(text: bytes | str, where: str, advice: str) -> object:
 def _reserved(path: Path, is_folder: bool) -> Iterator[Path]:
     """Make a file or folder beside `path` to write it in, which is gone at the end unless it took its place. It is
     locked until then: one that nobody locks was left by a process that was killed, and is removed."""
-    prefix = f".{path.name}-"
-    for left in path.parent.glob(glob.escape(prefix) + "?" * 8):
-        with suppress(OSError):  # such as that it is locked
-            lock = _locked(left, fcntl.LOCK_NB)
-            try:
-                _remove(left, is_folder)
-            finally:
-                os.close(lock)
-    lock = None
+    prefix, lock = f".{path.name}-", None
+    clear_left(path)
     while lock is None:
         if is_folder:
             staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
@@ -328,13 +320,30 @@ def _reserved(path: Path, is_folder: bool) -> Iterator[Path]:
             fd, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
             os.close(fd)
             staging = Path(name)
-        with suppress(FileNotFoundError):  # somebody took it for left before it was locked
+        try:
             lock = _locked(staging)
+        except FileNotFoundError:  # somebody took it for left before it was locked
+            continue
+        except OSError:  # a file system without locks: nobody can take it for left
+            lock = os.open(staging, os.O_RDONLY)
     try:
         yield staging
     finally:
         _remove(staging, is_folder)
         os.close(lock)
+
+
+def clear_left(path: Path) -> None:
+    """Remove what writes of `path` have left beside it that were killed. In its name, `*` stands for digits."""
+    name = re.escape(path.name).replace(r"\*", "[0-9]+(-update-[0-9]+)?")
+    for left in path.parent.glob(".*") if path.parent.is_dir() else ():
+        if re.fullmatch(rf"\.{name}-[a-z0-9_]{{8}}", left.name):
+            with suppress(OSError):  # such as that it is locked
+                lock = _locked(left, fcntl.LOCK_NB)
+                try:
+                    _remove(left, left.is_dir())
+                finally:
+                    os.close(lock)
 
 
 def _locked(path: Path, flags: int = 0) -> int:

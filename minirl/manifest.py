@@ -52,8 +52,8 @@ def seal(folder: Path, step: int, update: int | None, logs: dict[str, LogEnd], r
     nothing can go on."""
     if broken := _not_finite(folder):
         raise NonFinite(
-            f"{broken} is not finite after step {step}, so no checkpoint is written: go on from the one before with a "
-            "lower learning rate (--resume --fork --lr LOWER)"
+            f"{broken} is not finite after step {step}, so no checkpoint is written: lower the learning rate (with "
+            "--resume --fork --lr LOWER a run goes on from the one before)"
         )
     files = {name: _entry(folder / name) for name in _names(folder)}
     content = {"run": run, "step": step, "update": update, "files": files}
@@ -82,6 +82,8 @@ def damage(folder: Path, step: int, update: int | None, run: str) -> str:
         return str(error).partition(":")[0].replace(f"{folder}/", "")
     except (KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not as minirl writes it"
+    except PermissionError:  # no damage, and no reason to set anything aside
+        raise
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read, {error.strerror}"
 

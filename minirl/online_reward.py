@@ -109,12 +109,13 @@ class OnlineReward:
     def watch(self, rollout: Rollout) -> None:
         """Take note of a rollout that was scored."""
         if self.config.every:
+            lines = self._lines(rollout, rollout.verdicts)  # may fail: then no note is taken
             self.fresh.append((*self._scores(rollout), rollout.group_ids))
-            self.new += self._lines(rollout, rollout.verdicts)
+            self.new += lines
 
-    def halve(self) -> None:
-        """Read half as many tokens at a time, as memory ran out."""
-        self.reward.budget = max(1, self.reward.budget // 2)
+    def read_at_a_time(self, tokens: int) -> None:
+        """Set the tokens of a forward, as memory ran out."""
+        self.reward.budget = max(1, tokens)
         if self.optimizer is not None:
             self.training = replace(self.training, micro_batch_tokens=self.reward.budget)
             self.optimizer.zero_grad()

@@ -161,7 +161,7 @@ def log_updates(step: Step) -> None:
     names = dict.fromkeys(name for metrics in updates for name in metrics)
     means = {name: float(np.mean([m[name] for m in updates if name in m])) for name in names}
     means |= {"trained_tokens": sum(m["trained_tokens"] for m in updates), "updates": len(updates)}
-    step.add(**means | step.metrics, skip_step=len(step.updates) - len(updates))
+    step.add(**means | step.metrics | {"skip_step": len(step.updates) - len(updates)})
     step.speed("train", step.metrics["trained_tokens"])
 
 

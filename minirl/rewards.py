@@ -103,7 +103,7 @@ class Rewards:
     def halve(self) -> None:
         """Let reward models read half as many tokens at a time."""
         for model in self.learned:
-            model.halve()
+            model.read_at_a_time(model.reward.budget // 2)
 
     def agreement(self, rollout) -> dict[str, float]:
         """Measure how far each reward model agrees with the task's rule."""
@@ -119,13 +119,15 @@ class Rewards:
     def models(self) -> list:
         return [module for model in self.learned for module in model.models]
 
-    def save(self, folder) -> None:
+    def save(self, folder) -> dict:
         for model in self.learned:
             model.save(folder)
+        return {"reward_budgets": [model.reward.budget for model in self.learned]} if self.learned else {}
 
     def restore(self, folder, state) -> None:
-        for model in self.learned:
+        for model, budget in zip(self.learned, state.get("reward_budgets", ()), strict=True):
             model.restore(folder)
+            model.read_at_a_time(budget)
 
     def finish(self, run) -> None:
         """Write the reward model that has learned."""

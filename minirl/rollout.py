@@ -10,7 +10,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from minirl.errors import InputError
+from minirl.errors import InputError, NonFinite
 from minirl.sampler import Completion, Sampler, SamplingParams
 from minirl.step import Step
 from minirl.thoughts import CLOSING, OPENING
@@ -304,7 +304,10 @@ def scored_batch(source, number: int, rewards, config, step: Step, in_steps: boo
 
     Stored completions bring their rewards. What is too long, or cut, pays for it here.
     """
-    rollout = source.draw(number, step)
+    try:
+        rollout = source.draw(number, step)
+    except NonFinite as error:
+        raise NonFinite(f"step {step.done}, batch {number + 1} of the prompts: {error}") from None
     if not rollout.parts:
         rewards.score(rollout, config, step, in_steps)
     if config.overlong_cache:

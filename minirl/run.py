@@ -32,7 +32,7 @@ import torch
 
 from minirl import __version__
 from minirl.errors import InputError, told
-from minirl.files import read_json, write_json
+from minirl.files import clear_left, read_json, write_json
 from minirl.manifest import (
     MANIFEST,
     LogEnd,
@@ -62,7 +62,7 @@ FORKED = {  # what --fork lets change
     *("steps", "lr", "critic_lr", "warmup", "schedule", "weight_decay", "clip_norm", "target_kl"),
     *("eval_every", "reward_timeout"),
 }
-WRITTEN = ("config.json", "model", "reward_model", "checkpoints/step", "nonfinite/step")  # atomically, from beside it
+WRITTEN = ("config.json", "model", "reward_model", "checkpoints/step-*", "nonfinite/step-*")  # from beside the place
 FULL_DISK_WAIT = 600  # seconds
 FORMAT = 3  # of a run's folder: raised where this code could not take an older run up again to the same bits
 TIMED = (
@@ -151,7 +151,7 @@ class Run:
         self.lower: dict[str, int] = {}  # options that were halved as memory ran out
         self.nonfinite = 0  # updates in a row that were skipped
         self._logs = {name: LogEnd() for name in LOGS}
-        self._begun = False
+        self._begun, self._resumed = False, resume
         self._lock: Callable | None = None  # gives it back
         self._before: dict[str, float] | None = None  # metrics of `begin`
         self._open = ExitStack()
@@ -172,6 +172,7 @@ class Run:
         self._take_folder()
         self.config |= {name: old[name] for name in ("date", "forks") if name in old}
         changed = _refuse_changes(old, self.config, file, self._fork)
+        self._clear()
         self.checkpoint = self._last_whole(old)
         self._drop_old()
         if self.checkpoint:
@@ -179,9 +180,12 @@ class Run:
             self.start = self.done = self.saved = self.state["step"]
             self.nonfinite = self.state.get("nonfinite", 0)
         if changed:
+            if changed.get("steps", (0, self.start))[1] < self.start:
+                raise InputError(f"steps = {changed['steps'][1]}: the run in {self.out} has taken {self.start} already")
             said = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
             self.display.line(f"from step {self.start + 1} on: {said} (config.json keeps both)")
             self.config["forks"] = [*self.config.get("forks", []), {"step": self.start, **changed}]
+            self.write_config()
         for name in LOGS:
             if (log := self.out / name).exists() and log.stat().st_size > self._logs[name].bytes:
                 os.truncate(log, self._logs[name].bytes)
@@ -237,8 +241,8 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Save what an error or a signal leaves whole, and add to its sentence what is saved."""
-        self._open.close()
+        """Save what an error or a signal leaves whole, and add to its sentence what is saved. A second SIGTERM does not
+        end that."""
         try:
             if isinstance(error, Exception | Stopped) and (said := self._rescue_or_say()):
                 if isinstance(error, InputError):
@@ -248,6 +252,7 @@ class Run:
                         self.display.line(f"stopped by {error.name}; {said}")
                 error.add_note(said)  # the command line adds it to its sentence
         finally:
+            self._open.close()
             self._give_back()
 
     def _rescue_or_say(self) -> str:
@@ -270,21 +275,23 @@ class Run:
             self._wait_for_space(lambda: self.save(self.done, within))
         elif not self.done:
             return ""
-        part = ""
+        saved = [f"the {self.done} step{'s' * (self.done > 1)}{' before it' if step else ''}"] if self.done else []
         if within:
             taken = f"{len(within.updates)} of its updates" if within.updates else "its batch"
-            part = " and the step itself" if within.finished else f" and {taken}"
-        return f"the {self.done} steps{' before it' if step else ''}{part} are saved: add --resume to go on from there"
+            saved.append("the step itself" if within.finished else taken)
+        return f"{' and '.join(saved)} are saved: add --resume to go on from there"
 
     def _wait_for_space(self, save: Callable) -> None:
         """Try to save for ten minutes while the disk is full."""
-        until = time.monotonic() + FULL_DISK_WAIT
+        until, self.signal = time.monotonic() + FULL_DISK_WAIT, 0
         while True:
             try:
                 return save()
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > until:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > until or self.signal:
                     raise
+            with suppress(ValueError):  # not in the main thread
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             self.display.line(f"the disk of {self.out} is full: free some space, and the run is saved; Ctrl-C gives up")
             time.sleep(FULL_DISK_WAIT / 60)
 
@@ -422,11 +429,10 @@ class Run:
             self._begun = True
 
     def _take_folder(self) -> None:
-        """Lock the folder for this process, and clear what a write left that was killed; InputError where another
-        process runs it. The lock goes with the process, however it ends."""
+        """Lock the folder for this process, however it ends; InputError where another one runs it, or has just begun
+        a run in it."""
         if self._lock:
             return
-        fresh = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
         place = os.open(self.out, os.O_RDONLY)
         self._lock = weakref.finalize(self, os.close, place)
@@ -438,10 +444,15 @@ class Run:
             ) from None
         except OSError as error:
             self.display.line(f"{self.out} cannot be locked ({error.strerror}): start no second process on it")
-        if fresh and holds_run(self.out):
-            raise InputError(f"another process has just begun a run in {self.out}: choose another --out")
+        if not self._resumed:
+            if holds_run(self.out):
+                raise InputError(f"another process has just begun a run in {self.out}: choose another --out")
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove what writes left that were killed."""
         for name in WRITTEN:
-            _remove_half_written(self.out / name)
+            clear_left(self.out / name)
 
     def _give_back(self) -> None:
         """Unlock the folder."""
@@ -451,6 +462,7 @@ class Run:
     def save(self, done: int, within: "Step | None" = None) -> Path:
         """Write the checkpoint after `done` steps with all that is held, and drop the oldest beyond `keep`. `within`
         adds a step that has begun: its batch, and what its updates have measured."""
+        self._begun &= (self.out / "config.json").exists()  # somebody may have taken the folder away
         self.write_config()
         update = len(within.updates) if within else None
         path = self._place / place_name(done, update)
@@ -464,10 +476,10 @@ class Run:
                 state["within"] = within.save(staging)
             write_json(staging / "state.json", state)
             seal(staging, done, update, self._logs, self._digest(self.config))
-        self._drop_old()
         self.checkpoint = path
         if not within:
             self.saved = done
+        self._drop_old()
         return path
 
     def _checkpoints(self) -> dict[Path, tuple[int, int | None]]:
@@ -484,7 +496,10 @@ class Run:
 
     def _drop_old(self) -> None:
         for old in list(self._checkpoints())[: -self.keep]:
-            shutil.rmtree(old)
+            try:
+                old.unlink() if old.is_symlink() else shutil.rmtree(old)
+            except OSError as error:
+                self.display.line(f"{old} cannot be removed ({error.strerror}): remove it yourself")
 
     def finish(self, model: Transformer, tokenizer: Tokenizer, folder: str = "model") -> Path:
         """Write a trained model to `folder`, for `minirl eval` or any other engine."""
@@ -534,6 +549,8 @@ def read_run_config(out: Path) -> dict:
 
 def refuse_unwritable(out: Path) -> None:
     """Raise an InputError where a run could not be written, before the work and not after it."""
+    if out.is_symlink() and not out.exists():
+        raise InputError(f"{out} is a link to nothing: make its target, or choose another --out")
     place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not place.is_dir():
         raise InputError(f"{place} is a file where the folder of the run must be: choose another --out")
@@ -541,23 +558,19 @@ def refuse_unwritable(out: Path) -> None:
         raise InputError(f"{place} is not writable: choose another --out, or change its permissions")
 
 
-def _remove_half_written(path: Path) -> None:
-    """Remove what a write of `path` left beside it when it was killed."""
-    for staging in path.parent.glob(f".{path.name}-*"):
-        shutil.rmtree(staging) if staging.is_dir() else staging.unlink()
-
-
 def _refuse_changes(old: dict, new: dict, file: Path, fork: bool) -> dict[str, tuple]:
     """Raise an InputError where a field that decides the result is not as it was; return those that `fork` lets
     change, with their old and new values."""
     old, new = _flat(old), _flat(new)
     changed = sorted({k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}.difference(FREE_ON_RESUME))
-    if changed == ["data_hash"]:
-        raise InputError(f"the data of the run in {file.parent} has changed since it was started: restore its files")
     forked = {k: (old.get(k), new.get(k)) for k in changed if fork and k in FORKED}
-    if refused := [k for k in changed if k not in forked and k != "data_hash"]:
-        shown = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in refused)
+    refused = [k for k in changed if k not in forked]
+    if refused == ["data_hash"]:
+        raise InputError(f"the data of the run in {file.parent} has changed since it was started: restore its files")
+    if refused:
+        shown = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in refused if k != "data_hash")
         hint = ", or add --fork to go on with what is new" if set(refused) <= FORKED else ""
+        hint = f"; --fork changes {', '.join(sorted(FORKED))} alone" if fork else hint
         sentence = f"the run in {file.parent} was started with another config ({shown}): resume it unchanged{hint}"
         raise InputError(sentence)
     return forked

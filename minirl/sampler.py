@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from minirl.attention import Packed, Slots
-from minirl.errors import InputError
+from minirl.errors import InputError, NonFinite
 from minirl.kernels import Draw, Floor, sample_tokens
 from minirl.kernels.truncation import row_parts
 from minirl.model import Transformer
@@ -253,7 +253,7 @@ class _Generation:
         for slot, sample in enumerate(self.active):
             if math.isnan(logprobs[slot]):
                 prompt = sample // self.params.n
-                raise InputError(f"the model's logits are NaN for prompt {prompt}: its weights are broken or overflow")
+                raise NonFinite(f"the model's logits are NaN for prompt {prompt}: its weights are broken or overflow")
             completion = self.completions[sample]
             completion.tokens.append(tokens[slot])
             completion.logprobs.append(logprobs[slot])

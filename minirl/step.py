@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from minirl.errors import NonFinite
+from minirl.errors import InputError, NonFinite
 from minirl.files import atomic_folder
 
 SKIPS = 5  # updates in a row without a finite gradient stop a run that leaves them out
@@ -172,9 +172,9 @@ class Step:
         """Keep a part of the batch that has no finite gradient, and stop, unless it is left out."""
         run, kept = self.run, ""
         skipped = do == "skip" and run.nonfinite + 1 < SKIPS
-        if skipped or run.done:  # a run that stops in its first step leaves no folder
+        if skipped or run.done or self.updates:  # a run that stops before its first update leaves no folder
             run.write_config()
-            folder = run.out / "nonfinite" / place_name(self.number, len(self.updates))
+            folder = run.out / "nonfinite" / place_name(self.done, len(self.updates) + 1)
             with whole_folder(folder) as staging:
                 part.save(staging)
             kept = f"; its rows are in {folder}"
@@ -184,7 +184,7 @@ class Step:
             self.add(nonfinite=self.metrics.get("nonfinite", 0) + 1)
             run.display.line(f"{where}: left out{kept}")
             return
-        advice = "--on-nonfinite skip leaves such updates out, also of a run that is resumed"
+        advice = "--on-nonfinite skip leaves such updates out, --resume --fork --lr LOWER goes on with a lower rate"
         if do == "skip":
             where, advice = f"{where}, the {SKIPS}th in a row", "look at the data, the rewards and the learning rate"
         raise NonFinite(f"{where}{kept}: {advice}")
@@ -220,10 +220,13 @@ def place_name(step: int, update: int | None) -> str:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """`atomic_folder`, with the system's error for a full disk, of which safetensors has an exception of its own."""
+    """`atomic_folder`, with the system's error where safetensors or tokenizers have only its number in a sentence."""
     try:
         with atomic_folder(path) as staging:
             yield staging
-    except SafetensorError as error:
-        full = "No space left" in str(error) or "os error 28" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from None
+    except (OSError, InputError):
+        raise
+    except Exception as error:
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from None

@@ -1,5 +1,7 @@
 """A run that was killed or stopped, and resumed, leaves the same bits as one that was not."""
 
+import errno
+import fcntl
 import gc
 import importlib
 import itertools
@@ -26,7 +28,7 @@ from helpers import Quiet, check_same, read_jsonl, tiny_checkpoint, untimed
 from safetensors.torch import load_file, save_file
 
 from minirl.batch import Batch
-from minirl.errors import NonFinite
+from minirl.errors import InputError, NonFinite
 from minirl.lab import cli, commands
 from minirl.manifest import read_signed
 from minirl.model import ScalarHead, Transformer
@@ -327,9 +329,9 @@ def test_a_finished_run_has_nothing_to_resume_and_says_so(kind, lab, tmp_path):
 def test_what_a_killed_write_left_is_removed_and_nothing_else(lab, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(lab.reference("sft", "float32"), out)
-    (out / ".config.json-x1").write_text("half")
-    (out / "checkpoints" / ".step-000008-x1").mkdir()
-    (out / ".model-x1").mkdir()
+    (out / ".config.json-abcdefg1").write_text("half")
+    (out / "checkpoints" / ".step-000008-abcdefg1").mkdir()
+    (out / ".model-abcdefg1").mkdir()
     (out / ".notes").write_text("mine")
     assert lab.run(["sft", "--resume", "--out", str(out)])[0] == 0
     (out / ".notes").unlink()
@@ -543,7 +545,7 @@ def test_what_can_change_on_resume_is_changed_with_a_fork_and_recorded(lab, tmp_
     code, said = lab.run(["grpo", "--resume", "--out", str(out), "--lr", "1e-4"])
     assert code == 2 and "lr: 0.001 -> 0.0001" in said and "or add --fork to go on with what is new" in said
     code, said = lab.run(["grpo", "--resume", "--out", str(out), "--lr", "1e-4", "--seed", "3", "--fork"])
-    assert code == 2 and "seed: 0 -> 3" in said and "--fork" not in said
+    assert code == 2 and "seed: 0 -> 3" in said and "--fork changes clip_norm, " in said
     code, said = lab.run(["grpo", "--resume", "--out", str(out), "--lr", "1e-4", "--steps", "8", "--fork"])
     assert code == 0 and "from step 4 on: lr 0.001 -> 0.0001, steps 6 -> 8 (config.json keeps both)" in said
     config = json.loads((out / "config.json").read_text())
@@ -564,7 +566,69 @@ def test_one_process_runs_a_folder(lab, tmp_path):
     first.kill()
     first.join()
     code, said = lab.run(["grpo", "--resume", "--out", str(out), "--fork", "--steps", "1"])
-    assert code == 0, said
+    assert "another process" not in said and (code == 0 or "steps = 1: the run in" in said)
+
+
+def test_a_run_that_another_has_begun_meanwhile_is_left_alone(tmp_path):
+    """Both found an empty folder."""
+    out = tmp_path / "run"
+    out.mkdir()
+    first, second = Run(out, {"lr": 1.0}), Run(out, {"lr": 2.0})
+    with first:
+        first.log(1, {})
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="another process has just begun a run in"):
+        second.log(1, {})
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF])
+def test_a_file_system_without_locks_holds_a_run(number, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    out, display = tmp_path / "run", Quiet()
+    with Run(out, {"lr": 1.0}, display=display) as run:
+        run.log(1, {})
+        run.save(1)
+    assert "cannot be locked" in display.lines[0] and resumed(out).start == 1
+
+
+def test_a_second_signal_does_not_end_the_save(lab, tmp_path):
+    out, save = tmp_path / "run", "minirl.run:seal"
+    number = signal.SIGTERM
+    process = lab.start(
+        [*lab.args("grpo"), "--out", str(out), "--save-every", "100"], lab.folder / "two.log", (number, save, 1)
+    )
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    time.sleep(0.1)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    goes_on(lab, out, "grpo")
+
+
+def test_an_error_while_a_reward_model_takes_note_changes_nothing(lab, tmp_path):
+    error = OSError(5, "Input/output error", "x")
+    out = tmp_path / "run"
+    ends(lab, out, "refresh", (error, "minirl.online_reward:OnlineReward._lines", 2))
+    goes_on(lab, out, "refresh")
+
+
+def test_what_cannot_be_removed_stops_no_run(tmp_path):
+    """As a checkpoint that somebody has moved to another disk, with a link in its place; what is hidden stays, too."""
+    out = tmp_path / "run"
+    for step in (1, 2, 3):
+        finished(out, steps=1).save(step) if step == 1 else resumed(out).save(step)
+        if step == 1:
+            (out / "checkpoints/step-000001").rename(tmp_path / "moved")
+            (out / "checkpoints/step-000001").symlink_to(tmp_path / "moved")
+            for name in (".model-backup", ".config.json-orig", "checkpoints/.step-notes"):
+                (out / name).mkdir()
+    assert checkpoints(out) == [".step-notes", "step-000002", "step-000003"]
+    assert (tmp_path / "moved/state.json").exists() and (out / ".model-backup").exists()
 
 
 def test_files_of_a_checkpoint_can_be_read_by_others(lab):
