@@ -199,7 +199,7 @@ class Step:
 # ---- what ends a step early ------------------------------------------------------------------------------------------
 
 # Words of errors that have no class: of torch on a CPU, of C++, of CUDA, of other systems.
-MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
