@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import secrets
 import select
 import shutil
 import stat
@@ -77,7 +78,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.chmod(file, 0o755 if file.is_dir() else 0o644)  # safetensors writes its files for their owner alone
             _sync(file)
         if path.exists():
-            shutil.rmtree(path)
+            remove_folder(path)
         os.rename(staging, path)
         _sync(path.parent)
 
@@ -331,6 +332,13 @@ def _reserved(path: Path, is_folder: bool) -> Iterator[Path]:
     finally:
         _remove(staging, is_folder)
         os.close(lock)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill leaves nothing half under its name: `clear_left` finds what it leaves."""
+    gone = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, gone)
+    shutil.rmtree(gone)
 
 
 def clear_left(path: Path) -> None:

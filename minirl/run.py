@@ -16,7 +16,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -32,7 +31,7 @@ import torch
 
 from minirl import __version__
 from minirl.errors import InputError, told
-from minirl.files import clear_left, read_json, write_json
+from minirl.files import clear_left, read_json, remove_folder, write_json
 from minirl.manifest import (
     MANIFEST,
     LogEnd,
@@ -497,7 +496,7 @@ class Run:
     def _drop_old(self) -> None:
         for old in list(self._checkpoints())[: -self.keep]:
             try:
-                old.unlink() if old.is_symlink() else shutil.rmtree(old)
+                old.unlink() if old.is_symlink() else remove_folder(old)
             except OSError as error:
                 self.display.line(f"{old} cannot be removed ({error.strerror}): remove it yourself")
 
