@@ -20,7 +20,7 @@ OF_ANOTHER = re.compile(rf"minirl (\w+) ({FLAG.pattern})")  # advice to take ano
 PROGRAM = {"--help", "--version"}
 # Sentences that the fixed data and options of the demo never meet, and that of a run which says that it is resumable.
 FIXED = {"--resume", "--device", "--group", "--max-tokens", "--overlong-prompts", "--system", "--template"}
-ELSEWHERE = {"demo": FIXED}
+ELSEWHERE = {"demo": FIXED | {"--fork", "--lr", "--on-nonfinite"}}
 
 Place = tuple[str, str]  # module, name of a function or class in it
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from code_lines import ROOMS, ROOT, closure, code_lines
 
-BUDGETS = {"engine": 7_800, "lab": 2_800, "judge": 2_250, "kernels": 1_400}  # .ci/run prints what there is
+BUDGETS = {"engine": 7_850, "lab": 2_800, "judge": 2_250, "kernels": 1_400}  # .ci/run prints what there is
 FILES, LINES = 24, 3_850  # of grpo.py's closure
 SOURCES = sorted(file for files in ROOMS.values() for file in files)
 RIDDLES = {"What", "Of", "Whatever", "Who", "Whether", "Where"}
