@@ -521,7 +521,7 @@ def mutated_arguments(rng: random.Random, args: list[str]) -> list[str]:
             case 0:
                 args = args[: rng.randrange(1, len(args) + 1)]
             case 1:
-                at = rng.randrange(1, len(args))
+                at = rng.randrange(min(1, len(args) - 1), len(args))
                 args = [*args[:at], rng.choice(TEXTS), *args[at + 1 :]]
             case 2:
                 args = [*args, f"{rng.choice(options)}={rng.choice(TEXTS)}"]
