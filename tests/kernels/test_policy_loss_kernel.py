@@ -319,7 +319,7 @@ def alive(o, x) -> torch.Tensor:
 
 
 def assert_right(ours, exact, computed, tolerance=3e-5) -> None:
-    torch.testing.assert_close(ours[0].double(), exact[0], rtol=tolerance, atol=1e-6)  # its terms cancel
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=tolerance, atol=1e-5)  # terms of up to 20 cancel
     assert_near(ours[3:], exact[3:], tolerance)
     assert_near([z[computed] for z in ours[1:3]], [z[computed] for z in exact[1:3]], tolerance)
     assert not ours[1][~computed].any() and not ours[2][~computed].any()
