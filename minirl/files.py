@@ -60,9 +60,14 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def write_jsonl(path: str | Path, records: Sequence[dict]) -> None:
-    """Write one object a line, as `write_json` does."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomic(path, lambda staging: staging.write_bytes(text.encode("utf-8", "backslashreplace")))
+    """Write one object a line."""
+    content = b"".join(map(json_line, records))
+    write_atomic(path, lambda staging: staging.write_bytes(content))
+
+
+def json_line(record: dict) -> bytes:
+    """Return an object as a line; half of a surrogate pair is written as in `write_json`."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ import torch
 from minirl import __version__
 from minirl.config import Count, SamplingConfig, TaskConfig, Whole
 from minirl.errors import InputError
-from minirl.files import read_json, write_atomic, write_json
+from minirl.files import json_line, read_json, write_atomic, write_json
 from minirl.model import Transformer
 from minirl.policy import load
 from minirl.prompts import measure
@@ -142,7 +142,7 @@ class Samples:
     def append(self, groups: Sequence[Group]) -> None:
         """Write the groups of a chunk."""
         self._open()
-        self.open.write(b"".join(_as_json(line) for group in groups for line in group))
+        self.open.write(b"".join(json_line(line) for group in groups for line in group))
         self.open.flush()
         os.fsync(self.open.fileno())
         self.prompts += len(groups)
@@ -178,11 +178,6 @@ class Samples:
         self.counts["right, cut"] += sum(line["finish_reason"] == "length" for line in right)
         self.counts["cut"] += sum(line["finish_reason"] == "length" for line in group)
         self.counts["all"] += len(group)
-
-
-def _as_json(line: dict) -> bytes:
-    """Write a line as `write_jsonl` does."""
-    return (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _is_sample(line: bytes) -> bool:
@@ -415,7 +410,7 @@ def _write(file: Path, lines: Iterable[dict]) -> None:
 
     def write(staging: Path) -> None:
         with staging.open("wb") as out:
-            out.writelines(map(_as_json, lines))
+            out.writelines(map(json_line, lines))
 
     write_atomic(file, write)
 

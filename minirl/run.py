@@ -31,7 +31,7 @@ import torch
 
 from minirl import __version__
 from minirl.errors import InputError, told
-from minirl.files import clear_left, read_json, remove_folder, write_json
+from minirl.files import clear_left, json_line, read_json, remove_folder, write_json
 from minirl.manifest import (
     MANIFEST,
     LogEnd,
@@ -407,9 +407,7 @@ class Run:
         """Write lines to the logs; NaN and infinity become null, as JSON has neither. Where this fails, none of them
         counts: a checkpoint knows how long each log was."""
         self.write_config()
-        content = {
-            name: "".join(map(_line, some)).encode("utf-8", "backslashreplace") for name, some in records.items()
-        }
+        content = {name: b"".join(map(_line, some)) for name, some in records.items()}
         for name, lines in content.items():
             if lines:
                 with open(self.out / name, "ab") as file:
@@ -523,11 +521,9 @@ def _unused(path: Path) -> Path:
     return next(p for p in (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))) if not p.exists())
 
 
-def _line(record: dict) -> str:
-    """Write a record as a line; NaN and infinity become null. Half of a surrogate pair, which has no UTF-8, is left to
-    the encoding: as a backslash and its code it is JSON again."""
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(record, ensure_ascii=False) + "\n"
+def _line(record: dict) -> bytes:
+    """Return a record as a line; NaN and infinity become null."""
+    return json_line({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
 
 
 def read_run_config(out: Path) -> dict:
